@@ -1,0 +1,117 @@
+"""Which implementation of the sparse operations runs, and why: the one place that decides."""
+
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, cast, get_args
+
+import torch
+
+Implementation = Literal["auto", "triton", "torch", "dense"]
+Backend = Literal["triton", "torch"]
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+NO_TRITON_ENV = "SAELENS_SPARSE_NO_TRITON"
+
+# Above this share of active latents a gather reads more than the dense product does.
+MAX_SPARSE_DENSITY = 1 / 8
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs (`"triton"`, `"torch"` or `"dense"`) and the reason in one sentence."""
+
+    name: Literal["triton", "torch", "dense"]
+    reason: str
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of the sparse operations; only meaningful when `name` is not "dense"."""
+        return cast(Backend, self.name)
+
+
+def choose_implementation(
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    density: float,
+) -> Choice:
+    """Decide at call time what runs.
+
+    Args:
+        requested: one of `IMPLEMENTATIONS`. Anything but `"auto"` is obeyed or refused,
+            never replaced.
+        device: where the weights and inputs are.
+        dtype: dtype of the weights.
+        density: share of latents that are active on a row, `k / d_sae`.
+
+    Raises:
+        ValueError: `requested` is unknown, or is `"triton"` where Triton cannot run.
+    """
+    if requested not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {requested!r}"
+        )
+    if requested == "dense":
+        return Choice("dense", "implementation='dense' was requested")
+    if requested == "torch":
+        return Choice("torch", "implementation='torch' was requested")
+
+    problem = triton_problem(device, dtype)
+    if requested == "triton":
+        if problem is not None:
+            raise ValueError(
+                f"implementation='triton' cannot run here: {problem}. "
+                "Use 'auto' to let the plugin choose, or 'torch'."
+            )
+        return Choice("triton", "implementation='triton' was requested")
+
+    if density > MAX_SPARSE_DENSITY:
+        return Choice(
+            "dense",
+            f"{density:.0%} of the latents are active; above {MAX_SPARSE_DENSITY:.1%} "
+            "dense products are faster",
+        )
+    if device.type != "cuda":
+        return Choice("torch", f"Triton kernels need a CUDA device, not {device.type!r}")
+    if problem is not None:
+        _warn_once(f"saelens_sparse runs its slower PyTorch path on this GPU: {problem}.")
+        return Choice("torch", problem)
+    return Choice("triton", "CUDA device with a working Triton")
+
+
+def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run for this device and dtype, or None when they can."""
+    if os.environ.get(NO_TRITON_ENV, "0") not in ("", "0"):
+        return f"Triton is turned off by {NO_TRITON_ENV}"
+    if dtype not in TRITON_DTYPES:
+        return f"the Triton kernels take float32 and bfloat16, not {dtype}"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton kernels run on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
+    elif device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {device.type!r}"
+    return _triton_installation_problem(str(device))
+
+
+@cache
+def _triton_installation_problem(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        # Only a launch shows whether Triton finds a C compiler and a driver that it can use.
+        from saelens_sparse.ops.row_ops_triton import launch_probe
+
+        launch_probe(torch.device(device))
+    except Exception as error:
+        return f"Triton could not compile and run a kernel ({type(error).__name__}: {error})"
+    return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,296 @@
+"""Tensors of shape `[..., d_sae]` that are computed only if somebody looks at them.
+
+SAELens's trainer asks little of `feature_acts` (which latents fired, how often) and nothing of
+`hidden_pre`. Both are stood in for by tensor subclasses that answer those questions from the
+selected latents. Every other operation sees an ordinary tensor, built on demand with its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+from typing_extensions import Self, override
+
+from saelens_sparse.ops import LatentOrder, RowGradients
+
+_DESCRIBES_ONLY = {
+    getter.__get__
+    for getter in (
+        torch.Tensor.shape,
+        torch.Tensor.dtype,
+        torch.Tensor.device,
+        torch.Tensor.ndim,
+        torch.Tensor.layout,
+        torch.Tensor.is_cuda,
+        torch.Tensor.is_sparse,
+        torch.Tensor.is_meta,
+    )
+} | {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.ndimension,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.get_device,
+    torch.Tensor.__len__,
+}
+
+
+@dataclass
+class SparseCode:
+    """The active latents of a batch and what later parts of the step need of them.
+
+    Attributes:
+        x: `[n_rows, d_in]`, the centred encoder input.
+        latents: `[n_rows, k]` int64.
+        acts: `[n_rows, k]`, activations `relu(x @ W_enc + b_enc)`, on the graph.
+        norms: `[d_sae]` decoder norms if the reported activations are scaled by them, on the
+            graph; else None.
+        order: the active pairs by latent.
+        decoder_version: autograd's version counter of `W_dec` when the code was made.
+        rows_recomputed: see `saelens_sparse.ops.Selection`.
+        encoder_rows: leaves rows of `W_enc`'s gradient for the sparse encoder's backward.
+        decoder_rows: the same for `W_dec`.
+        recons: `[n_rows, d_in]`, output of the sparse decode, once there is one.
+    """
+
+    x: torch.Tensor
+    latents: torch.Tensor
+    acts: torch.Tensor
+    norms: torch.Tensor | None
+    order: LatentOrder
+    decoder_version: int
+    rows_recomputed: torch.Tensor
+    encoder_rows: RowGradients
+    decoder_rows: RowGradients
+    recons: torch.Tensor | None = None
+
+    def reported_acts(self) -> torch.Tensor:
+        """Activations as SAELens reports them, `[n_rows, k]`: scaled by the decoder norms."""
+        return self.acts if self.norms is None else self.acts * self.norms[self.latents]
+
+
+class OnDemandTensor(torch.Tensor):
+    """A tensor whose shape and dtype are known and whose values are computed when used.
+
+    Operations that a subclass does not answer itself get the tensor that `compute` returns,
+    made once and kept, so that an in-place change is seen by later uses.
+    """
+
+    _made: torch.Tensor | None
+    _made_version: int
+
+    @staticmethod
+    def __new__(
+        cls: type[Self],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self._made = None
+        self._made_version = 0
+        return self
+
+    def compute(self) -> torch.Tensor:
+        """The ordinary tensor, with its autograd graph."""
+        raise NotImplementedError
+
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The result of `func` without the ordinary tensor, or `NotImplemented`."""
+        return NotImplemented
+
+    def materialized(self) -> torch.Tensor:
+        if self._made is None:
+            self._made = self.compute()
+            self._made_version = self._made._version
+        return self._made
+
+    def was_changed(self) -> bool:
+        """Whether the ordinary tensor exists and was written to since it was made."""
+        return self._made is not None and self._made._version != self._made_version
+
+    @classmethod
+    @override
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _DESCRIBES_ONLY:
+                return func(*args, **kwargs)
+            if args and isinstance(args[0], OnDemandTensor) and not args[0].was_changed():
+                result = args[0].answer(func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        args, kwargs = _ordinary((args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # Reached only by callers that bypass __torch_function__.
+        args, kwargs = _ordinary((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _ordinary(tree: Any) -> Any:
+    return tree_map(lambda x: x.materialized() if isinstance(x, OnDemandTensor) else x, tree)
+
+
+class SparseFeatureActs(OnDemandTensor):
+    """`feature_acts` of a training step: nonzero only at `code.latents`."""
+
+    code: SparseCode
+
+    @staticmethod
+    @override
+    def __new__(
+        cls: type[Self], code: SparseCode, leading_shape: Sequence[int]
+    ) -> Self:
+        self = OnDemandTensor.__new__(
+            cls, (*leading_shape, code.order.d_sae), _reported_dtype(code), code.acts.device
+        )
+        self.code = code
+        return self
+
+    @override
+    def compute(self) -> torch.Tensor:
+        values = self.code.reported_acts()
+        dense = values.new_zeros(values.shape[0], self.code.order.d_sae)
+        return dense.scatter(1, self.code.latents, values).view(self.size())
+
+    @override
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if func is torch.Tensor.requires_grad.__get__:
+            return self.code.acts.requires_grad
+        if func is torch.Tensor.bool and len(args) == 1 and not kwargs:
+            return FiringPattern(self.code.order, self.size(), torch.bool)
+        return NotImplemented
+
+
+class FiringPattern(OnDemandTensor):
+    """`feature_acts.bool()`, or its `.float()`: one where a latent is active."""
+
+    order: LatentOrder
+
+    @staticmethod
+    @override
+    def __new__(
+        cls: type[Self], order: LatentOrder, shape: Sequence[int], dtype: torch.dtype
+    ) -> Self:
+        self = OnDemandTensor.__new__(cls, shape, dtype, order.pairs.device)
+        self.order = order
+        return self
+
+    def _active(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and latents of the active pairs; the rest sit at the extra latent d_sae."""
+        order = self.order
+        latents = torch.searchsorted(
+            order.offsets[1:], torch.arange(order.pairs.numel(), device=self.device), right=True
+        )
+        return order.pairs // order.k, latents
+
+    @override
+    def compute(self) -> torch.Tensor:
+        rows, latents = self._active()
+        n_rows = self.numel() // self.order.d_sae
+        dense = torch.zeros(
+            n_rows, self.order.d_sae + 1, dtype=self.dtype, device=self.device
+        )
+        dense[rows, latents] = 1
+        return dense[:, :-1].reshape(self.size())
+
+    @override
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if func is torch.Tensor.float and len(args) == 1 and not kwargs:
+            return FiringPattern(self.order, self.size(), torch.float32)
+        if func in (torch.Tensor.sum, torch.sum) and self.dtype == torch.float32:
+            dims = args[1:] if len(args) > 1 else (kwargs.pop("dim", None),)
+            if len(dims) == 1 and not kwargs and self.ndim == 2:
+                if dims[0] in (0, -2):
+                    return self.order.counts().to(self.dtype)
+                if dims[0] in (1, -1):
+                    return self._row_counts()
+        return NotImplemented
+
+    def _row_counts(self) -> torch.Tensor:
+        active = torch.zeros(
+            self.size(0) * self.order.k, dtype=self.dtype, device=self.order.pairs.device
+        )
+        in_segments = torch.arange(active.numel(), device=active.device) < self.order.offsets[-1]
+        active[self.order.pairs] = in_segments.to(self.dtype)
+        return active.view(-1, self.order.k).sum(-1)
+
+
+class DeferredPreActs(OnDemandTensor):
+    """`hidden_pre` of a training step, which nothing in SAELens's trainer reads.
+
+    It can be computed as long as the weights are those of the step.
+    """
+
+    code: SparseCode
+
+    @staticmethod
+    @override
+    def __new__(
+        cls: type[Self],
+        code: SparseCode,
+        leading_shape: Sequence[int],
+        dense_pre_acts: Callable[[torch.Tensor], torch.Tensor],
+        weights: Sequence[torch.Tensor],
+    ) -> Self:
+        self = OnDemandTensor.__new__(
+            cls, (*leading_shape, code.order.d_sae), _reported_dtype(code), code.acts.device
+        )
+        self.code = code
+        self._dense_pre_acts = dense_pre_acts
+        self._weights = weights
+        self._versions = [weight._version for weight in weights]
+        return self
+
+    @override
+    def compute(self) -> torch.Tensor:
+        if [weight._version for weight in self._weights] != self._versions:
+            raise RuntimeError(
+                "hidden_pre of this training step was not kept, and the weights have changed "
+                "since, so that it cannot be computed any more. Read it before the optimizer "
+                "steps, or set implementation='dense'."
+            )
+        return self._dense_pre_acts(self.code.x).view(self.size())
+
+    @override
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if func is torch.Tensor.requires_grad.__get__:
+            return self.code.acts.requires_grad
+        return NotImplemented
+
+
+def _reported_dtype(code: SparseCode) -> torch.dtype:
+    if code.norms is None:
+        return code.acts.dtype
+    return torch.promote_types(code.acts.dtype, code.norms.dtype)

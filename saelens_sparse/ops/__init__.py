@@ -1,0 +1,31 @@
+"""Sparse operations on latents. Nothing here knows SAELens.
+
+Each public function validates its arguments and picks the PyTorch or the Triton
+implementation; the two never import each other.
+"""
+
+from saelens_sparse.ops.autograd import (
+    RowGradients,
+    decode_selected,
+    encode_selected,
+    gather_rows,
+    keep_topk,
+)
+from saelens_sparse.ops.latent_order import LatentOrder
+from saelens_sparse.ops.row_ops import gather_dot, gather_sum, segment_sum
+from saelens_sparse.ops.select import Selection, select_topk, topk_mask
+
+__all__ = [
+    "LatentOrder",
+    "RowGradients",
+    "Selection",
+    "decode_selected",
+    "encode_selected",
+    "gather_dot",
+    "gather_rows",
+    "gather_sum",
+    "keep_topk",
+    "segment_sum",
+    "select_topk",
+    "topk_mask",
+]

@@ -1,0 +1,157 @@
+"""Three products between rows of a weight matrix and a sparse batch of latents.
+
+With `latents[n, i]` the i-th selected latent of row n:
+
+- `gather_sum`:  out[n]    = sum_i coefficients[n, i] * weight[latents[n, i]]   (decode)
+- `gather_dot`:  out[n, i] = <batch[n], weight[latents[n, i]]>                  (its adjoint)
+- `segment_sum`: out[j]    = sum over active (n, i) with latents[n, i] = j of
+                             coefficients[n, i] * batch[n]               (weight gradients)
+
+All sums run in float32 or better and in a fixed order.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from saelens_sparse.implementation import Backend
+from saelens_sparse.ops.latent_order import LatentOrder
+
+# Gathered rows per chunk in the PyTorch path: small enough to stay in a CPU's cache.
+_CHUNK_BYTES = 16 * 2**20
+
+
+def gather_sum(
+    coefficients: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, backend: Backend
+) -> torch.Tensor:
+    """Weighted sum of each row's selected weight rows.
+
+    Args:
+        coefficients: `[n_rows, k]` floating point.
+        latents: `[n_rows, k]` int64, each in `[0, d_sae)`.
+        weight: `[d_sae, d]`, contiguous rows.
+        backend: `"triton"` or `"torch"`.
+
+    Returns:
+        `[n_rows, d]` in the dtype of `weight`.
+    """
+    _check_pairs(latents, weight, coefficients=coefficients)
+    if backend == "triton":
+        from saelens_sparse.ops import row_ops_triton
+
+        return row_ops_triton.gather_sum(coefficients, latents, weight)
+    if weight.dtype in (torch.float32, torch.float64) and _has_embedding_bag(weight):
+        return F.embedding_bag(
+            latents, weight, per_sample_weights=coefficients.to(weight.dtype), mode="sum"
+        )
+    out = weight.new_empty(latents.shape[0], weight.shape[1])
+    for rows in _row_chunks(latents, weight):
+        gathered = weight[latents[rows]].float()
+        out[rows] = torch.bmm(coefficients[rows].float().unsqueeze(1), gathered).squeeze(1)
+    return out
+
+
+def gather_dot(
+    batch: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, backend: Backend
+) -> torch.Tensor:
+    """Dot product of each batch row with each of its selected weight rows.
+
+    Args:
+        batch: `[n_rows, d]` floating point.
+        latents: `[n_rows, k]` int64, each in `[0, d_sae)`.
+        weight: `[d_sae, d]`, contiguous rows.
+        backend: `"triton"` or `"torch"`.
+
+    Returns:
+        `[n_rows, k]`, float32 (float64 for a float64 weight).
+    """
+    _check_pairs(latents, weight, batch=batch)
+    if backend == "triton":
+        from saelens_sparse.ops import row_ops_triton
+
+        return row_ops_triton.gather_dot(batch, latents, weight)
+    sum_dtype = _sum_dtype(weight)
+    out = weight.new_empty(latents.shape, dtype=sum_dtype)
+    for rows in _row_chunks(latents, weight):
+        gathered = weight[latents[rows]].to(sum_dtype)
+        out[rows] = torch.bmm(gathered, batch[rows].to(sum_dtype).unsqueeze(2)).squeeze(2)
+    return out
+
+
+def segment_sum(
+    order: LatentOrder,
+    coefficients: torch.Tensor,
+    batch: torch.Tensor,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over each latent's active rows: the gradient of a weight row.
+
+    Args:
+        order: the active pairs by latent.
+        coefficients: `[n_rows, k]` floating point, in the selection's own order.
+        batch: `[n_rows, d]` floating point.
+        dtype: dtype of the result.
+        backend: `"triton"` or `"torch"`.
+
+    Returns:
+        `[d_sae, d]`, every row written (zero where a latent is inactive), and the sums of
+        the coefficients alone, `[d_sae]`; both in `dtype`.
+    """
+    if coefficients.shape != (batch.shape[0], order.k):
+        raise ValueError(
+            f"coefficients must have shape [n_rows, k] = {[batch.shape[0], order.k]}; "
+            f"got {list(coefficients.shape)}"
+        )
+    if backend == "triton":
+        from saelens_sparse.ops import row_ops_triton
+
+        return row_ops_triton.segment_sum(order, coefficients, batch, dtype)
+    sum_dtype = _sum_dtype(batch)
+    pairs = order.pairs[: int(order.offsets[-1])]
+    weights = coefficients.flatten()[pairs].to(sum_dtype)
+    starts = order.offsets[:-1]
+    if pairs.numel() == 0:
+        zeros = batch.new_zeros(order.d_sae, batch.shape[1], dtype=dtype)
+        return zeros, zeros.new_zeros(order.d_sae)
+    rows = pairs // order.k
+    values = batch.to(sum_dtype)
+    if _has_embedding_bag(batch):
+        sums = F.embedding_bag(rows, values, starts, per_sample_weights=weights, mode="sum")
+        positions = torch.arange(pairs.numel(), device=pairs.device)
+        totals = F.embedding_bag(positions, weights.unsqueeze(1), starts, mode="sum").squeeze(1)
+    else:
+        latents = torch.repeat_interleave(order.counts())
+        sums = values.new_zeros(order.d_sae, batch.shape[1])
+        for part in _row_chunks(latents.unsqueeze(1), batch):
+            sums.index_add_(0, latents[part], values[rows[part]] * weights[part].unsqueeze(1))
+        totals = weights.new_zeros(order.d_sae).index_add_(0, latents, weights)
+    return sums.to(dtype), totals.to(dtype)
+
+
+def _check_pairs(latents: torch.Tensor, weight: torch.Tensor, **others: torch.Tensor) -> None:
+    if latents.ndim != 2 or weight.ndim != 2:
+        raise ValueError(
+            "latents and weight must have two dimensions; got shapes "
+            f"{list(latents.shape)} and {list(weight.shape)}"
+        )
+    expected = {
+        "coefficients": list(latents.shape),
+        "batch": [latents.shape[0], weight.shape[1]],
+    }
+    for name, tensor in others.items():
+        if list(tensor.shape) != expected[name]:
+            raise ValueError(f"{name} must have shape {expected[name]}; got {list(tensor.shape)}")
+
+
+def _has_embedding_bag(tensor: torch.Tensor) -> bool:
+    return tensor.device.type in ("cpu", "cuda")
+
+
+def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _row_chunks(latents: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+    row_bytes = max(1, latents.shape[1] * weight.shape[1] * 4)
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    return [slice(start, start + step) for start in range(0, latents.shape[0], step)]

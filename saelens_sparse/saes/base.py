@@ -1,0 +1,78 @@
+"""What every sparse training SAE shares: weight layout, hooks, choice of implementation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from saelens_sparse.implementation import Choice, choose_implementation
+from saelens_sparse.optim import mark_latent_major
+
+if TYPE_CHECKING:
+    from sae_lens.saes.sae import TrainingSAE
+
+    _Base = TrainingSAE[Any]
+else:
+    _Base = object
+
+DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
+
+
+class SparseTrainingSAEMixin(_Base):
+    """Mixed into a stock `TrainingSAE` whose forward pass it replaces by a sparse one.
+
+    `W_enc` keeps SAELens's shape `[d_in, d_sae]` and lies in memory as contiguous
+    `[d_sae, d_in]` rows, so that each latent's encoder vector is one contiguous read.
+    """
+
+    def choose(self, density: float) -> Choice:
+        """What runs for the next call, and why."""
+        for name in DENSE_HOOKS:
+            if has_hooks(getattr(self, name)):
+                return Choice("dense", f"a hook on {name} needs a dense tensor")
+        return choose_implementation(
+            self.cfg.implementation, self.W_enc.device, self.W_enc.dtype, density
+        )
+
+    def latent_major_encoder(self) -> nn.Parameter:
+        """`W_enc`, moved into latent-major layout if something replaced its storage.
+
+        Loading, moving or folding weights may leave any layout behind; the parameter object,
+        and with it the optimizer's state, stays the same.
+        """
+        if not self.W_enc.T.is_contiguous():
+            self.W_enc.data = self.W_enc.data.T.contiguous().T
+        mark_latent_major(self.W_enc)
+        return self.W_enc
+
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raise a named error for an input that the SAE cannot encode."""
+        if not isinstance(x, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must have a floating-point dtype; got {x.dtype}")
+        if x.device != self.W_enc.device:
+            raise ValueError(f"x must be on the SAE's device {self.W_enc.device}; got {x.device}")
+        hook_z = self.hook_z_reshaping_mode
+        width = x.shape[-1] if not hook_z else x.shape[-2:].numel()
+        if x.ndim < (2 if hook_z else 1) or width != self.cfg.d_in:
+            raise ValueError(
+                f"x must have d_in={self.cfg.d_in} as its width; got shape {list(x.shape)}"
+            )
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        # safetensors takes contiguous tensors only, and stock's layout is what others expect.
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+
+def has_hooks(hook_point: nn.Module) -> bool:
+    """Whether any hook is attached to a hook point (or to what stands in for it)."""
+    return bool(
+        hook_point._forward_hooks
+        or hook_point._forward_pre_hooks
+        or hook_point._backward_hooks
+        or hook_point._backward_pre_hooks
+    )

@@ -1,0 +1,327 @@
+"""Top-K training SAE that computes only what is active. Counterpart of SAELens's `topk_sae.py`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from sae_lens.saes.sae import (
+    SAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+    _disable_hooks,  # pyright: ignore[reportPrivateUsage]
+)
+from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from typing_extensions import override
+
+from saelens_sparse.implementation import IMPLEMENTATIONS, Backend, Choice, Implementation
+from saelens_sparse.lazy import DeferredPreActs, SparseCode, SparseFeatureActs
+from saelens_sparse.ops import (
+    LatentOrder,
+    RowGradients,
+    decode_selected,
+    encode_selected,
+    gather_rows,
+    keep_topk,
+    select_topk,
+)
+from saelens_sparse.saes.base import SparseTrainingSAEMixin
+
+
+@dataclass
+class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
+    """
+    Configuration class for training a SparseTopKTrainingSAE.
+
+    Every field of SAELens's TopKTrainingSAEConfig has the same default and meaning. The SAE
+    that is saved for inference is a stock `topk` SAE.
+
+    Args:
+        implementation (Literal["auto", "triton", "torch", "dense"]): What computes the SAE.
+            "triton" are the GPU kernels, "torch" is sparse PyTorch for any device, "dense" is
+            SAELens's own arithmetic. "auto" takes the fastest that works.
+        screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
+            of one chunk of rows while their top k are selected, in MiB.
+        use_sparse_activations (bool): Accepted for compatibility. The plugin never holds dense
+            activations, so that there is nothing left for it to do.
+        k (int): Number of top latents to keep active. Inherited from TopKTrainingSAEConfig.
+        aux_loss_coefficient (float): Coefficient for the auxiliary loss (AuxK) that revives
+            dead latents. Inherited from TopKTrainingSAEConfig.
+        rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
+            Inherited from TopKTrainingSAEConfig.
+        decoder_init_norm (float | None): Norm to initialize decoder weights to.
+            Inherited from TrainingSAEConfig.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+        dtype (str): Data type of the SAE's parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the input
+            before encoding. Inherited from SAEConfig.
+        normalize_activations (Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]):
+            Normalization of the input activations. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations.
+            Inherited from SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
+    """  # noqa: E501
+
+    implementation: Implementation = "auto"
+    screen_buffer_mib: int = 1024
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_sparse"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+    @override
+    def __post_init__(self) -> None:
+        _require_int("d_in", self.d_in, 1)
+        _require_int("d_sae", self.d_sae, 1)
+        _require_int("k", self.k, 1)
+        if self.k > self.d_sae:
+            raise ValueError(f"k must be at most d_sae={self.d_sae}; got {self.k}")
+        _require_int("screen_buffer_mib", self.screen_buffer_mib, 1)
+        if not math.isfinite(self.aux_loss_coefficient):
+            raise ValueError(
+                f"aux_loss_coefficient must be a finite number; got {self.aux_loss_coefficient}"
+            )
+        if self.decoder_init_norm is not None and not (
+            math.isfinite(self.decoder_init_norm) and self.decoder_init_norm > 0
+        ):
+            raise ValueError(
+                "decoder_init_norm must be a positive finite number or None; "
+                f"got {self.decoder_init_norm}"
+            )
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; "
+                f"got {self.implementation!r}"
+            )
+        if self.use_sparse_activations:
+            _say_sparse_activations_are_moot()
+        super().__post_init__()
+
+
+class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
+    """
+    Top-K SAE that trains the same model as SAELens's TopKTrainingSAE, computing only what is
+    active: the top k are selected from a screen instead of a dense hidden state, decode and
+    every gradient touch the active latents alone, and AuxK costs what the dead latents cost.
+
+    In a training step `feature_acts` and `hidden_pre` are `OnDemandTensor`s; everything else
+    that SAELens's public methods return are ordinary tensors. A hook on the pre-activations,
+    the activations or the reconstruction makes that call dense, as in stock.
+    """
+
+    cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def implementation(self) -> Choice:
+        """What the next call runs on, and why."""
+        return self.choose(self.cfg.k / self.cfg.d_sae)
+
+    @override
+    def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return TopK(self.cfg.k, use_sparse_activations=False)
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if self.implementation.name == "dense":
+            return super().training_forward_pass(step_input)
+        return self._sparse_training_forward_pass(step_input)
+
+    # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
+    @torch.compiler.disable
+    def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        output = super().training_forward_pass(step_input)
+        if isinstance(output.feature_acts, SparseFeatureActs):
+            code = output.feature_acts.code
+            output.metrics["rows_recomputed"] = code.rows_recomputed
+        return output
+
+    @override
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature activations `[..., d_sae]` as an ordinary tensor, for any leading shape."""
+        feature_acts, _ = self.encode_with_hidden_pre(x)
+        return _ordinary(feature_acts)
+
+    @override
+    def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Feature activations and pre-activations, both `[..., d_sae]`, computed on demand.
+
+        Args:
+            x: `[..., d_in]` floating point, on the SAE's device.
+
+        Raises:
+            TypeError: x is not a floating-point tensor.
+            ValueError: x has another width than d_in or is on another device.
+        """
+        self.check_input(x)
+        choice = self.implementation
+        if choice.name == "dense":
+            return super().encode_with_hidden_pre(x)
+        W_enc = self.latent_major_encoder()
+
+        # As process_sae_in, keeping the input and the bias apart: b_dec's gradient through a
+        # constant input needs no gradient of the input.
+        normed = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        normed = self.run_time_activation_norm_fn_in(normed)
+        leading_shape = normed.shape[:-1]
+        normed = normed.reshape(-1, self.cfg.d_in)
+        centred = normed - self.b_dec * self.cfg.apply_b_dec_to_input
+        input_bias = None
+        if not normed.requires_grad:
+            centred = centred.detach()
+            input_bias = self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+        norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        selection = select_topk(
+            centred,
+            W_enc.detach().T,
+            self.b_enc,
+            norms,
+            self.cfg.k,
+            choice.backend,
+            self.cfg.screen_buffer_mib * 2**20,
+        )
+        active = ~(selection.scores <= 0)  # a NaN is active, as in stock's `feature_acts.bool()`
+        order = LatentOrder.of(selection.latents, active, self.cfg.d_sae)
+        encoder_rows = RowGradients()
+        acts = encode_selected(
+            centred, W_enc, self.b_enc, input_bias, selection, order, encoder_rows, choice.backend
+        )
+        code = SparseCode(
+            x=centred,
+            latents=selection.latents,
+            acts=acts,
+            norms=norms,
+            order=order,
+            decoder_version=self.W_dec._version,
+            rows_recomputed=selection.rows_recomputed,
+            encoder_rows=encoder_rows,
+            decoder_rows=RowGradients(),
+        )
+        hidden_pre = DeferredPreActs(
+            code, leading_shape, self._dense_pre_acts, (self.W_enc, self.b_enc, self.W_dec)
+        )
+        return SparseFeatureActs(code, leading_shape), hidden_pre
+
+    @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """
+        Reconstruction `[..., d_in]` from feature activations `[..., d_sae]`: sparse for the
+        activations of `encode_with_hidden_pre`, dense for ordinary tensors.
+        """
+        choice = self.implementation
+        if choice.name == "dense" or not self._can_decode_sparsely(feature_acts):
+            return super().decode(_ordinary(feature_acts))
+        assert isinstance(feature_acts, SparseFeatureActs)
+        code = feature_acts.code
+        recons = decode_selected(
+            code.acts, self.W_dec, code.latents, code.order, code.decoder_rows, choice.backend
+        )
+        code.recons = recons
+        sae_out_pre = (recons + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in)
+        sae_out_pre = self.hook_sae_recons(sae_out_pre)
+        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
+        return self.reshape_fn_out(sae_out_pre, self.d_head)
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Forward pass through the SAE, as stock's; nothing dense unless a hook asks for it."""
+        sae_out = self.decode(self.encode_with_hidden_pre(x)[0])
+        if self.use_error_term:
+            with torch.no_grad(), _disable_hooks(self):
+                clean = self.decode(self.encode_with_hidden_pre(x)[0])
+            sae_out = sae_out + self.hook_sae_error(x - clean)
+        return self.hook_sae_output(sae_out)
+
+    @override
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: torch.Tensor,
+        sae_out: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        dead_neuron_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        AuxK loss of the dead latents, computed on their rows of the weights alone.
+
+        Formula: Gao et al. 2024 (arXiv:2406.04093), appendix A.2 and B.1, as in SAELens.
+        """
+        code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
+        if code is None or code.recons is None or dead_neuron_mask is None:
+            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        dead = dead_neuron_mask.nonzero().squeeze(1)
+        n_dead = dead.numel()
+        if n_dead == 0:
+            return sae_out.new_tensor(0.0)
+        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+
+        k_aux = sae_in.shape[-1] // 2
+        scale = min(n_dead / k_aux, 1.0)
+        W_enc = gather_rows(self.W_enc.T, dead, code.acts, code.encoder_rows)
+        W_dec = gather_rows(self.W_dec, dead, code.recons, code.decoder_rows)
+        values = self._dead_pre_acts(code, W_enc, dead)
+        if k_aux < n_dead:
+            # The decoder norms steer the selection; in the reconstruction they cancel.
+            scores = values if code.norms is None else values * code.norms[dead]
+            values = keep_topk(values, scores.detach(), k_aux, self.implementation.backend)
+        residual = (sae_in - sae_out).detach()
+        recons = self.reshape_fn_out((values @ W_dec).view_as(residual), self.d_head)
+        auxk_loss = (recons - residual).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * scale * auxk_loss
+
+    def _dead_pre_acts(
+        self, code: SparseCode, W_enc: torch.Tensor, dead: torch.Tensor
+    ) -> torch.Tensor:
+        """Pre-activations of the dead latents, `[n_rows, n_dead]`."""
+        bias = self.b_enc.index_select(0, dead)
+        if not code.x.requires_grad and self.cfg.apply_b_dec_to_input:
+            # Zero in value: gives b_dec its gradient by one matrix-vector product.
+            bias = bias - W_enc.detach() @ (self.b_dec - self.b_dec.detach())
+        return code.x @ W_enc.T + bias
+
+    def _dense_pre_acts(self, x: torch.Tensor) -> torch.Tensor:
+        hidden_pre = x @ self.W_enc + self.b_enc
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        return hidden_pre
+
+    def _can_decode_sparsely(self, feature_acts: torch.Tensor) -> bool:
+        return (
+            isinstance(feature_acts, SparseFeatureActs)
+            and not feature_acts.was_changed()
+            and feature_acts.code.decoder_version == self.W_dec._version
+        )
+
+
+def _ordinary(feature_acts: torch.Tensor) -> torch.Tensor:
+    if isinstance(feature_acts, SparseFeatureActs):
+        return feature_acts.materialized()
+    return feature_acts
+
+
+def _require_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+@cache
+def _say_sparse_activations_are_moot() -> None:
+    warnings.warn(
+        "use_sparse_activations=True has nothing left to do in topk_sparse: activations are "
+        "never dense.",
+        stacklevel=4,
+    )
