@@ -15,15 +15,15 @@ class GatherSumLaunch:
 
     BLOCK_K: int = 8
     BLOCK_D: int = 512
-    num_warps: int = 4
+    num_warps: int = 2
 
 
 @dataclass(frozen=True)
 class GatherDotLaunch:
     """Tile of `gather_dot`: BLOCK_K dot products, BLOCK_D columns at a time."""
 
-    BLOCK_K: int = 8
-    BLOCK_D: int = 512
+    BLOCK_K: int = 16
+    BLOCK_D: int = 256
     num_warps: int = 4
 
 
@@ -35,10 +35,10 @@ class SegmentSumLaunch:
     by one program, longer segments through partial sums in a fixed order.
     """
 
-    BLOCK_P: int = 4
+    BLOCK_P: int = 2
     BLOCK_D: int = 512
     SPLIT: int = 128
-    num_warps: int = 4
+    num_warps: int = 1
 
 
 GATHER_SUM = GatherSumLaunch()

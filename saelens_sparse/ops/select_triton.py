@@ -29,8 +29,9 @@ import triton.language as tl
 
 from saelens_sparse.ops.select import Selection
 
-# A row of scores is held in one program's registers up to this width.
+# Rows up to these widths are held in one program's registers.
 MAX_MASK_COLUMNS = 32768
+MAX_ROUND_COLUMNS = 32768
 
 _MIN_GROUP_WIDTH, _MAX_GROUP_WIDTH = 8, 1024
 # Groups per selected latent: enough that few of the top k share a group, which is what makes
@@ -42,7 +43,6 @@ _GROUPS_PER_LATENT = 16
 class SelectLaunch:
     """Tile sizes of the selection kernels."""
 
-    ROUND_COLS: int = 1024
     BOUND_COLS: int = 1024
     BOUND_ROWS: int = 4
     BOUND_ITERATIONS: int = 8
@@ -52,6 +52,7 @@ class SelectLaunch:
 
 
 LAUNCH = SelectLaunch()
+MASK_PER_WARP = 2048
 
 
 @triton.jit
@@ -64,13 +65,18 @@ def _ordered_key(x):
 
 @triton.jit
 def _kth_largest_key(keys, k):
-    """The k-th largest of the int32 keys, bit by bit from the top."""
-    reached = tl.sum((keys >= 0).to(tl.int32), axis=0) >= k
-    threshold = tl.where(reached, 0, -2147483648).to(tl.int32)
-    for i in range(0, 31):
-        trial = threshold | (1 << (30 - i))
-        reached = tl.sum((keys >= trial).to(tl.int32), axis=0) >= k
-        threshold = tl.where(reached, trial, threshold)
+    """A key that the k largest of the int32 keys reach and, but for ties, no other does.
+
+    Built bit by bit from the top, until exactly k keys reach it.
+    """
+    count = tl.sum((keys >= 0).to(tl.int32), axis=0)
+    threshold = tl.where(count >= k, 0, -2147483648).to(tl.int32)
+    bit = 30
+    while (bit >= 0) & (count != k):
+        trial = threshold | (1 << bit)
+        count = tl.sum((keys >= trial).to(tl.int32), axis=0)
+        threshold = tl.where(count >= k, trial, threshold)
+        bit -= 1
     return threshold
 
 
@@ -84,36 +90,24 @@ def _round_rows_kernel(
     D,
     BLOCK_D: tl.constexpr,
 ):
-    """rounded = fp16(rows * 2^e) with a norm near 128; |row| and |row - rounded / 2^e|"""
+    """rounded = fp16(row * 2^e) with a norm near 128; |row| and |row - rounded / 2^e|"""
     r = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    largest = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        x = tl.load(rows_ptr + r * D + cols, mask=cols < D, other=0.0)
-        largest = tl.maximum(largest, tl.abs(x))
+    cols = tl.arange(0, BLOCK_D)
+    x = tl.load(rows_ptr + r * D + cols, mask=cols < D, other=0.0)
     # Squares of tiny or huge rows leave float32's range, so scale by the largest element first.
-    exponent = tl.floor(tl.log2(tl.max(largest, axis=0)))
+    exponent = tl.floor(tl.log2(tl.max(tl.abs(x), axis=0)))
     exponent = tl.minimum(tl.maximum(exponent, -100.0), 100.0)
-    unit = tl.exp2(-exponent)
-    for start in range(0, D, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        x = tl.load(rows_ptr + r * D + cols, mask=cols < D, other=0.0) * unit
-        squares += x * x
-    norm = tl.sqrt(tl.sum(squares, axis=0))
+    x = x * tl.exp2(-exponent)
+    norm = tl.sqrt(tl.sum(x * x, axis=0))
     shrink = tl.exp2(7.0 - tl.floor(tl.log2(tl.maximum(norm, 1.0))))
-    errors = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        x = tl.load(rows_ptr + r * D + cols, mask=cols < D, other=0.0) * unit * shrink
-        rounded = x.to(tl.float16)
-        error = x - rounded.to(tl.float32)
-        errors += error * error
-        tl.store(rounded_ptr + r * D + cols, rounded, mask=cols < D)
+    x = x * shrink
+    rounded = x.to(tl.float16)
+    error = x - rounded.to(tl.float32)
+    tl.store(rounded_ptr + r * D + cols, rounded, mask=cols < D)
     inverse = tl.exp2(exponent) / shrink
     tl.store(inverse_scales_ptr + r, inverse)
     tl.store(norms_ptr + r, norm * tl.exp2(exponent))
-    tl.store(residuals_ptr + r, tl.sqrt(tl.sum(errors, axis=0)) * inverse)
+    tl.store(residuals_ptr + r, tl.sqrt(tl.sum(error * error, axis=0)) * inverse)
 
 
 @triton.jit
@@ -405,7 +399,8 @@ def _topk_mask_kernel(
 
 def can_screen(x: torch.Tensor, weight: torch.Tensor, k: int) -> bool:
     """Whether there are rows, and latents enough per selected one, for groups to be of use."""
-    return x.shape[0] > 0 and weight.shape[0] >= 4 * k * _MIN_GROUP_WIDTH
+    d_sae, d_in = weight.shape
+    return x.shape[0] > 0 and d_in <= MAX_ROUND_COLUMNS and d_sae >= 4 * k * _MIN_GROUP_WIDTH
 
 
 def group_width(d_sae: int, k: int) -> int:
@@ -498,7 +493,7 @@ def topk_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
         block = triton.next_power_of_2(columns)
         _topk_mask_kernel[(n_rows,)](
             mask, scores.contiguous(), columns, k,
-            BLOCK_M=block, num_warps=_warps(block, per_warp=1024),
+            BLOCK_M=block, num_warps=_warps(block, per_warp=MASK_PER_WARP),
         )  # fmt: skip
     return mask.view(torch.bool)
 
@@ -509,9 +504,10 @@ def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     inverse_scales, norms, residuals = torch.empty(
         3, n_rows, dtype=torch.float32, device=rows.device
     )
+    block = triton.next_power_of_2(d)
     _round_rows_kernel[(n_rows,)](
         rounded, inverse_scales, norms, residuals, rows, d,
-        BLOCK_D=LAUNCH.ROUND_COLS, num_warps=4,
+        BLOCK_D=block, num_warps=_warps(block, per_warp=512),
     )  # fmt: skip
     return rounded, inverse_scales, norms, residuals
 
