@@ -67,7 +67,7 @@ class SparseCode:
     norms: torch.Tensor | None
     order: LatentOrder
     decoder_version: int
-    rows_recomputed: torch.Tensor
+    rows_recomputed: int
     encoder_rows: RowGradients
     decoder_rows: RowGradients
     recons: torch.Tensor | None = None
@@ -203,22 +203,13 @@ class FiringPattern(OnDemandTensor):
         self.order = order
         return self
 
-    def _active(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and latents of the active pairs; the rest sit at the extra latent d_sae."""
-        order = self.order
-        latents = torch.searchsorted(
-            order.offsets[1:], torch.arange(order.pairs.numel(), device=self.device), right=True
-        )
-        return order.pairs // order.k, latents
-
     @override
     def compute(self) -> torch.Tensor:
-        rows, latents = self._active()
-        n_rows = self.numel() // self.order.d_sae
-        dense = torch.zeros(
-            n_rows, self.order.d_sae + 1, dtype=self.dtype, device=self.device
-        )
-        dense[rows, latents] = 1
+        order = self.order
+        n_rows = order.pairs.numel() // order.k
+        # Inactive pairs have the key d_sae: they land in a column of their own.
+        dense = torch.zeros(n_rows, order.d_sae + 1, dtype=self.dtype, device=self.device)
+        dense[order.pairs // order.k, order.keys.long()] = 1
         return dense[:, :-1].reshape(self.size())
 
     @override
@@ -231,18 +222,16 @@ class FiringPattern(OnDemandTensor):
             dims = args[1:] if len(args) > 1 else (kwargs.pop("dim", None),)
             if len(dims) == 1 and not kwargs and self.ndim == 2:
                 if dims[0] in (0, -2):
-                    return self.order.counts().to(self.dtype)
+                    return self.order.counts.to(self.dtype)
                 if dims[0] in (1, -1):
                     return self._row_counts()
         return NotImplemented
 
     def _row_counts(self) -> torch.Tensor:
-        active = torch.zeros(
-            self.size(0) * self.order.k, dtype=self.dtype, device=self.order.pairs.device
-        )
-        in_segments = torch.arange(active.numel(), device=active.device) < self.order.offsets[-1]
-        active[self.order.pairs] = in_segments.to(self.dtype)
-        return active.view(-1, self.order.k).sum(-1)
+        order = self.order
+        active = torch.empty(order.pairs.numel(), dtype=self.dtype, device=order.pairs.device)
+        active[order.pairs] = (order.keys < order.d_sae).to(self.dtype)
+        return active.view(-1, order.k).sum(-1)
 
 
 class DeferredPreActs(OnDemandTensor):

@@ -11,14 +11,17 @@ from saelens_sparse.ops.autograd import (
     gather_rows,
     keep_topk,
 )
+from saelens_sparse.ops.host_count import HostCount
 from saelens_sparse.ops.latent_order import LatentOrder
-from saelens_sparse.ops.row_ops import gather_dot, gather_sum, segment_sum
-from saelens_sparse.ops.select import Selection, select_topk, topk_mask
+from saelens_sparse.ops.row_ops import add_rows, gather_dot, gather_sum, segment_sum
+from saelens_sparse.ops.select import Selection, select_topk, start_select_topk, topk_values
 
 __all__ = [
+    "HostCount",
     "LatentOrder",
     "RowGradients",
     "Selection",
+    "add_rows",
     "decode_selected",
     "encode_selected",
     "gather_dot",
@@ -27,5 +30,6 @@ __all__ = [
     "keep_topk",
     "segment_sum",
     "select_topk",
-    "topk_mask",
+    "start_select_topk",
+    "topk_values",
 ]

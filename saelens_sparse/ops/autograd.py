@@ -7,8 +7,8 @@ from torch.autograd.function import once_differentiable
 
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.latent_order import LatentOrder
-from saelens_sparse.ops.row_ops import gather_dot, gather_sum, segment_sum
-from saelens_sparse.ops.select import Selection, topk_mask
+from saelens_sparse.ops.row_ops import add_rows, gather_dot, gather_sum, segment_sum
+from saelens_sparse.ops.select import Selection, topk_values
 
 
 class RowGradients:
@@ -27,10 +27,10 @@ class RowGradients:
     def leave(self, rows: torch.Tensor, gradient: torch.Tensor) -> None:
         self._parts.append((rows, gradient))
 
-    def add_to(self, dense: torch.Tensor) -> None:
-        """Add what was left to `dense` (rows are distinct, so the order cannot matter)."""
+    def add_to(self, dense: torch.Tensor, backend: Backend) -> None:
+        """Add what was left to `dense`, `[d_sae, d]`."""
         for rows, gradient in self._parts:
-            dense.index_add_(0, rows, gradient.to(dense.dtype))
+            add_rows(dense, rows, gradient, backend)
         self._parts.clear()
 
 
@@ -89,24 +89,36 @@ def decode_selected(
 
 
 def gather_rows(
-    weight: torch.Tensor, rows: torch.Tensor, output: torch.Tensor, row_gradients: RowGradients
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    width: int,
+    output: torch.Tensor,
+    row_gradients: RowGradients,
 ) -> torch.Tensor:
-    """`weight[rows]`, differentiable at a cost in proportion to the number of rows.
+    """`weight[rows]` with zero rows appended, at a cost in proportion to the number of rows.
 
     Args:
         weight: `[d_sae, d]`.
         rows: `[n]` int64, distinct.
+        width: number of rows of the result, at least n.
         output: what `encode_selected` or `decode_selected` returned for this weight.
         row_gradients: the object that the same call got.
+
+    Returns:
+        `[width, d]`, differentiable with respect to `weight`.
     """
-    return _GatherRows.apply(weight.detach(), rows, output, row_gradients)  # pyright: ignore[reportReturnType]
+    return _GatherRows.apply(weight.detach(), rows, width, output, row_gradients)  # pyright: ignore[reportReturnType]
 
 
 def keep_topk(
-    values: torch.Tensor, scores: torch.Tensor, k: int, backend: Backend
+    products: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    k: int,
+    backend: Backend,
 ) -> torch.Tensor:
-    """`values` at each row's k largest `scores`, zero elsewhere; `[n_rows, n]`."""
-    return torch.where(topk_mask(scores, k, backend), values, 0.0)
+    """The values of `topk_values`, differentiable with respect to `products` and `bias`."""
+    return _KeepTopK.apply(products, bias, norms, k, backend)  # pyright: ignore[reportReturnType]
 
 
 class _EncodeSelected(torch.autograd.Function):
@@ -131,20 +143,22 @@ class _EncodeSelected(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, acts, latents = ctx.saved_tensors
-        # NaN activations pass their gradient on, as a ReLU does.
-        grad_pre_acts = grads[0].masked_fill(acts <= 0, 0)
+        # Clipped pairs are not in ctx.order, so their gradient need not be zeroed for it.
+        grad_acts = grads[0]
         need_x, need_weight, need_bias, need_input_bias = ctx.needs_input_grad[:4]
         grad_x = grad_weight = grad_bias = grad_input_bias = None
         rows = weight.detach().T
         if need_weight or need_bias or need_input_bias:
             grad_rows, grad_bias = segment_sum(
-                ctx.order, grad_pre_acts, x, weight.dtype, ctx.backend
+                ctx.order, grad_acts, x, weight.dtype, ctx.backend
             )
             if need_input_bias:
                 grad_input_bias = -(grad_bias @ rows)
-            ctx.row_gradients.add_to(grad_rows)
+            ctx.row_gradients.add_to(grad_rows, ctx.backend)
             grad_weight = grad_rows.T
         if need_x:
+            # A NaN activation passes its gradient on, as a ReLU does.
+            grad_pre_acts = grad_acts.masked_fill(acts <= 0, 0)
             grad_x = gather_sum(grad_pre_acts, latents, rows, ctx.backend).to(x.dtype)
         return grad_x, grad_weight, grad_bias, grad_input_bias, None, None, None, None
 
@@ -174,7 +188,7 @@ class _DecodeSelected(torch.autograd.Function):
             grad_acts = gather_dot(grad_output, latents, weight, ctx.backend).to(acts.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight, _ = segment_sum(ctx.order, acts, grad_output, weight.dtype, ctx.backend)
-            ctx.row_gradients.add_to(grad_weight)
+            ctx.row_gradients.add_to(grad_weight, ctx.backend)
         return grad_acts, grad_weight, None, None, None, None
 
 
@@ -184,15 +198,46 @@ class _GatherRows(torch.autograd.Function):
         ctx: Any,
         weight: torch.Tensor,
         rows: torch.Tensor,
+        width: int,
         output: torch.Tensor,  # noqa: ARG004
         row_gradients: RowGradients,
     ) -> torch.Tensor:
         ctx.save_for_backward(rows)
         ctx.row_gradients = row_gradients
-        return weight.index_select(0, rows)
+        n = rows.numel()
+        gathered = weight.new_empty(width, weight.shape[1])
+        torch.index_select(weight, 0, rows, out=gathered[:n])
+        gathered[n:].zero_()
+        return gathered
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, ...]:
-        ctx.row_gradients.leave(ctx.saved_tensors[0], grads[0])
-        return None, None, None, None
+        (rows,) = ctx.saved_tensors
+        ctx.row_gradients.leave(rows, grads[0][: rows.numel()])
+        return None, None, None, None, None
+
+
+class _KeepTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        products: torch.Tensor,
+        bias: torch.Tensor,
+        norms: torch.Tensor | None,
+        k: int,
+        backend: Backend,
+    ) -> torch.Tensor:
+        values, kept = topk_values(products, bias, norms, k, backend)
+        ctx.save_for_backward(kept)
+        ctx.n, ctx.bias_dtype = bias.numel(), bias.dtype
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        grad_products = torch.where(kept, grads[0], 0.0)
+        sum_dtype = torch.promote_types(ctx.bias_dtype, torch.float32)
+        grad_bias = grad_products.sum(0, dtype=sum_dtype)[: ctx.n].to(ctx.bias_dtype)
+        return grad_products, grad_bias, None, None, None

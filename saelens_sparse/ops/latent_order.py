@@ -1,6 +1,7 @@
 """The active (row, latent) pairs of a batch, grouped by latent."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -14,16 +15,18 @@ class LatentOrder:
     """
 
     pairs: torch.Tensor  # [n_rows * k] int64, positions in the flattened selection
-    offsets: torch.Tensor  # [d_sae + 1] int64; inactive pairs lie beyond offsets[-1]
+    keys: torch.Tensor  # [n_rows * k] int32, the latent of each; d_sae for inactive pairs
+    offsets: torch.Tensor  # [d_sae + 1] int64, where each latent's segment begins
     k: int
 
     @property
     def d_sae(self) -> int:
         return self.offsets.numel() - 1
 
+    @cached_property
     def counts(self) -> torch.Tensor:
         """Number of rows on which each latent is active, `[d_sae]` int64."""
-        return self.offsets.diff()
+        return self.offsets[1:] - self.offsets[:-1]
 
     @classmethod
     def of(cls, latents: torch.Tensor, active: torch.Tensor, d_sae: int) -> "LatentOrder":
@@ -34,7 +37,12 @@ class LatentOrder:
             active: `[n_rows, k]` bool; pairs where it is False are left out.
             d_sae: number of latents.
         """
-        keys = latents.to(torch.int32).masked_fill(~active, d_sae).flatten()
-        sorted_keys, pairs = torch.sort(keys, stable=True)
-        boundaries = torch.arange(d_sae + 1, dtype=torch.int32, device=latents.device)
-        return cls(pairs, torch.searchsorted(sorted_keys, boundaries), latents.shape[1])
+        keys = torch.where(active, latents, d_sae).to(torch.int32)
+        return cls.of_keys(keys, d_sae)
+
+    @classmethod
+    def of_keys(cls, keys: torch.Tensor, d_sae: int) -> "LatentOrder":
+        """As `of`, from `[n_rows, k]` int32 keys: the latent, or d_sae for an inactive pair."""
+        sorted_keys, pairs = torch.sort(keys.flatten(), stable=True)
+        boundaries = torch.arange(d_sae + 1, dtype=torch.int32, device=keys.device)
+        return cls(pairs, sorted_keys, torch.searchsorted(sorted_keys, boundaries), keys.shape[1])

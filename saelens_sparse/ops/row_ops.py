@@ -7,6 +7,8 @@ With `latents[n, i]` the i-th selected latent of row n:
 - `segment_sum`: out[j]    = sum over active (n, i) with latents[n, i] = j of
                              coefficients[n, i] * batch[n]               (weight gradients)
 
+and `add_rows`, which adds a few dense rows to such a gradient.
+
 All sums run in float32 or better and in a fixed order.
 """
 
@@ -120,12 +122,35 @@ def segment_sum(
         positions = torch.arange(pairs.numel(), device=pairs.device)
         totals = F.embedding_bag(positions, weights.unsqueeze(1), starts, mode="sum").squeeze(1)
     else:
-        latents = torch.repeat_interleave(order.counts())
+        latents = order.keys[: pairs.numel()].long()
         sums = values.new_zeros(order.d_sae, batch.shape[1])
         for part in _row_chunks(latents.unsqueeze(1), batch):
             sums.index_add_(0, latents[part], values[rows[part]] * weights[part].unsqueeze(1))
         totals = weights.new_zeros(order.d_sae).index_add_(0, latents, weights)
     return sums.to(dtype), totals.to(dtype)
+
+
+def add_rows(
+    weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, backend: Backend
+) -> None:
+    """`weight[rows] += values` in place, for distinct rows.
+
+    Args:
+        weight: `[d_sae, d]`, contiguous.
+        rows: `[n]` int64, distinct.
+        values: `[n, d]`.
+        backend: `"triton"` or `"torch"`.
+    """
+    if values.shape != (rows.numel(), weight.shape[1]):
+        raise ValueError(
+            f"values must have shape {[rows.numel(), weight.shape[1]]}; got {list(values.shape)}"
+        )
+    if backend == "triton":
+        from saelens_sparse.ops import row_ops_triton
+
+        row_ops_triton.add_rows(weight, rows, values)
+    else:
+        weight.index_add_(0, rows, values.to(weight.dtype))
 
 
 def _check_pairs(latents: torch.Tensor, weight: torch.Tensor, **others: torch.Tensor) -> None:

@@ -143,12 +143,12 @@ def _sum_pairs(
 def _partial_sums_kernel(
     partials_ptr,  # [S, D]
     partial_totals_ptr,  # [S]
-    chunk_latents_ptr,  # [S], L beyond the last chunk
-    first_chunks_ptr,  # [L]
     offsets_ptr,  # [L + 1]
+    keys_ptr,  # [P]
     pairs_ptr,  # [P]
     coefficients_ptr,  # [P]
     batch_ptr,  # [N, D]
+    P,
     L,
     K,
     D,
@@ -156,22 +156,34 @@ def _partial_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum over one chunk of at most SPLIT pairs of a long segment."""
-    s = tl.program_id(0).to(tl.int64)
-    latent = tl.load(chunk_latents_ptr + s)
+    """Sum over the part of a long segment that lies in one block of SPLIT sorted pairs.
+
+    A segment longer than SPLIT that touches a block covers its first or its last pair, so two
+    slots a block suffice: slot 2c for the segment at the first pair, 2c + 1 for that at the last.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    block_first = (slot // 2) * SPLIT
+    block_last = tl.minimum(block_first + SPLIT, P) - 1
+    first_latent = tl.load(keys_ptr + block_first)
+    latent = first_latent
+    if slot % 2 == 1:
+        last_latent = tl.load(keys_ptr + block_last)
+        latent = tl.where(last_latent == first_latent, L, last_latent)
     if latent < L:
-        chunk = s - tl.load(first_chunks_ptr + latent)
-        first = tl.load(offsets_ptr + latent) + chunk * SPLIT
-        n_pairs = tl.minimum(tl.load(offsets_ptr + latent + 1) - first, SPLIT)
-        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        col_mask = cols < D
-        acc, total = _sum_pairs(
-            pairs_ptr, coefficients_ptr, batch_ptr, first, n_pairs, cols, col_mask, K, D,
-            BLOCK_P, BLOCK_D,
-        )  # fmt: skip
-        tl.store(partials_ptr + s * D + cols, acc, mask=col_mask)
-        if tl.program_id(1) == 0:
-            tl.store(partial_totals_ptr + s, total)
+        first = tl.load(offsets_ptr + latent)
+        end = tl.load(offsets_ptr + latent + 1)
+        if end - first > SPLIT:
+            first = tl.maximum(first, block_first)
+            n_pairs = (tl.minimum(end, block_last + 1) - first).to(tl.int32)
+            cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+            col_mask = cols < D
+            acc, total = _sum_pairs(
+                pairs_ptr, coefficients_ptr, batch_ptr, first, n_pairs, cols, col_mask, K, D,
+                BLOCK_P, BLOCK_D,
+            )  # fmt: skip
+            tl.store(partials_ptr + slot * D + cols, acc, mask=col_mask)
+            if tl.program_id(1) == 0:
+                tl.store(partial_totals_ptr + slot, total)
 
 
 @triton.jit
@@ -180,7 +192,6 @@ def _segment_sum_kernel(
     totals_ptr,  # [L]
     partials_ptr,  # [S, D]
     partial_totals_ptr,  # [S]
-    first_chunks_ptr,  # [L]
     offsets_ptr,  # [L + 1]
     pairs_ptr,  # [P]
     coefficients_ptr,  # [P]
@@ -194,7 +205,7 @@ def _segment_sum_kernel(
     """out[j, :] = sum over the pairs p of segment j of coefficients[p] * batch[p // K, :]"""
     j = tl.program_id(0).to(tl.int64)
     first = tl.load(offsets_ptr + j)
-    n_pairs = tl.load(offsets_ptr + j + 1) - first
+    n_pairs = (tl.load(offsets_ptr + j + 1) - first).to(tl.int32)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
     if n_pairs <= SPLIT:
@@ -205,14 +216,33 @@ def _segment_sum_kernel(
     else:
         acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
         total = 0.0
-        first_chunk = tl.load(first_chunks_ptr + j)
-        for chunk in range(0, (n_pairs + SPLIT - 1) // SPLIT):
-            s = first_chunk + chunk
-            acc += tl.load(partials_ptr + s * D + cols, mask=col_mask, other=0.0)
-            total += tl.load(partial_totals_ptr + s)
+        first_block = first // SPLIT
+        n_blocks = ((first + n_pairs - 1) // SPLIT - first_block + 1).to(tl.int32)
+        for i in range(0, n_blocks):
+            block = first_block + i
+            slot = 2 * block + (first > block * SPLIT).to(tl.int64)
+            acc += tl.load(partials_ptr + slot * D + cols, mask=col_mask, other=0.0)
+            total += tl.load(partial_totals_ptr + slot)
     tl.store(out_ptr + j * D + cols, acc.to(out_ptr.dtype.element_ty), mask=col_mask)
     if tl.program_id(1) == 0:
         tl.store(totals_ptr + j, total.to(totals_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _add_rows_kernel(
+    weight_ptr,  # [L, D]
+    rows_ptr,  # [n]
+    values_ptr,  # [n, D]
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """weight[rows[i], :] += values[i, :]"""
+    i = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    target = weight_ptr + tl.load(rows_ptr + i) * D + cols
+    value = tl.load(values_ptr + i * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+    old = tl.load(target, mask=cols < D, other=0.0).to(tl.float32)
+    tl.store(target, (old + value).to(weight_ptr.dtype.element_ty), mask=cols < D)
 
 
 @triton.jit
@@ -252,42 +282,38 @@ def segment_sum(
     order: LatentOrder, coefficients: torch.Tensor, batch: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     d, d_sae, launch = batch.shape[1], order.d_sae, SEGMENT_SUM
+    n_pairs = order.pairs.numel()
     out = torch.empty(d_sae, d, dtype=dtype, device=batch.device)
     totals = torch.empty(d_sae, dtype=dtype, device=batch.device)
+    n_slots = 2 * triton.cdiv(n_pairs, launch.SPLIT)
+    partials = torch.empty(n_slots, d, dtype=torch.float32, device=batch.device)
+    partial_totals = torch.empty(n_slots, dtype=torch.float32, device=batch.device)
     coefficients, batch = coefficients.contiguous(), batch.contiguous()
-
-    first_chunks, chunk_latents = _plan_chunks(order, launch.SPLIT)
-    n_chunks = chunk_latents.numel()
-    partials = torch.empty(n_chunks, d, dtype=torch.float32, device=batch.device)
-    partial_totals = torch.empty(n_chunks, dtype=torch.float32, device=batch.device)
     tiles = triton.cdiv(d, launch.BLOCK_D)
-    tile = {"BLOCK_P": launch.BLOCK_P, "BLOCK_D": launch.BLOCK_D, "num_warps": launch.num_warps}
-    if n_chunks > 0:
-        _partial_sums_kernel[(n_chunks, tiles)](
-            partials, partial_totals, chunk_latents, first_chunks, order.offsets, order.pairs,
-            coefficients, batch, d_sae, order.k, d, SPLIT=launch.SPLIT, **tile,
+    tile = {
+        "SPLIT": launch.SPLIT,
+        "BLOCK_P": launch.BLOCK_P,
+        "BLOCK_D": launch.BLOCK_D,
+        "num_warps": launch.num_warps,
+    }
+    if n_pairs > launch.SPLIT:
+        _partial_sums_kernel[(n_slots, tiles)](
+            partials, partial_totals, order.offsets, order.keys, order.pairs, coefficients,
+            batch, n_pairs, d_sae, order.k, d, **tile,
         )  # fmt: skip
     _segment_sum_kernel[(d_sae, tiles)](
-        out, totals, partials, partial_totals, first_chunks, order.offsets, order.pairs,
-        coefficients, batch, order.k, d, SPLIT=launch.SPLIT, **tile,
+        out, totals, partials, partial_totals, order.offsets, order.pairs, coefficients, batch,
+        order.k, d, **tile,
     )  # fmt: skip
     return out, totals
 
 
-def _plan_chunks(order: LatentOrder, split: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the partial sums of long segments lie.
-
-    Returns:
-        The first chunk of each latent, `[d_sae]`, and the latent of each chunk, `[n_chunks]`
-        (d_sae for chunks that are not needed). Their number is the most that this many pairs
-        can need, so that the host need not know how many there are.
-    """
-    counts = order.counts()
-    chunks = torch.where(counts > split, (counts + split - 1) // split, 0)
-    ends = chunks.cumsum(0)
-    most = 2 * order.pairs.numel() // (split + 1)
-    numbers = torch.arange(most, device=ends.device)
-    return ends - chunks, torch.searchsorted(ends, numbers, right=True)
+def add_rows(weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    n, d = values.shape
+    if n > 0:
+        _add_rows_kernel[(n, triton.cdiv(d, 1024))](
+            weight, rows, values.contiguous(), d, BLOCK_D=1024, num_warps=4
+        )
 
 
 def launch_probe(device: torch.device) -> None:

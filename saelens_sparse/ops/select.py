@@ -1,10 +1,12 @@
 """Selection of each row's top k latents, without a full-precision `[n_rows, d_sae]` tensor."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from saelens_sparse.implementation import Backend
+from saelens_sparse.ops.host_count import HostCount
 
 
 @dataclass(frozen=True)
@@ -16,17 +18,50 @@ class Selection:
         pre_acts: `[n_rows, k]`, their pre-activations `x @ W_enc + b_enc`, before any scaling
             by decoder norms; in the dtype that the dense encoder would give.
         scores: `[n_rows, k]`, what was compared: the pre-activations times `norms`.
-        rows_recomputed: 0-dim int64 tensor, the number of rows for which the screen could not
-            vouch for the selection and that were computed again in full precision.
+        keys: `[n_rows, k]` int32, the latent where the score is positive or NaN, d_sae where
+            the ReLU clips it.
+        rows_recomputed: number of rows for which the screen could not vouch and that were
+            computed again in full precision.
     """
 
     latents: torch.Tensor
     pre_acts: torch.Tensor
     scores: torch.Tensor
-    rows_recomputed: torch.Tensor
+    keys: torch.Tensor
+    rows_recomputed: int = 0
 
 
-@torch.no_grad()
+class PendingSelection:
+    """A selection that is queued on the device, and a check of it that is on its way.
+
+    Work queued between `start_select_topk` and `result` hides the wait for the check.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        uncertain: torch.Tensor | None = None,
+        recompute: Callable[[torch.Tensor], Selection] | None = None,
+    ) -> None:
+        self.selection = selection
+        self._uncertain = uncertain
+        self._recompute = recompute
+        self._n_uncertain = None if uncertain is None else HostCount(uncertain)
+
+    def result(self) -> Selection:
+        """`selection` itself, or a corrected one if any of its rows was uncertain."""
+        if self._n_uncertain is None or self._n_uncertain.wait() == 0:
+            return self.selection
+        assert self._uncertain is not None and self._recompute is not None
+        rows = self._uncertain.nonzero().squeeze(1)
+        exact = self._recompute(rows)
+        parts: dict[str, torch.Tensor] = {}
+        for name in ("latents", "pre_acts", "scores", "keys"):
+            part: torch.Tensor = getattr(self.selection, name)
+            parts[name] = part.index_copy(0, rows, getattr(exact, name).to(part.dtype))
+        return Selection(**parts, rows_recomputed=rows.numel())
+
+
 def select_topk(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -52,6 +87,20 @@ def select_topk(
             `"torch"` computes row chunks in full.
         buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
     """
+    return start_select_topk(x, weight, bias, norms, k, backend, buffer_bytes).result()
+
+
+@torch.no_grad()
+def start_select_topk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    k: int,
+    backend: Backend,
+    buffer_bytes: int,
+) -> PendingSelection:
+    """`select_topk` without waiting for the device to say whether a row must be recomputed."""
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must have shape [n_rows, {weight.shape[1]}]; got {list(x.shape)}")
     if not 1 <= k <= weight.shape[0]:
@@ -63,24 +112,53 @@ def select_topk(
             selection, uncertain = select_triton.select_topk(
                 x, weight, bias, norms, k, buffer_bytes
             )
-            return _recompute(selection, uncertain, x, weight, bias, norms, buffer_bytes)
-    return _exact_topk(x, weight, bias, norms, k, buffer_bytes)
+            return PendingSelection(
+                selection,
+                uncertain,
+                lambda rows: _exact_topk(x[rows], weight, bias, norms, k, buffer_bytes),
+            )
+    return PendingSelection(_exact_topk(x, weight, bias, norms, k, buffer_bytes))
 
 
 @torch.no_grad()
-def topk_mask(scores: torch.Tensor, k: int, backend: Backend) -> torch.Tensor:
-    """True at each row's k largest scores, exactly k per row; `[n_rows, n]` bool."""
-    if not 1 <= k <= scores.shape[1]:
-        raise ValueError(f"k must be between 1 and {scores.shape[1]}; got {k}")
+def topk_values(
+    products: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    k: int,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`products + bias` at each row's k largest `(products + bias) * norms`, zero elsewhere.
+
+    Args:
+        products: `[n_rows, width]`; columns beyond the length of `bias` are padding, never kept.
+        bias: `[n]`, n <= width.
+        norms: `[n]` or None.
+        k: number of columns to keep, `1 <= k <= n`.
+        backend: `"triton"` or `"torch"`.
+
+    Returns:
+        The values, in the dtype of `products`, and which were kept (bool, exactly k a row);
+        both `[n_rows, width]`.
+    """
+    n, width = bias.numel(), products.shape[1]
+    if not 1 <= k <= n <= width:
+        raise ValueError(f"need 1 <= k <= len(bias) <= width; got k={k}, {n} and {width}")
     if backend == "triton":
         from saelens_sparse.ops import select_triton
 
-        if scores.shape[1] <= select_triton.MAX_MASK_COLUMNS:
-            return select_triton.topk_mask(scores, k)
-    kept = scores.topk(k, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
+        if n <= select_triton.MAX_KEEP_COLUMNS:
+            return select_triton.topk_values(products, bias, norms, k)
+    pre_acts = products[:, :n] + bias
+    scores = pre_acts if norms is None else pre_acts * norms
+    kept = torch.zeros_like(products, dtype=torch.bool)
+    kept.scatter_(1, scores.topk(k, sorted=False).indices, True)
+    values = torch.zeros_like(products)
+    values[:, :n] = torch.where(kept[:, :n], pre_acts, 0.0)
+    return values, kept
 
 
+@torch.no_grad()
 def _exact_topk(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -91,7 +169,8 @@ def _exact_topk(
 ) -> Selection:
     # The dense encoder's own expression, so that autocast acts on it as it does in stock.
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    row_bytes = weight.shape[0] * torch.promote_types(x.dtype, torch.float32).itemsize
+    d_sae = weight.shape[0]
+    row_bytes = d_sae * torch.promote_types(x.dtype, torch.float32).itemsize
     step = max(1, buffer_bytes // row_bytes)
     for start in range(0, max(1, x.shape[0]), step):
         pre_acts = x[start : start + step] @ weight.T + bias
@@ -99,25 +178,5 @@ def _exact_topk(
         top_scores, latents = scores.topk(k, dim=-1, sorted=False)
         parts.append((latents, pre_acts.gather(1, latents), top_scores))
     latents, pre_acts, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Selection(latents, pre_acts, scores, torch.zeros((), dtype=torch.int64, device=x.device))
-
-
-def _recompute(
-    selection: Selection,
-    uncertain: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norms: torch.Tensor | None,
-    buffer_bytes: int,
-) -> Selection:
-    rows = uncertain.nonzero().squeeze(1)
-    if rows.numel() > 0:
-        k = selection.latents.shape[1]
-        exact = _exact_topk(x[rows], weight, bias, norms, k, buffer_bytes)
-        selection.latents[rows] = exact.latents
-        selection.pre_acts[rows] = exact.pre_acts.to(selection.pre_acts.dtype)
-        selection.scores[rows] = exact.scores.to(selection.scores.dtype)
-    return Selection(
-        selection.latents, selection.pre_acts, selection.scores, uncertain.sum(dtype=torch.int64)
-    )
+    keys = torch.where(scores <= 0, d_sae, latents).to(torch.int32)
+    return Selection(latents, pre_acts, scores, keys)

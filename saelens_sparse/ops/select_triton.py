@@ -30,7 +30,7 @@ import triton.language as tl
 from saelens_sparse.ops.select import Selection
 
 # Rows up to these widths are held in one program's registers.
-MAX_MASK_COLUMNS = 32768
+MAX_KEEP_COLUMNS = 32768
 MAX_ROUND_COLUMNS = 32768
 
 _MIN_GROUP_WIDTH, _MAX_GROUP_WIDTH = 8, 1024
@@ -52,7 +52,7 @@ class SelectLaunch:
 
 
 LAUNCH = SelectLaunch()
-MASK_PER_WARP = 2048
+KEEP_PER_WARP = 2048
 
 
 @triton.jit
@@ -78,6 +78,19 @@ def _kth_largest_key(keys, k):
         threshold = tl.where(count >= k, trial, threshold)
         bit -= 1
     return threshold
+
+
+@triton.jit
+def _topk(keys, k):
+    """True at the k largest int32 keys; of those that tie, at the first."""
+    kth = _kth_largest_key(keys, k)
+    kept = keys >= kth
+    if tl.sum(kept.to(tl.int32), axis=0) > k:
+        above = keys > kth
+        room = k - tl.sum(above.to(tl.int32), axis=0)
+        ties = (keys == kth).to(tl.int32)
+        kept = above | ((ties == 1) & (tl.cumsum(ties, axis=0) <= room))
+    return kept
 
 
 @triton.jit
@@ -348,10 +361,12 @@ def _select_kernel(
     out_latents_ptr,  # [N, k] int64
     out_pre_acts_ptr,  # [N, k]
     out_scores_ptr,  # [N, k]
+    out_keys_ptr,  # [N, k] int32
     latents_ptr,  # [N, C]
     pre_acts_ptr,  # [N, C]
     scores_ptr,  # [N, C]
     counts_ptr,  # [N]
+    L,
     k,
     C: tl.constexpr,
 ):
@@ -360,41 +375,43 @@ def _select_kernel(
     c = tl.arange(0, C)
     live = c < tl.load(counts_ptr + n)
     score = tl.load(scores_ptr + n * C + c, mask=live, other=0.0)
-    keys = tl.where(live, _ordered_key(score), -2147483648)
-    kth = _kth_largest_key(keys, k)
-    above = keys > kth
-    ties = (keys == kth).to(tl.int32)
-    n_above = tl.sum(above.to(tl.int32), axis=0)
-    kept = above | ((ties == 1) & (n_above + tl.cumsum(ties, axis=0) <= k))
+    kept = _topk(tl.where(live, _ordered_key(score), -2147483648), k)
     position = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    latent = tl.load(latents_ptr + n * C + c, mask=live, other=0).to(tl.int64)
+    latent = tl.load(latents_ptr + n * C + c, mask=live, other=0)
     pre_act = tl.load(pre_acts_ptr + n * C + c, mask=live, other=0.0)
     out = n * k + position
-    tl.store(out_latents_ptr + out, latent, mask=kept)
+    tl.store(out_latents_ptr + out, latent.to(tl.int64), mask=kept)
+    tl.store(out_keys_ptr + out, tl.where(score <= 0.0, L, latent), mask=kept)
     tl.store(out_pre_acts_ptr + out, pre_act.to(out_pre_acts_ptr.dtype.element_ty), mask=kept)
     tl.store(out_scores_ptr + out, score.to(out_scores_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def _topk_mask_kernel(
-    mask_ptr,  # [N, M] int8
-    scores_ptr,  # [N, M]
+def _topk_values_kernel(
+    values_ptr,  # [N, M]
+    kept_ptr,  # [N, M] int8
+    products_ptr,  # [N, M]
+    bias_ptr,  # [n]
+    norms_ptr,  # [n] or unused
+    n_columns,
     M,
     k,
+    HAS_NORMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """1 at the k largest scores of a row; of those that tie, the first."""
+    """products + bias at the k largest (products + bias) * norms of a row, zero elsewhere"""
     n = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
-    live = m < M
-    score = tl.load(scores_ptr + n * M + m, mask=live, other=0.0).to(tl.float32)
-    keys = tl.where(live, _ordered_key(score), -2147483648)
-    kth = _kth_largest_key(keys, k)
-    above = keys > kth
-    ties = (live & (keys == kth)).to(tl.int32)
-    n_above = tl.sum(above.to(tl.int32), axis=0)
-    kept = above | ((ties == 1) & (n_above + tl.cumsum(ties, axis=0) <= k))
-    tl.store(mask_ptr + n * M + m, kept.to(tl.int8), mask=live)
+    live = m < n_columns
+    bias = tl.load(bias_ptr + m, mask=live, other=0.0)
+    pre_act = tl.load(products_ptr + n * M + m, mask=live, other=0.0).to(tl.float32) + bias
+    score = pre_act
+    if HAS_NORMS:
+        score = pre_act * tl.load(norms_ptr + m, mask=live, other=0.0)
+    kept = live & _topk(tl.where(live, _ordered_key(score), -2147483648), k)
+    values = tl.where(kept, pre_act, 0.0).to(values_ptr.dtype.element_ty)
+    tl.store(values_ptr + n * M + m, values, mask=m < M)
+    tl.store(kept_ptr + n * M + m, kept.to(tl.int8), mask=m < M)
 
 
 def can_screen(x: torch.Tensor, weight: torch.Tensor, k: int) -> bool:
@@ -477,25 +494,32 @@ def select_topk(
     out_latents = torch.empty(n_rows, k, dtype=torch.int64, device=device)
     out_pre_acts = torch.empty(n_rows, k, dtype=pre_acts_dtype, device=device)
     out_scores = torch.empty(n_rows, k, dtype=scores_dtype, device=device)
+    out_keys = torch.empty(n_rows, k, dtype=torch.int32, device=device)
     _select_kernel[(n_rows,)](
-        out_latents, out_pre_acts, out_scores, latents, pre_acts, scores, counts, k,
-        C=capacity, num_warps=_warps(capacity, per_warp=256),
+        out_latents, out_pre_acts, out_scores, out_keys, latents, pre_acts, scores, counts,
+        d_sae, k, C=capacity, num_warps=_warps(capacity, per_warp=256),
     )  # fmt: skip
-    none_yet = torch.zeros((), dtype=torch.int64, device=device)
-    return Selection(out_latents, out_pre_acts, out_scores, none_yet), flags.bool()
+    return Selection(out_latents, out_pre_acts, out_scores, out_keys), flags.view(torch.bool)
 
 
-def topk_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """As `saelens_sparse.ops.topk_mask`, for at most MAX_MASK_COLUMNS columns."""
-    n_rows, columns = scores.shape
-    mask = torch.empty(n_rows, columns, dtype=torch.int8, device=scores.device)
+def topk_values(
+    products: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `saelens_sparse.ops.topk_values`, for at most MAX_KEEP_COLUMNS columns."""
+    products = products.contiguous()
+    n_rows, width = products.shape
+    values = torch.empty_like(products)
+    kept = torch.empty(n_rows, width, dtype=torch.int8, device=products.device)
+    bias = bias.float().contiguous()
+    norms32 = bias if norms is None else norms.float().contiguous()
     if n_rows > 0:
-        block = triton.next_power_of_2(columns)
-        _topk_mask_kernel[(n_rows,)](
-            mask, scores.contiguous(), columns, k,
-            BLOCK_M=block, num_warps=_warps(block, per_warp=MASK_PER_WARP),
+        block = triton.next_power_of_2(width)
+        _topk_values_kernel[(n_rows,)](
+            values, kept, products, bias, norms32, bias.numel(), width, k,
+            HAS_NORMS=norms is not None, BLOCK_M=block,
+            num_warps=_warps(block, per_warp=KEEP_PER_WARP),
         )  # fmt: skip
-    return mask.view(torch.bool)
+    return values, kept.view(torch.bool)
 
 
 def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from sae_lens.saes.sae import (
     SAEConfig,
     TrainStepInput,
@@ -21,15 +22,20 @@ from typing_extensions import override
 from saelens_sparse.implementation import IMPLEMENTATIONS, Backend, Choice, Implementation
 from saelens_sparse.lazy import DeferredPreActs, SparseCode, SparseFeatureActs
 from saelens_sparse.ops import (
+    HostCount,
     LatentOrder,
     RowGradients,
     decode_selected,
     encode_selected,
     gather_rows,
     keep_topk,
-    select_topk,
+    start_select_topk,
 )
 from saelens_sparse.saes.base import SparseTrainingSAEMixin
+
+# GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
+# Hopper's instructions and take 2.4 times as long.
+_DEAD_ALIGNMENT = 64
 
 
 @dataclass
@@ -121,6 +127,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     """
 
     cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    _dead_count: HostCount | None = None
 
     @property
     def implementation(self) -> Choice:
@@ -140,6 +147,9 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
     @torch.compiler.disable
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if step_input.dead_neuron_mask is not None:
+            # Queued first, the count has reached the host by the time that AuxK asks for it.
+            self._dead_count = HostCount(step_input.dead_neuron_mask)
         output = super().training_forward_pass(step_input)
         if isinstance(output.feature_acts, SparseFeatureActs):
             code = output.feature_acts.code
@@ -175,15 +185,14 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         normed = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
         normed = self.run_time_activation_norm_fn_in(normed)
         leading_shape = normed.shape[:-1]
-        normed = normed.reshape(-1, self.cfg.d_in)
-        centred = normed - self.b_dec * self.cfg.apply_b_dec_to_input
+        centred = normed.reshape(-1, self.cfg.d_in)
         input_bias = None
-        if not normed.requires_grad:
-            centred = centred.detach()
-            input_bias = self.b_dec if self.cfg.apply_b_dec_to_input else None
+        if self.cfg.apply_b_dec_to_input:
+            input_bias = None if normed.requires_grad else self.b_dec
+            centred = centred - (self.b_dec if input_bias is None else self.b_dec.detach())
 
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
-        selection = select_topk(
+        pending = start_select_topk(
             centred,
             W_enc.detach().T,
             self.b_enc,
@@ -192,8 +201,11 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
         )
-        active = ~(selection.scores <= 0)  # a NaN is active, as in stock's `feature_acts.bool()`
-        order = LatentOrder.of(selection.latents, active, self.cfg.d_sae)
+        # Sorting keeps the device busy while the host waits for the selection's check.
+        order = LatentOrder.of_keys(pending.selection.keys, self.cfg.d_sae)
+        selection = pending.result()
+        if selection is not pending.selection:
+            order = LatentOrder.of_keys(selection.keys, self.cfg.d_sae)
         encoder_rows = RowGradients()
         acts = encode_selected(
             centred, W_enc, self.b_enc, input_bias, selection, order, encoder_rows, choice.backend
@@ -260,36 +272,45 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
         if code is None or code.recons is None or dead_neuron_mask is None:
             return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
-        dead = dead_neuron_mask.nonzero().squeeze(1)
-        n_dead = dead.numel()
+        if self._dead_count is None or self._dead_count.mask is not dead_neuron_mask:
+            self._dead_count = HostCount(dead_neuron_mask)
+        n_dead = self._dead_count.wait()
+        self._dead_count = None
         if n_dead == 0:
-            return sae_out.new_tensor(0.0)
+            return sae_out.new_zeros(())
         if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            # Stock refuses these, in its own words.
             return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
 
         k_aux = sae_in.shape[-1] // 2
         scale = min(n_dead / k_aux, 1.0)
-        W_enc = gather_rows(self.W_enc.T, dead, code.acts, code.encoder_rows)
-        W_dec = gather_rows(self.W_dec, dead, code.recons, code.decoder_rows)
-        values = self._dead_pre_acts(code, W_enc, dead)
-        if k_aux < n_dead:
-            # The decoder norms steer the selection; in the reconstruction they cancel.
-            scores = values if code.norms is None else values * code.norms[dead]
-            values = keep_topk(values, scores.detach(), k_aux, self.implementation.backend)
+        values, W_dec = self._dead_acts(code, dead_neuron_mask, n_dead, k_aux)
         residual = (sae_in - sae_out).detach()
         recons = self.reshape_fn_out((values @ W_dec).view_as(residual), self.d_head)
         auxk_loss = (recons - residual).pow(2).sum(dim=-1).mean()
         return self.cfg.aux_loss_coefficient * scale * auxk_loss
 
-    def _dead_pre_acts(
-        self, code: SparseCode, W_enc: torch.Tensor, dead: torch.Tensor
-    ) -> torch.Tensor:
-        """Pre-activations of the dead latents, `[n_rows, n_dead]`."""
+    def _dead_acts(
+        self, code: SparseCode, mask: torch.Tensor, n_dead: int, k_aux: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values `[n_rows, width]` of the dead latents, zero for all but the top `k_aux` of a
+        row, and their decoder rows `[width, d_in]`; width is n_dead rounded up."""
+        backend = self.implementation.backend
+        dead = torch.nonzero_static(mask, size=n_dead).squeeze(1)
+        width = -(-n_dead // _DEAD_ALIGNMENT) * _DEAD_ALIGNMENT
+        W_enc = gather_rows(self.W_enc.T, dead, width, code.acts, code.encoder_rows)
+        assert code.recons is not None
+        W_dec = gather_rows(self.W_dec, dead, width, code.recons, code.decoder_rows)
         bias = self.b_enc.index_select(0, dead)
-        if not code.x.requires_grad and self.cfg.apply_b_dec_to_input:
+        if self.cfg.apply_b_dec_to_input and not code.x.requires_grad:
             # Zero in value: gives b_dec its gradient by one matrix-vector product.
-            bias = bias - W_enc.detach() @ (self.b_dec - self.b_dec.detach())
-        return code.x @ W_enc.T + bias
+            bias = bias - W_enc.detach()[:n_dead] @ (self.b_dec - self.b_dec.detach())
+        products = code.x @ W_enc.T
+        if k_aux >= n_dead:
+            return products + F.pad(bias, (0, width - n_dead)), W_dec
+        # The decoder norms steer the selection; in the reconstruction they cancel.
+        norms = None if code.norms is None else code.norms.detach()[dead]
+        return keep_topk(products, bias, norms, k_aux, backend), W_dec
 
     def _dense_pre_acts(self, x: torch.Tensor) -> torch.Tensor:
         hidden_pre = x @ self.W_enc + self.b_enc
