@@ -7,7 +7,7 @@ Importing the package registers its architectures in SAELens's training registry
 from sae_lens import register_sae_training_class
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from saelens_sparse.optim import keep_moments_in_layout
+from saelens_sparse.optim import prepare_optimizers
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ def register() -> None:
         name = config_class.architecture()
         if SAE_TRAINING_CLASS_REGISTRY.get(name) != (sae_class, config_class):
             register_sae_training_class(name, sae_class, config_class)
-    keep_moments_in_layout()
+    prepare_optimizers()
 
 
 register()

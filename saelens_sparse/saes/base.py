@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from saelens_sparse.implementation import Choice, choose_implementation
-from saelens_sparse.optim import mark_latent_major
+from saelens_sparse.optim import mark_weight
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE
@@ -44,7 +44,7 @@ class SparseTrainingSAEMixin(_Base):
         """
         if not self.W_enc.T.is_contiguous():
             self.W_enc.data = self.W_enc.data.T.contiguous().T
-        mark_latent_major(self.W_enc)
+        mark_weight(self.W_enc, self.cfg.fused_adam)
         return self.W_enc
 
     def check_input(self, x: torch.Tensor) -> None:

@@ -52,6 +52,8 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
             SAELens's own arithmetic. "auto" takes the fastest that works.
         screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
             of one chunk of rows while their top k are selected, in MiB.
+        fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
+            rounding, in less time and memory. Checkpoints are the same either way.
         use_sparse_activations (bool): Accepted for compatibility. The plugin never holds dense
             activations, so that there is nothing left for it to do.
         k (int): Number of top latents to keep active. Inherited from TopKTrainingSAEConfig.
@@ -76,6 +78,7 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 
     implementation: Implementation = "auto"
     screen_buffer_mib: int = 1024
+    fused_adam: bool = True
 
     @override
     @classmethod
