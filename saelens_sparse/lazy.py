@@ -9,26 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._pytree import tree_map
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from saelens_sparse.ops import LatentOrder, RowGradients
 
+
+def _getter(name: str) -> Callable[..., Any]:
+    """What `__torch_function__` gets as `func` when a tensor's attribute is read."""
+    return getattr(torch.Tensor, name).__get__
+
+
+_REQUIRES_GRAD = _getter("requires_grad")
 _DESCRIBES_ONLY = {
-    getter.__get__
-    for getter in (
-        torch.Tensor.shape,
-        torch.Tensor.dtype,
-        torch.Tensor.device,
-        torch.Tensor.ndim,
-        torch.Tensor.layout,
-        torch.Tensor.is_cuda,
-        torch.Tensor.is_sparse,
-        torch.Tensor.is_meta,
-    )
+    _getter(name)
+    for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_meta")
 } | {
     torch.Tensor.size,
     torch.Tensor.dim,
@@ -87,9 +85,8 @@ class OnDemandTensor(torch.Tensor):
     _made: torch.Tensor | None
     _made_version: int
 
-    @staticmethod
     def __new__(
-        cls: type[Self],
+        cls,
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
@@ -104,7 +101,10 @@ class OnDemandTensor(torch.Tensor):
         raise NotImplementedError
 
     def answer(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],  # noqa: ARG002
+        args: tuple[Any, ...],  # noqa: ARG002
+        kwargs: dict[str, Any],  # noqa: ARG002
     ) -> Any:
         """The result of `func` without the ordinary tensor, or `NotImplemented`."""
         return NotImplemented
@@ -129,15 +129,14 @@ class OnDemandTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
             if func in _DESCRIBES_ONLY:
                 return func(*args, **kwargs)
             if args and isinstance(args[0], OnDemandTensor) and not args[0].was_changed():
                 result = args[0].answer(func, args, kwargs)
                 if result is not NotImplemented:
                     return result
-        args, kwargs = _ordinary((args, kwargs))
-        return func(*args, **kwargs)
+        return func(*_ordinary(args), **_ordinary(kwargs))
 
     @classmethod
     def __torch_dispatch__(
@@ -148,8 +147,7 @@ class OnDemandTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # Reached only by callers that bypass __torch_function__.
-        args, kwargs = _ordinary((args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*_ordinary(args), **_ordinary(kwargs or {}))
 
 
 def _ordinary(tree: Any) -> Any:
@@ -161,11 +159,8 @@ class SparseFeatureActs(OnDemandTensor):
 
     code: SparseCode
 
-    @staticmethod
     @override
-    def __new__(
-        cls: type[Self], code: SparseCode, leading_shape: Sequence[int]
-    ) -> Self:
+    def __new__(cls, code: SparseCode, leading_shape: Sequence[int]) -> Self:
         self = OnDemandTensor.__new__(
             cls, (*leading_shape, code.order.d_sae), _reported_dtype(code), code.acts.device
         )
@@ -182,7 +177,7 @@ class SparseFeatureActs(OnDemandTensor):
     def answer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if func is torch.Tensor.requires_grad.__get__:
+        if func == _REQUIRES_GRAD:
             return self.code.acts.requires_grad
         if func is torch.Tensor.bool and len(args) == 1 and not kwargs:
             return FiringPattern(self.code.order, self.size(), torch.bool)
@@ -194,11 +189,8 @@ class FiringPattern(OnDemandTensor):
 
     order: LatentOrder
 
-    @staticmethod
     @override
-    def __new__(
-        cls: type[Self], order: LatentOrder, shape: Sequence[int], dtype: torch.dtype
-    ) -> Self:
+    def __new__(cls, order: LatentOrder, shape: Sequence[int], dtype: torch.dtype) -> Self:
         self = OnDemandTensor.__new__(cls, shape, dtype, order.pairs.device)
         self.order = order
         return self
@@ -241,11 +233,13 @@ class DeferredPreActs(OnDemandTensor):
     """
 
     code: SparseCode
+    _dense_pre_acts: Callable[[torch.Tensor], torch.Tensor]
+    _weights: Sequence[torch.Tensor]
+    _versions: list[int]
 
-    @staticmethod
     @override
     def __new__(
-        cls: type[Self],
+        cls,
         code: SparseCode,
         leading_shape: Sequence[int],
         dense_pre_acts: Callable[[torch.Tensor], torch.Tensor],
@@ -274,7 +268,7 @@ class DeferredPreActs(OnDemandTensor):
     def answer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if func is torch.Tensor.requires_grad.__get__:
+        if func == _REQUIRES_GRAD:
             return self.code.acts.requires_grad
         return NotImplemented
 

@@ -58,9 +58,7 @@ def _nobody_chose(group: dict[str, Any]) -> bool:
     )
 
 
-def _align_state(
-    parameter: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
-) -> None:
+def _align_state(parameter: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             continue

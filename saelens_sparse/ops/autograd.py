@@ -141,7 +141,9 @@ class _EncodeSelected(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         x, weight, acts, latents = ctx.saved_tensors
         # Clipped pairs are not in ctx.order, so their gradient need not be zeroed for it.
         grad_acts = grads[0]
@@ -149,9 +151,7 @@ class _EncodeSelected(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = grad_input_bias = None
         rows = weight.detach().T
         if need_weight or need_bias or need_input_bias:
-            grad_rows, grad_bias = segment_sum(
-                ctx.order, grad_acts, x, weight.dtype, ctx.backend
-            )
+            grad_rows, grad_bias = segment_sum(ctx.order, grad_acts, x, weight.dtype, ctx.backend)
             if need_input_bias:
                 grad_input_bias = -(grad_bias @ rows)
             ctx.row_gradients.add_to(grad_rows, ctx.backend)
@@ -180,7 +180,9 @@ class _DecodeSelected(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         acts, weight, latents = ctx.saved_tensors
         grad_output = grads[0].contiguous()
         grad_acts = grad_weight = None
@@ -212,7 +214,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[None, ...]:
         (rows,) = ctx.saved_tensors
         ctx.row_gradients.leave(rows, grads[0][: rows.numel()])
         return None, None, None, None, None
@@ -235,7 +239,9 @@ class _KeepTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
         grad_products = torch.where(kept, grads[0], 0.0)
         sum_dtype = torch.promote_types(ctx.bias_dtype, torch.float32)

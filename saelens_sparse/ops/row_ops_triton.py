@@ -218,7 +218,7 @@ def _segment_sum_kernel(
         total = 0.0
         first_block = first // SPLIT
         n_blocks = ((first + n_pairs - 1) // SPLIT - first_block + 1).to(tl.int32)
-        for i in range(0, n_blocks):
+        for i in range(n_blocks):
             block = first_block + i
             slot = 2 * block + (first > block * SPLIT).to(tl.int64)
             acc += tl.load(partials_ptr + slot * D + cols, mask=col_mask, other=0.0)

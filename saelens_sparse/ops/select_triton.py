@@ -175,7 +175,7 @@ def _group_bounds_kernel(
         w_residual = tl.load(w_residuals_ptr + cols, mask=col_mask, other=0.0)[None, :]
     GROUPS: tl.constexpr = COLS // GROUP_WIDTH
     groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    for iteration in range(0, ITERATIONS):
+    for iteration in range(ITERATIONS):
         rows = (tl.program_id(1) * ITERATIONS + iteration) * ROWS + tl.arange(0, ROWS)
         row_mask = rows < N
         rows = rows.to(tl.int64)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# PyTorch's own registries: HookPoint.has_hooks() does not see hooks registered past it.
+_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 
 
@@ -70,9 +72,4 @@ class SparseTrainingSAEMixin(_Base):
 
 def has_hooks(hook_point: nn.Module) -> bool:
     """Whether any hook is attached to a hook point (or to what stands in for it)."""
-    return bool(
-        hook_point._forward_hooks
-        or hook_point._forward_pre_hooks
-        or hook_point._backward_hooks
-        or hook_point._backward_pre_hooks
-    )
+    return any(getattr(hook_point, hooks) for hooks in _HOOK_DICTS)

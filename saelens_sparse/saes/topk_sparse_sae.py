@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from sae_lens.saes.sae import (
 from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from typing_extensions import override
 
-from saelens_sparse.implementation import IMPLEMENTATIONS, Backend, Choice, Implementation
+from saelens_sparse.implementation import IMPLEMENTATIONS, Choice, Implementation
 from saelens_sparse.lazy import DeferredPreActs, SparseCode, SparseFeatureActs
 from saelens_sparse.ops import (
     HostCount,
@@ -36,6 +37,14 @@ from saelens_sparse.saes.base import SparseTrainingSAEMixin
 # GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
 # Hopper's instructions and take 2.4 times as long.
 _DEAD_ALIGNMENT = 64
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _not_compiled(function: _F) -> _F:
+    """`torch.compiler.disable` with its type kept."""
+    return cast(_F, torch.compiler.disable(function))
 
 
 @dataclass
@@ -148,7 +157,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         return self._sparse_training_forward_pass(step_input)
 
     # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
-    @torch.compiler.disable
+    @_not_compiled
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if step_input.dead_neuron_mask is not None:
             # Queued first, the count has reached the host by the time that AuxK asks for it.
@@ -297,7 +306,8 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         self, code: SparseCode, mask: torch.Tensor, n_dead: int, k_aux: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Values `[n_rows, width]` of the dead latents, zero for all but the top `k_aux` of a
-        row, and their decoder rows `[width, d_in]`; width is n_dead rounded up."""
+        row, and their decoder rows `[width, d_in]`; width is n_dead rounded up.
+        """
         backend = self.implementation.backend
         dead = torch.nonzero_static(mask, size=n_dead).squeeze(1)
         width = -(-n_dead // _DEAD_ALIGNMENT) * _DEAD_ALIGNMENT
