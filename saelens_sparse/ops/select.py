@@ -8,6 +8,9 @@ import torch
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.host_count import HostCount
 
+# Larger CPU buffers are mapped anew for every chunk, and page faults cost more than the chunks.
+_CPU_CHUNK_BYTES = 16 * 2**20
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -171,9 +174,12 @@ def _exact_topk(
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     d_sae = weight.shape[0]
     row_bytes = d_sae * torch.promote_types(x.dtype, torch.float32).itemsize
+    if x.device.type == "cpu":
+        buffer_bytes = min(buffer_bytes, _CPU_CHUNK_BYTES)
     step = max(1, buffer_bytes // row_bytes)
     for start in range(0, max(1, x.shape[0]), step):
-        pre_acts = x[start : start + step] @ weight.T + bias
+        pre_acts = x[start : start + step] @ weight.T
+        pre_acts = pre_acts.add_(bias) if pre_acts.dtype == bias.dtype else pre_acts + bias
         scores = pre_acts if norms is None else pre_acts * norms
         top_scores, latents = scores.topk(k, dim=-1, sorted=False)
         parts.append((latents, pre_acts.gather(1, latents), top_scores))

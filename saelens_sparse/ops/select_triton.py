@@ -41,11 +41,11 @@ _GROUPS_PER_LATENT = 16
 
 @dataclass(frozen=True)
 class SelectLaunch:
-    """Tile sizes of the selection kernels."""
+    """Tile sizes of the selection kernels, chosen at 2304 -> 65,536, k 64, batch 4096 (H200)."""
 
     BOUND_COLS: int = 1024
-    BOUND_ROWS: int = 4
-    BOUND_ITERATIONS: int = 8
+    BOUND_ROWS: int = 2
+    BOUND_ITERATIONS: int = 16
     CANDIDATE_TILE: int = 1024
     RESCORE_CANDIDATES: int = 8
     RESCORE_COLS: int = 512

@@ -1,0 +1,1 @@
+"""Benchmarks of `topk_sparse` against SAELens's own `topk`."""

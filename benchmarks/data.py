@@ -1,0 +1,64 @@
+"""Inputs that look like a language model's activations, made from a seed on the device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+MAX_FEATURES = 65_536
+OUTLIER_DIMENSIONS = 4
+
+
+class ActivationStream:
+    """
+    Batches of superposed sparse features with the traits that make activations hard.
+
+    Each row is `mean + codes @ directions + noise`: features lie along random directions and are
+    present independently with Zipf-distributed frequencies (the commonest in every row, most in
+    fewer than one in a thousand) and log-normal strengths. A few dimensions carry a large mean
+    and variance, as in residual streams. The root mean square norm of rows is about sqrt(d_in),
+    like that of activations normalised by SAELens.
+
+    Args:
+        d_in: Width of a row.
+        n_features: Number of features in superposition.
+        features_per_row: Expected number of features present in a row.
+        device: Where batches are made; the same seed gives the same batches on one kind of device.
+        seed: Seed of the directions, and with its index of each batch.
+    """
+
+    def __init__(
+        self, d_in: int, n_features: int, features_per_row: float, device: str, seed: int = 0
+    ):
+        self.seed = seed
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.directions = torch.nn.functional.normalize(self._randn(n_features, d_in), dim=-1)
+        rank = torch.arange(1, n_features + 1, device=device)
+        zipf = 1 / rank
+        self.presence = (zipf * features_per_row / zipf.sum()).clamp(max=1.0)
+
+        outliers = torch.randperm(d_in, generator=self.generator, device=device)
+        outliers = outliers[:OUTLIER_DIMENSIONS]
+        self.spread = torch.ones(d_in, device=device)
+        self.spread[outliers] = 4.0
+        self.mean = 0.1 * self._randn(d_in)
+        self.mean[outliers] = 5.0
+        self.scale = 1.0
+        sample = self.batch(256, index=-1)
+        self.scale = math.sqrt(d_in) / sample.square().sum(-1).mean().sqrt().item()
+
+    def batch(self, rows: int, index: int) -> torch.Tensor:
+        """The `index`-th batch, float32 `[rows, d_in]`."""
+        self.generator.manual_seed(self.seed * 1_000_003 + index + 2)
+        n_features, d_in = self.directions.shape
+        present = self._rand(rows, n_features) < self.presence
+        codes = present * torch.exp(0.5 * self._randn(rows, n_features))
+        noise = 0.2 / math.sqrt(d_in) * self._randn(rows, d_in)
+        return self.scale * (self.mean + self.spread * (codes @ self.directions + noise))
+
+    def _rand(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.generator.device)
+
+    def _randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.generator.device)

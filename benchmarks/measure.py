@@ -1,0 +1,186 @@
+"""Time, memory and phases of a training step, taken at SAELens's and PyTorch's public seams."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+from benchmarks.training import Inputs, Trainer, hold_dead, implementation_of, train_step
+
+UNTIMED_STEPS = 3
+PHASE_STEPS = 5
+PHASES = ("forward", "statistics", "backward", "clip", "optimizer")
+GIB = 2**30
+
+Mark = Any
+
+
+class Stopwatch:
+    """Marks points in a device's work and tells the milliseconds between them."""
+
+    def __init__(self, device: str):
+        self.on_cuda = device == "cuda"
+
+    def mark(self) -> Mark:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: Mark, end: Mark) -> float:
+        if not self.on_cuda:
+            return 1e3 * (end - start)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+class PeakMemory:
+    """GiB allocated on the GPU when it is made, and the most since; None on a CPU."""
+
+    def __init__(self, device: str):
+        self.before_gib: float | None = None
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before_gib = torch.cuda.memory_allocated() / GIB
+
+    @property
+    def peak_gib(self) -> float | None:
+        if self.before_gib is None:
+            return None
+        return torch.cuda.max_memory_allocated() / GIB
+
+
+def measure_steps(trainer: Trainer, inputs: Inputs, steps: int) -> dict[str, Any]:
+    """
+    Time whole steps, then the phases of other steps, and say how latents fired.
+
+    As in `SAETrainer.fit`, the output of one step is alive during the next.
+    """
+    watch = Stopwatch(trainer.cfg.device)
+    output = None
+    for _ in range(UNTIMED_STEPS):
+        _, _, output = _timed_step(trainer, inputs, watch)
+
+    memory = PeakMemory(trainer.cfg.device)
+    fired_before = trainer.act_freq_scores.clone()
+    marks: list[tuple[Mark, Mark]] = []
+    for _ in range(steps):
+        start, end, output = _timed_step(trainer, inputs, watch)
+        marks.append((start, end))
+    measured = _summary(watch, marks, memory)
+    assert output is not None
+    metrics = {name: _as_float(value) for name, value in output.metrics.items()}
+    del output
+
+    rows = trainer.cfg.train_batch_size_samples
+    firing = (trainer.act_freq_scores - fired_before) / (steps * rows)
+    return {
+        "implementation": implementation_of(trainer.sae),
+        **measured,
+        "tokens_per_second": 1e3 * rows / measured["ms"],
+        "metrics": metrics,
+        "firing": {
+            "l0": firing.sum().item(),
+            "max_fraction": firing.max().item(),
+            "never": (firing == 0).float().mean().item(),
+        },
+        "phases_ms": measure_phases(trainer, inputs),
+    }
+
+
+def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
+    """
+    Median milliseconds by phase; the phases follow each other without gaps.
+
+    "forward" ends where `training_forward_pass` returns, "statistics" where the gradient reaches
+    the loss, "backward" at the last accumulated gradient, "clip" where the optimizer's step
+    begins; "optimizer" lasts until the trainer's step returns.
+    """
+    watch = Stopwatch(trainer.cfg.device)
+    ends: dict[str, Mark] = {}
+
+    def end_phase(name: str) -> None:
+        ends[name] = watch.mark()
+
+    sae = trainer.sae
+    forward = sae.training_forward_pass
+
+    def marked_forward(step_input: TrainStepInput) -> TrainStepOutput:
+        output = forward(step_input=step_input)
+        end_phase("forward")
+        output.loss.register_hook(lambda _: end_phase("statistics"))
+        return output
+
+    was_wrapped = "training_forward_pass" in vars(sae)
+    sae.training_forward_pass = marked_forward  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _: end_phase("backward"))
+        for parameter in sae.parameters()
+    ]
+    hooks.append(trainer.optimizer.register_step_pre_hook(lambda *_: end_phase("clip")))
+
+    times: dict[str, list[float]] = defaultdict(list)
+    try:
+        for _ in range(PHASE_STEPS):
+            start, ends["optimizer"], _ = _timed_step(trainer, inputs, watch)
+            for phase in PHASES:
+                times[phase].append(watch.milliseconds(start, ends[phase]))
+                start = ends[phase]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if was_wrapped:
+            sae.training_forward_pass = forward
+        else:
+            del sae.training_forward_pass
+    return {phase: median(times[phase]) for phase in PHASES}
+
+
+def measure_calls(call: Callable[[], object], device: str, repeats: int) -> dict[str, Any]:
+    """Time and memory of a call that leaves nothing behind."""
+    watch = Stopwatch(device)
+    for _ in range(UNTIMED_STEPS):
+        call()
+    memory = PeakMemory(device)
+    marks: list[tuple[Mark, Mark]] = []
+    for _ in range(repeats):
+        start = watch.mark()
+        call()
+        marks.append((start, watch.mark()))
+    return _summary(watch, marks, memory)
+
+
+def _timed_step(
+    trainer: Trainer, inputs: Inputs, watch: Stopwatch
+) -> tuple[Mark, Mark, TrainStepOutput]:
+    hold_dead(trainer, inputs.dead_latents)
+    batch = next(trainer.data_provider)
+    start = watch.mark()
+    output = train_step(trainer, batch)
+    return start, watch.mark(), output
+
+
+def _summary(
+    watch: Stopwatch, marks: Sequence[tuple[Mark, Mark]], memory: PeakMemory
+) -> dict[str, Any]:
+    times = [watch.milliseconds(start, end) for start, end in marks]
+    return {
+        "steps": len(times),
+        "ms": median(times),
+        "ms_min": min(times),
+        "ms_max": max(times),
+        "peak_gib": memory.peak_gib,
+        "before_gib": memory.before_gib,
+    }
+
+
+def _as_float(value: Any) -> float:
+    value = value() if callable(value) else value
+    return float(value)

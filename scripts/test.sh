@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs every check: lint, format, types, tests. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+ruff check .
+ruff format --check .
+pyright
+pytest "$@"

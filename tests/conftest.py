@@ -1,0 +1,123 @@
+"""Settings and fixtures shared by all tests.
+
+Tests of the sparse implementations take the fixtures `backend` and `device`. Together they run
+once per place where an implementation works on this machine: PyTorch on the CPU, and the Triton
+kernels either on a GPU or, where there is none, in Triton's interpreter (float32, small sizes).
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Read when libraries are imported, so set before any of them is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("SAELENS_SPARSE_NO_TRITON", None)
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# The tensors are tiny: a second thread mostly waits, a hundredfold where cores are shared.
+torch.set_num_threads(1)
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Target:
+    """An implementation of the sparse operations and the device that it is tested on."""
+
+    backend: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether kernels run in Triton's interpreter: slow, and only right in float32."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def runs_here(self) -> bool:
+        has_gpu = torch.cuda.is_available()
+        if self.backend == "triton" and importlib.util.find_spec("triton") is None:
+            return False
+        return not has_gpu if self.interpreted else has_gpu or self.device == "cpu"
+
+    def few_rows(self, n_rows: int) -> int:
+        """`n_rows`, or fewer where a kernel runs one program after the other in Python."""
+        return min(n_rows, 9) if self.interpreted else n_rows
+
+
+TARGETS = {
+    "torch-cpu": Target("torch", "cpu", (torch.float32, torch.bfloat16, torch.float64)),
+    "triton-interpreter": Target("triton", "cpu", (torch.float32,)),
+    "torch-cuda": Target("torch", "cuda", (torch.float32, torch.bfloat16, torch.float64)),
+    "triton-cuda": Target("triton", "cuda", (torch.float32, torch.bfloat16)),
+}
+
+
+EVERY_TARGET = [
+    pytest.param(target, id=name, marks=[pytest.mark.gpu] if target.device == "cuda" else [])
+    for name, target in TARGETS.items()
+    if target.runs_here
+]
+
+
+@pytest.fixture(params=EVERY_TARGET)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each implementation that this machine can run, with its device."""
+    return request.param
+
+
+@pytest.fixture
+def backend(target: Target) -> str:
+    """Backend of the sparse operations: "torch" or "triton"."""
+    return target.backend
+
+
+@pytest.fixture
+def device(target: Target) -> torch.device:
+    """Device that `backend` is tested on."""
+    return torch.device(target.device)
+
+
+@pytest.fixture(autouse=True)
+def fill_uninitialized_memory_with_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`torch.empty` and its like give NaN, so that an output nobody wrote shows.
+
+    PyTorch ties this to its deterministic algorithms; the marker `default_algorithms` turns both
+    off for a test that needs the operations that users get.
+    """
+    if request.node.get_closest_marker("default_algorithms") is not None:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws from the same seed, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    for marker in (
+        "gpu: needs a CUDA device",
+        "default_algorithms: runs without PyTorch's deterministic algorithms",
+    ):
+        config.addinivalue_line("markers", marker)
+    for warning_filter in (
+        # A warning that points at this package's own lines is a defect.
+        r"error:::saelens_sparse(\.|$)",
+        "ignore:.*does not have a deterministic implementation:UserWarning",
+        "ignore:Deterministic behavior was enabled:UserWarning",
+    ):
+        config.addinivalue_line("filterwarnings", warning_filter)

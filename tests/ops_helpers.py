@@ -1,0 +1,66 @@
+"""Inputs and error budgets for the tests of the sparse operations."""
+
+import pytest
+import torch
+
+
+def random_latents(
+    n_rows: int,
+    d_sae: int,
+    k: int,
+    law: str = "uniform",
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Distinct latents for each row; with "zipf", low latents are on nearly every row."""
+    if n_rows == 0:
+        return torch.zeros(0, k, dtype=torch.int64, device=device)
+    frequency = torch.ones(d_sae) if law == "uniform" else 1 / torch.arange(1.0, d_sae + 1)
+    return torch.multinomial(frequency.expand(n_rows, d_sae), k).to(device)
+
+
+def dense_code(latents: torch.Tensor, coefficients: torch.Tensor, d_sae: int) -> torch.Tensor:
+    """`coefficients` at `latents`, zero elsewhere; `[n_rows, d_sae]`."""
+    code = coefficients.new_zeros(latents.shape[0], d_sae)
+    return code.scatter_(1, latents, coefficients)
+
+
+def assert_within_budget(
+    actual: torch.Tensor,
+    plain: torch.Tensor,
+    exact: torch.Tensor,
+    magnitude: torch.Tensor | None = None,
+) -> None:
+    """Each row's error is at most twice that of plain PyTorch, plus a small floor.
+
+    The floor is one rounding of the result, and of the terms that it adds where those cancel.
+
+    Args:
+        actual: `[n_rows, n]`, what was computed.
+        plain: the same by plain PyTorch in the same dtype.
+        exact: the same in float64.
+        magnitude: the sum of the absolute values of the terms that `exact` adds, in float64.
+    """
+    assert actual.shape == plain.shape == exact.shape
+    if actual.numel() == 0:
+        return
+    error, plain_error = ((value.double() - exact).abs().amax(-1) for value in (actual, plain))
+    floor = torch.finfo(actual.dtype).eps / 2 * exact.abs().amax(-1)
+    if magnitude is not None:
+        floor += torch.finfo(torch.float32).eps * magnitude.amax(-1)
+    budget = 2 * plain_error + floor
+    worst = (error - budget).argmax()
+    # Written so that a NaN fails.
+    assert (error <= budget).all(), (
+        f"row {int(worst)}: error {error[worst]:.3g}, plain PyTorch {plain_error[worst]:.3g}, "
+        f"floor {floor[worst]:.3g}"
+    )
+
+
+def require_gpu_memory(gib: float) -> None:
+    """Skip a test for which the GPU has too little free memory."""
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory; {free:.0f} GiB are free")
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,0 +1,247 @@
+"""Pairs of a stock and a sparse SAE with the same weights, and what a step on them gives."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer
+
+from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from tests.conftest import TARGETS, Target
+
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtype of the parameters, and whether the step runs under bfloat16 autocast."""
+
+    name: str
+    dtype: torch.dtype
+    autocast: bool = False
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(torch.bfloat16 if self.autocast else self.dtype).eps
+
+
+FLOAT32 = Precision("float32", torch.float32)
+FLOAT64 = Precision("float64", torch.float64)
+PRECISIONS = (
+    FLOAT32,
+    FLOAT64,
+    Precision("bfloat16", torch.bfloat16),
+    Precision("autocast", torch.float32, autocast=True),
+)
+
+
+def runs(target: Target, precision: Precision) -> bool:
+    return precision.dtype in target.dtypes and not (precision.autocast and target.interpreted)
+
+
+# Every implementation that runs here in every precision that it takes.
+TARGET_PRECISIONS = [
+    pytest.param(
+        target,
+        precision,
+        id=f"{name}-{precision.name}",
+        marks=[pytest.mark.gpu] if target.device == "cuda" else [],
+    )
+    for name, target in TARGETS.items()
+    for precision in PRECISIONS
+    if target.runs_here and runs(target, precision)
+]
+
+
+def randomize(sae: TopKTrainingSAE) -> None:
+    """Give every parameter values without the symmetries of SAELens's initialisation."""
+    d_sae, d_in = sae.cfg.d_sae, sae.cfg.d_in
+    directions = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=-1)
+    norms = 0.5 + 1.5 * torch.rand(d_sae, 1)
+    noise = torch.randn(d_sae, d_in) / d_in**0.5
+    values = {
+        "W_dec": directions * norms,
+        "W_enc": ((directions + 0.5 * noise) / norms).T,
+        "b_enc": 0.1 * torch.randn(d_sae),
+        "b_dec": 0.3 * torch.randn(d_in),
+    }
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(sae, name).copy_(value)
+
+
+def make_stock(
+    *, dtype: torch.dtype = torch.float32, device: str = "cpu", **cfg: Any
+) -> TopKTrainingSAE:
+    """A stock SAE with random weights from the global generator."""
+    cfg = {"d_in": 12, "d_sae": 48, "k": 5, **cfg}
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(**cfg, dtype=str(dtype).removeprefix("torch."), device=device)
+    )
+    randomize(sae)
+    return sae
+
+
+def sparse_like(
+    stock: TopKTrainingSAE, implementation: str = "torch", **changes: Any
+) -> SparseTopKTrainingSAE:
+    """A sparse SAE with the configuration and the weights of `stock`."""
+    cfg = {**stock.cfg.to_dict(), "architecture": "topk_sparse", **changes}
+    sparse = SparseTopKTrainingSAE(
+        SparseTopKTrainingSAEConfig.from_dict({**cfg, "implementation": implementation})
+    )
+    sparse.load_state_dict(stock.state_dict())
+    return sparse
+
+
+def stock_like(sae: TopKTrainingSAE, dtype: torch.dtype = torch.float64) -> TopKTrainingSAE:
+    """A stock SAE in another dtype with the values of the weights of `sae`."""
+    cfg = {**sae.cfg.to_dict(), "architecture": "topk", "dtype": str(dtype).removeprefix("torch.")}
+    stock = TopKTrainingSAE(TopKTrainingSAEConfig.from_dict(cfg))
+    stock.load_state_dict(sae.state_dict())
+    return stock
+
+
+def zipf_inputs(sae: TopKTrainingSAE, n_rows: int) -> torch.Tensor:
+    """Rows of superposed decoder directions, present with Zipf-distributed frequencies.
+
+    A few latents fire on almost every row and most on hardly any; strengths are log-normal.
+    Values are exact in bfloat16, so that every precision sees the same input.
+    """
+    d_sae, d_in = sae.cfg.d_sae, sae.cfg.d_in
+    presence = (4.0 / torch.arange(1, d_sae + 1)).clamp(max=0.95)
+    strengths = (torch.rand(n_rows, d_sae) < presence) * torch.randn(n_rows, d_sae).exp()
+    directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=-1)
+    x = strengths @ directions + 0.1 * torch.randn(n_rows, d_in)
+    return x.to(torch.bfloat16).to(sae.device, sae.dtype)
+
+
+def dead_mask(sae: TopKTrainingSAE, n_dead: int) -> torch.Tensor:
+    mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    mask[torch.randperm(sae.cfg.d_sae)[:n_dead]] = True
+    return mask.to(sae.device)
+
+
+def forward_pass(
+    sae: TopKTrainingSAE,
+    x: torch.Tensor,
+    dead: torch.Tensor | None = None,
+    *,
+    autocast: bool = False,
+) -> TrainStepOutput:
+    """`training_forward_pass` as SAELens's trainer calls it."""
+    with torch.autocast(x.device.type, torch.bfloat16) if autocast else nullcontext():
+        return sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=x,
+                coefficients={},
+                dead_neuron_mask=dead,
+                n_training_steps=0,
+                is_logging_step=False,
+            )
+        )
+
+
+def on_cpu(values: Mapping[str, torch.Tensor]) -> Values:
+    return {name: value.detach().double().cpu() for name, value in values.items()}
+
+
+def gradients(sae: torch.nn.Module) -> Values:
+    return {
+        f"gradient of {name}": torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in sae.named_parameters()
+    }
+
+
+def step_values(
+    sae: TopKTrainingSAE,
+    x: torch.Tensor,
+    dead: torch.Tensor | None = None,
+    *,
+    autocast: bool = False,
+    input_gradient: bool = False,
+    objective: Callable[[TrainStepOutput], torch.Tensor] = lambda output: output.loss,
+) -> Values:
+    """All that one forward and backward pass computes, in float64 on the CPU.
+
+    Activations are sorted by row, because ties are broken arbitrarily.
+    """
+    x = x.to(sae.dtype).detach().clone().requires_grad_(input_gradient)
+    sae.zero_grad()
+    output = forward_pass(sae, x, dead, autocast=autocast)
+    objective(output).backward()
+    values = {"loss": output.loss, **output.losses, "sae_out": output.sae_out}
+    values["sorted feature_acts"] = output.feature_acts.sort(dim=-1).values
+    if input_gradient:
+        assert x.grad is not None
+        values["gradient of input"] = x.grad
+    return on_cpu({**values, **gradients(sae)})
+
+
+def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
+    return (value - oracle).norm().item()
+
+
+def require_within_budget(
+    sparse: Values, stock: Values, oracle: Values, eps: float, factor: float = 2.0
+) -> None:
+    """Each quantity is at most `factor` times as far from the oracle as stock is.
+
+    The floor, four units in the last place of the quantity's norm, covers scalars whose
+    rounding errors happen to cancel in stock.
+    """
+    assert sparse.keys() == stock.keys() == oracle.keys()
+    for name, expected in oracle.items():
+        allowed = factor * error(stock[name], expected) + 4 * eps * expected.norm().item()
+        actual = error(sparse[name], expected)
+        assert actual <= allowed, f"{name}: error {actual:.3e}, allowed {allowed:.3e}"
+
+
+def compare_steps(
+    stock: TopKTrainingSAE,
+    sparse: SparseTopKTrainingSAE,
+    x: torch.Tensor,
+    dead: torch.Tensor | None,
+    precision: Precision,
+    **options: Any,
+) -> None:
+    """One step of both, held against stock in float64."""
+    # In float64 there is no better reference than stock itself. Its error, and the reference's,
+    # is that of stock in float32 in proportion to the unit of rounding.
+    narrow = precision == FLOAT64
+    yardstick = stock_like(stock, torch.float32) if narrow else stock
+    oracle = step_values(stock_like(stock), x, dead, **options)
+    options["autocast"] = precision.autocast
+    stock_values = step_values(yardstick, x, dead, **options)
+    if narrow:
+        shrink = precision.eps / FLOAT32.eps
+        stock_values = {
+            name: oracle[name] + shrink * (value - oracle[name])
+            for name, value in stock_values.items()
+        }
+    sparse_values = step_values(sparse, x, dead, **options)
+    require_within_budget(
+        sparse_values, stock_values, oracle, precision.eps, factor=3.0 if narrow else 2.0
+    )
+
+
+def make_trainer(
+    sae: TopKTrainingSAE, batches: Any = None, **cfg: Any
+) -> SAETrainer[Any, Any]:
+    """SAELens's own trainer, logging nothing."""
+    settings: dict[str, Any] = {
+        "total_training_samples": 10_000_000,
+        "train_batch_size_samples": 32,
+        "device": str(sae.device),
+        "lr": 1e-3,
+        "lr_end": 1e-4,
+        "logger": LoggingConfig(log_to_wandb=False),
+        **cfg,
+    }
+    return SAETrainer(SAETrainerConfig(**settings), sae, iter(batches or ()))

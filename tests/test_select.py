@@ -1,0 +1,804 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from saelens_sparse.implementation import Backend
+from saelens_sparse.ops import HostCount, Selection, select_topk, start_select_topk, topk_values
+from tests.conftest import Target
+from tests.ops_helpers import assert_within_budget, on_gpu, require_gpu_memory
+
+BUFFER_BYTES = 64 * 2**20
+
+# NumPy, on which Triton's interpreter runs, warns about arithmetic with NaN and infinities.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton|numpy)")
+
+
+@dataclass
+class Problem:
+    """Arguments of `select_topk`, float32 unless moved."""
+
+    x: torch.Tensor  # [n_rows, d_in]
+    weight: torch.Tensor  # [d_sae, d_in]
+    bias: torch.Tensor  # [d_sae]
+    norms: torch.Tensor | None  # [d_sae]
+    k: int
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Problem":
+        norms = None if self.norms is None else self.norms.to(device, dtype)
+        return Problem(
+            self.x.to(device, dtype),
+            self.weight.to(device, dtype),
+            self.bias.to(device, dtype),
+            norms,
+            self.k,
+        )
+
+    def select(self, backend: Backend, buffer_bytes: int = BUFFER_BYTES) -> Selection:
+        return select_topk(
+            self.x, self.weight, self.bias, self.norms, self.k, backend, buffer_bytes
+        )
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pre-activations and scores `[n_rows, d_sae]` of the dense encoder."""
+        pre_acts = self.x @ self.weight.T + self.bias
+        return pre_acts, pre_acts if self.norms is None else pre_acts * self.norms
+
+
+def random_problem(
+    n_rows: int, d_in: int, d_sae: int, k: int, *, with_norms: bool = True
+) -> Problem:
+    return Problem(
+        x=torch.randn(n_rows, d_in),
+        weight=torch.randn(d_sae, d_in) / d_in**0.5,
+        bias=0.1 * torch.randn(d_sae),
+        norms=torch.rand(d_sae) + 0.5 if with_norms else None,
+        k=k,
+    )
+
+
+def plain(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    return random_problem(n_rows, d_in, d_sae, k)
+
+
+def no_norms(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    return random_problem(n_rows, d_in, d_sae, k, with_norms=False)
+
+
+def zipf_encoder_norms(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    problem = random_problem(n_rows, d_in, d_sae, k)
+    problem.weight /= (torch.randperm(d_sae) + 1).unsqueeze(1)
+    problem.bias.zero_()
+    return problem
+
+
+def outlier_inputs(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    """A few input dimensions far larger than the others, and a large mean."""
+    problem = random_problem(n_rows, d_in, d_sae, k)
+    problem.x += 3
+    problem.x[:, 1] += 80
+    problem.x[:, d_in // 2] *= 100
+    return problem
+
+
+def large_biases(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    problem = random_problem(n_rows, d_in, d_sae, k)
+    problem.bias *= 1000
+    return problem
+
+
+def equal_large_biases(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    """Scores are close to each other in comparison with their size."""
+    problem = random_problem(n_rows, d_in, d_sae, k, with_norms=False)
+    problem.bias.fill_(300.0)
+    return problem
+
+
+def all_negative(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    problem = random_problem(n_rows, d_in, d_sae, k)
+    problem.bias -= 20
+    return problem
+
+
+def wide_norms(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    problem = random_problem(n_rows, d_in, d_sae, k)
+    problem.norms = 10 ** (6 * torch.rand(d_sae) - 3)
+    return problem
+
+
+def wide_row_scales(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    """Rows whose squares would leave float32's range, beside ordinary ones."""
+    problem = random_problem(n_rows, d_in, d_sae, k)
+    problem.x *= torch.logspace(-30, 30, n_rows).unsqueeze(1)
+    problem.bias.zero_()
+    return problem
+
+
+def tiny_weights(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    problem = random_problem(n_rows, d_in, d_sae, k, with_norms=False)
+    problem.weight *= 1e-25
+    problem.bias.zero_()
+    return problem
+
+
+def huge_weights(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    problem = random_problem(n_rows, d_in, d_sae, k, with_norms=False)
+    problem.weight *= 1e25
+    return problem
+
+
+def neighbouring_latents(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
+    """Each row's largest scores lie beside each other."""
+    problem = random_problem(n_rows, d_in, d_sae, k)
+    start = d_sae // 3
+    problem.bias[start : start + k + k // 2] += 8
+    return problem
+
+
+DISTRIBUTIONS: list[Callable[[int, int, int, int], Problem]] = [
+    plain,
+    no_norms,
+    zipf_encoder_norms,
+    outlier_inputs,
+    large_biases,
+    equal_large_biases,
+    all_negative,
+    wide_norms,
+    wide_row_scales,
+    tiny_weights,
+    huge_weights,
+    neighbouring_latents,
+]
+
+
+def assert_selects_topk(problem: Problem, selection: Selection, distinct: float = 0.6) -> None:
+    """Values within the error budget; the very set of a float64 computation where it is clear.
+
+    Args:
+        problem: float32 arguments.
+        selection: what was selected.
+        distinct: share of rows, at least, for which rounding cannot change the set.
+    """
+    n_rows, k = problem.x.shape[0], problem.k
+    assert selection.latents.shape == (n_rows, k)
+    assert selection.latents.dtype == torch.int64
+    assert_keys(selection, problem.weight.shape[0])
+    assert_distinct_latents(selection, problem.weight.shape[0])
+
+    pre_acts, scores = problem.dense()
+    exact_pre_acts, exact_scores = problem.to(problem.x.device, torch.float64).dense()
+    assert selection.pre_acts.dtype == pre_acts.dtype
+    assert selection.scores.dtype == scores.dtype
+    size = problem.x.double().abs() @ problem.weight.double().abs().T + problem.bias.abs()
+    latents = selection.latents
+    assert_within_budget(
+        selection.pre_acts,
+        pre_acts.gather(1, latents),
+        exact_pre_acts.gather(1, latents),
+        size.gather(1, latents),
+    )
+    score_size = size if problem.norms is None else size * problem.norms
+    assert_within_budget(
+        selection.scores,
+        scores.gather(1, latents),
+        exact_scores.gather(1, latents),
+        score_size.gather(1, latents),
+    )
+
+    # The scores themselves, in order, are those of the true top k.
+    exact_top = exact_scores.topk(min(k + 1, exact_scores.shape[1])).values
+    assert_within_budget(
+        selection.scores.sort(descending=True).values,
+        scores.topk(k).values,
+        exact_top[:, :k],
+        score_size,
+    )
+
+    if k == exact_scores.shape[1]:
+        return
+    rounding = 4 * (scores.double() - exact_scores).abs().amax(1)
+    is_clear = exact_top[:, k - 1] - exact_top[:, k] > rounding
+    assert is_clear.double().mean() >= distinct
+    expected = exact_scores.topk(k).indices.sort().values
+    assert torch.equal(latents.sort().values[is_clear], expected[is_clear])
+
+
+def assert_keys(selection: Selection, d_sae: int) -> None:
+    """The latent where it is active, `d_sae` where the ReLU clips it; a NaN is active."""
+    assert selection.keys.dtype == torch.int32
+    expected = selection.latents.masked_fill(selection.scores <= 0, d_sae)
+    assert torch.equal(selection.keys.long(), expected)
+
+
+def assert_distinct_latents(selection: Selection, d_sae: int) -> None:
+    latents = selection.latents.sort().values
+    assert (latents >= 0).all()
+    assert (latents < d_sae).all()
+    assert (latents.diff() > 0).all()
+
+
+def assert_same_scores(problem: Problem, selection: Selection) -> None:
+    """Sorted scores of a float32 computation, NaN and infinities included; any set on ties."""
+    assert_distinct_latents(selection, problem.weight.shape[0])
+    assert_keys(selection, problem.weight.shape[0])
+    pre_acts, scores = problem.dense()
+    expected = scores.topk(problem.k).values
+    actual = selection.scores.topk(problem.k).values
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(
+        selection.pre_acts,
+        pre_acts.gather(1, selection.latents),
+        rtol=1e-4,
+        atol=1e-5,
+        equal_nan=True,
+    )
+    torch.testing.assert_close(
+        selection.scores,
+        scores.gather(1, selection.latents),
+        rtol=1e-4,
+        atol=1e-5,
+        equal_nan=True,
+    )
+
+
+@pytest.fixture
+def screened(target: Target, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of rows of each call that Triton's screen took."""
+    rows: list[int] = []
+    if target.backend == "triton":
+        select_triton = import_module("saelens_sparse.ops.select_triton")
+        original = select_triton.select_topk
+
+        def spy(x: torch.Tensor, *args: Any) -> Any:
+            rows.append(x.shape[0])
+            return original(x, *args)
+
+        monkeypatch.setattr(select_triton, "select_topk", spy)
+    return rows
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda f: f.__name__)
+def test_select_topk_matches_float64(
+    distribution: Callable[[int, int, int, int], Problem],
+    backend: Backend,
+    device: torch.device,
+    screened: list[int],
+) -> None:
+    problem = distribution(7, 24, 250, 5).to(device)
+    # Next to a large bias float32 keeps few digits of a score: the set is often unclear.
+    distinct = 0.3 if distribution is equal_large_biases else 0.8
+    assert_selects_topk(problem, problem.select(backend), distinct)
+    assert screened == ([7] if backend == "triton" else [])
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "d_in", "d_sae", "k"),
+    [
+        pytest.param(5, 16, 300, 1, id="k=1"),
+        pytest.param(3, 1, 250, 3, id="d_in=1"),
+        pytest.param(1, 33, 641, 17, id="one row, prime d_sae"),
+        pytest.param(2, 24, 800, 24, id="k=24"),
+        pytest.param(2, 1100, 200, 5, id="wide"),
+        pytest.param(3, 20, 600, 1, id="600 latents per k"),
+        pytest.param(3, 20, 256, 8, id="32 latents per k"),
+        pytest.param(3, 20, 255, 8, id="just under 32 latents per k"),
+        pytest.param(5, 12, 37, 36, id="k=d_sae-1"),
+        pytest.param(5, 12, 37, 37, id="k=d_sae"),
+        pytest.param(5, 12, 1, 1, id="one latent"),
+    ],
+)
+def test_select_topk_takes_any_size(
+    n_rows: int, d_in: int, d_sae: int, k: int, backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(n_rows, d_in, d_sae, k).to(device)
+    assert_selects_topk(problem, problem.select(backend))
+
+
+def test_select_topk_on_an_empty_batch(backend: Backend, device: torch.device) -> None:
+    problem = random_problem(0, 12, 600, 4).to(device)
+    selection = problem.select(backend)
+    assert selection.latents.shape == selection.pre_acts.shape == selection.scores.shape == (0, 4)
+    assert selection.latents.dtype == torch.int64
+    assert selection.rows_recomputed == 0
+
+
+def test_select_topk_takes_a_non_contiguous_input(backend: Backend, device: torch.device) -> None:
+    problem = random_problem(6, 20, 170, 5).to(device)
+    problem.x = problem.x.T.contiguous().T
+    assert_selects_topk(problem, problem.select(backend))
+    problem.x = problem.x[:1].expand(6, 20)
+    assert_selects_topk(problem, problem.select(backend))
+
+
+def test_select_topk_screens_ordinary_rows_without_recomputing_any(
+    backend: Backend, device: torch.device, screened: list[int]
+) -> None:
+    problem = random_problem(8, 96, 300, 4).to(device)
+    selection = problem.select(backend)
+    assert selection.rows_recomputed == 0
+    if backend == "triton":
+        select_triton = import_module("saelens_sparse.ops.select_triton")
+        assert select_triton.can_screen(problem.x, problem.weight, problem.k)
+        assert screened == [8]
+
+
+@pytest.mark.default_algorithms
+def test_select_topk_repeats_bit_for_bit_and_leaves_its_inputs_alone(
+    backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(4, 24, 170, 5).to(device)
+    assert problem.norms is not None
+    inputs = [problem.x, problem.weight, problem.bias, problem.norms]
+    before = [tensor.clone() for tensor in inputs]
+    first, second = problem.select(backend), problem.select(backend)
+    assert torch.equal(first.latents, second.latents)
+    assert torch.equal(first.pre_acts, second.pre_acts)
+    assert torch.equal(first.scores, second.scores)
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 3, 8])
+def test_select_topk_by_chunks_of_rows_gives_the_same_bits(
+    rows_per_chunk: int, backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small whole numbers: exact in any order of additions, so that chunks cannot matter."""
+    n_rows, d_sae = 8, 203
+    problem = Problem(
+        x=torch.randint(-8, 9, (n_rows, 16)).float(),
+        weight=torch.randint(-8, 9, (d_sae, 16)).float(),
+        bias=torch.randperm(d_sae) * 2.0**-10,
+        norms=None,
+        k=6,
+    ).to(device)
+    whole = problem.select(backend)
+    chunks: list[int] = []
+    owner, name = (torch, "mm") if backend == "triton" else (torch.Tensor, "topk")
+    original = getattr(owner, name)
+
+    def spy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        chunks.append(tensor.shape[0])
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, spy)
+    # The screen holds two bytes a score, the full computation four.
+    score_bytes = 2 if backend == "triton" else 4
+    chunked = problem.select(backend, rows_per_chunk * d_sae * score_bytes)
+    monkeypatch.undo()
+    assert chunks == {1: [1] * 8, 3: [3, 3, 2], 8: [8]}[rows_per_chunk]
+    assert torch.equal(whole.latents.sort().values, chunked.latents.sort().values)
+    assert torch.equal(whole.scores.sort().values, chunked.scores.sort().values)
+    assert torch.equal(
+        whole.pre_acts.gather(1, whole.latents.argsort()),
+        chunked.pre_acts.gather(1, chunked.latents.argsort()),
+    )
+    # The sums are exact, hence the float64 ones.
+    expected = problem.to(device, torch.float64).dense()[1].topk(6).values.float()
+    assert torch.equal(whole.scores.sort(descending=True).values, expected)
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 1000, 2500])
+def test_select_topk_by_chunks_of_rows_matches_float64(
+    buffer_bytes: int, backend: Backend, device: torch.device
+) -> None:
+    """Also with a buffer smaller than a single row, which then holds one row at a time."""
+    problem = random_problem(7, 24, 170, 5).to(device)
+    selection = problem.select(backend, buffer_bytes)
+    assert_selects_topk(problem, selection)
+    assert selection.rows_recomputed == 0
+    if backend == "triton":
+        whole = problem.select(backend)
+        assert torch.equal(whole.latents, selection.latents)
+        assert torch.equal(whole.pre_acts, selection.pre_acts)
+        assert torch.equal(whole.scores, selection.scores)
+
+
+def test_select_topk_of_rows_that_tie_everywhere(backend: Backend, device: torch.device) -> None:
+    problem = random_problem(6, 20, 170, 5).to(device)
+    problem.x[[0, 3]] = 0
+    problem.bias.zero_()
+    selection = problem.select(backend)
+    assert_same_scores(problem, selection)
+    assert not selection.scores[[0, 3]].any()
+    assert selection.scores[[1, 2, 4, 5]].all()
+
+
+def test_select_topk_of_latents_that_come_four_times(
+    backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(6, 20, 200, 6).to(device)
+    for tensor in (problem.weight, problem.bias, problem.norms):
+        assert tensor is not None
+        tensor.copy_(tensor[:50].repeat(4, *[1] * (tensor.ndim - 1)))
+    assert_same_scores(problem, problem.select(backend))
+
+
+def test_select_topk_recomputes_rows_that_outgrow_the_candidate_list(
+    backend: Backend, device: torch.device, screened: list[int]
+) -> None:
+    """Hundreds of latents that low precision cannot tell apart, for some of the rows."""
+    problem = random_problem(6, 32, 400, 5, with_norms=False)
+    direction = torch.randn(32)
+    problem.weight[:300] = direction + 1e-5 * torch.randn(300, 32)
+    problem.bias.zero_()
+    problem.x[1] = 2 * direction
+    problem.x[4] = direction + 0.1 * torch.randn(32)
+    for row in (0, 2, 3, 5):
+        problem.x[row] -= (1 + (problem.x[row] @ direction) / (direction @ direction)) * direction
+    problem = problem.to(device)
+    selection = problem.select(backend)
+    assert_selects_topk(problem, selection)
+    assert screened == ([6] if backend == "triton" else [])
+    assert selection.rows_recomputed == (2 if backend == "triton" else 0)
+
+    pending = start_select_topk(
+        problem.x, problem.weight, problem.bias, None, 5, backend, BUFFER_BYTES
+    )
+    before = pending.selection.scores.clone()
+    result = pending.result()
+    assert_selects_topk(problem, result)
+    # What was handed out before the check stays as it was.
+    assert torch.equal(pending.selection.scores, before)
+    assert (result is pending.selection) == (backend == "torch")
+
+
+def test_start_select_topk_hands_out_the_selection_before_it_is_checked(
+    backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(6, 20, 170, 5).to(device)
+    pending = start_select_topk(
+        problem.x, problem.weight, problem.bias, problem.norms, 5, backend, BUFFER_BYTES
+    )
+    assert pending.result() is pending.selection
+    assert_selects_topk(problem, pending.selection)
+
+
+def test_select_topk_where_the_screen_is_at_the_edge_of_half_precision(
+    backend: Backend, device: torch.device
+) -> None:
+    """An input along one latent's vector, both of norms just under a power of two."""
+    problem = random_problem(4, 64, 130, 1, with_norms=False)
+    problem.bias.zero_()
+    direction = torch.nn.functional.normalize(torch.randn(64), dim=0)
+    problem.weight[17] = 1.9999 * direction
+    problem.weight[100] = 50 * torch.nn.functional.normalize(
+        direction + 0.5 * torch.nn.functional.normalize(torch.randn(64), dim=0), dim=0
+    )
+    problem.x[:] = torch.tensor([1.9999, 1.9995, 1.0, 3.9999]).unsqueeze(1) * direction
+    problem = problem.to(device)
+    for k in (1, 2, 3):
+        problem.k = k
+        assert_selects_topk(problem, problem.select(backend))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_select_topk_keeps_a_bad_input_in_its_own_row(
+    value: float, backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(6, 20, 170, 5).to(device)
+    clean = problem.select(backend)
+    problem.x[2, 7] = value
+    problem.x[4] = value
+    selection = problem.select(backend)
+    assert_same_scores(problem, selection)
+    assert not selection.scores[[2, 4]].isfinite().any()
+    for row in (0, 1, 3, 5):
+        assert torch.equal(selection.latents[row], clean.latents[row])
+        assert torch.equal(selection.scores[row], clean.scores[row])
+
+
+@pytest.mark.parametrize("n_bad", [1, 3, 8])
+@pytest.mark.parametrize("argument", ["weight", "bias", "norms"])
+def test_select_topk_takes_a_latent_with_nan_on_every_row(
+    argument: str, n_bad: int, backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(6, 20, 170, 5).to(device)
+    bad = torch.tensor([0, 13, 14, 15, 90, 130, 131, 169][:n_bad], device=device)
+    getattr(problem, argument)[bad] = torch.nan
+    selection = problem.select(backend)
+    assert_same_scores(problem, selection)
+    assert (selection.scores.isnan().sum(1) == min(n_bad, 5)).all()
+    assert torch.equal(
+        selection.scores.isnan(), torch.isin(selection.latents, bad.to(selection.latents))
+    )
+
+
+def test_select_topk_with_infinite_biases(backend: Backend, device: torch.device) -> None:
+    problem = random_problem(6, 20, 170, 5).to(device)
+    problem.bias[[3, 77]] = torch.inf
+    problem.bias[::2] = -torch.inf
+    problem.bias[101] = torch.inf
+    selection = problem.select(backend)
+    assert_same_scores(problem, selection)
+    assert (selection.scores.isposinf().sum(1) == 3).all()
+    problem.bias[:] = -torch.inf
+    problem.bias[[5, 6]] = 0.5
+    selection = problem.select(backend)
+    assert_same_scores(problem, selection)
+    assert (selection.scores.isneginf().sum(1) == 3).all()
+
+
+def test_select_topk_with_zero_norms(backend: Backend, device: torch.device) -> None:
+    """Decoder rows of zero scale a pre-activation to a score of zero."""
+    problem = all_negative(6, 20, 170, 5).to(device)
+    assert problem.norms is not None
+    problem.norms[::3] = 0
+    selection = problem.select(backend)
+    assert_same_scores(problem, selection)
+    assert not selection.scores.any()
+    assert (selection.pre_acts < 0).all()
+
+
+def test_select_topk_attaches_no_graph(backend: Backend, device: torch.device) -> None:
+    problem = random_problem(3, 10, 300, 4).to(device)
+    problem.x.requires_grad_()
+    problem.weight.requires_grad_()
+    problem.bias.requires_grad_()
+    selection = problem.select(backend)
+    assert not selection.pre_acts.requires_grad
+    assert not selection.scores.requires_grad
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_select_topk_under_autocast_is_the_dense_encoder_under_autocast(
+    with_norms: bool, backend: Backend, device: torch.device
+) -> None:
+    """A bfloat16 product, to which the float32 bias is added in float32."""
+    problem = random_problem(9, 48, 400, 6, with_norms=with_norms).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        selection = problem.select(backend)
+        pre_acts, scores = problem.dense()
+    assert pre_acts.dtype == selection.pre_acts.dtype == torch.float32
+    assert scores.dtype == selection.scores.dtype == torch.float32
+    assert_distinct_latents(selection, 400)
+    # One bfloat16 rounding of the product, where another kernel's sum rounds the other way.
+    rtol, atol = (0.0, 0.0) if backend == "torch" else (8e-3, 1e-4)
+    expected = pre_acts.gather(1, selection.latents)
+    torch.testing.assert_close(selection.pre_acts, expected, rtol=rtol, atol=atol)
+    actual, expected = selection.scores.topk(6).values, scores.topk(6).values
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+    exact = problem.dense()[0].gather(1, selection.latents)
+    assert (selection.pre_acts - exact).abs().max() > 1e-4  # or it would not be bfloat16
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_select_topk_of_bfloat16_weights_is_the_dense_encoder_in_bfloat16(
+    with_norms: bool, backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(9, 48, 400, 6, with_norms=with_norms).to(device, torch.bfloat16)
+    selection = problem.select(backend)
+    pre_acts, scores = problem.dense()
+    assert selection.pre_acts.dtype == selection.scores.dtype == torch.bfloat16
+    assert_distinct_latents(selection, 400)
+    exact_pre_acts, exact_scores = problem.to(device, torch.float64).dense()
+    latents = selection.latents
+    assert_within_budget(
+        selection.pre_acts, pre_acts.gather(1, latents), exact_pre_acts.gather(1, latents)
+    )
+    assert_within_budget(
+        selection.scores.sort(descending=True).values,
+        scores.topk(6).values,
+        exact_scores.topk(6).values,
+    )
+
+
+def test_select_topk_in_torch_takes_float64() -> None:
+    problem = random_problem(6, 20, 300, 5).to("cpu", torch.float64)
+    selection = problem.select("torch")
+    assert selection.scores.dtype == torch.float64
+    expected = problem.dense()[1].topk(5)
+    torch.testing.assert_close(selection.scores.sort(descending=True).values, expected.values)
+    assert torch.equal(selection.latents.sort().values, expected.indices.sort().values)
+
+
+@pytest.mark.parametrize("k", [0, -1, 601])
+def test_select_topk_names_a_k_out_of_range(k: int, backend: Backend, device: torch.device) -> None:
+    problem = random_problem(3, 20, 600, 5).to(device)
+    problem.k = k
+    with pytest.raises(ValueError, match=f"k must be between 1 and d_sae=600; got {k}"):
+        problem.select(backend)
+
+
+@pytest.mark.parametrize("shape", [(3, 19), (20,), (1, 3, 20)])
+def test_select_topk_names_an_input_of_a_wrong_shape(
+    shape: tuple[int, ...], backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(3, 20, 600, 5).to(device)
+    problem.x = torch.zeros(shape, device=device)
+    with pytest.raises(ValueError, match=r"x must have shape \[n_rows, 20\]; got \["):
+        problem.select(backend)
+
+
+def assert_keeps_topk(
+    products: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    k: int,
+    backend: Backend,
+) -> None:
+    values, kept = topk_values(products, bias, norms, k, backend)
+    assert values.dtype == products.dtype
+    assert kept.dtype == torch.bool
+    assert values.shape == kept.shape == products.shape
+    n = bias.numel()
+    assert (kept.sum(1) == k).all()
+    assert not kept[:, n:].any()
+    assert torch.equal(values[~kept], torch.zeros_like(values[~kept]))
+    # Of the sums in float32 the k largest, NaN above everything.
+    pre_acts = products[:, :n].float() + bias.float()
+    scores = pre_acts if norms is None else pre_acts * norms
+    actual = scores[kept[:, :n]].view(-1, k).topk(k).values
+    torch.testing.assert_close(actual, scores.topk(k).values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        values[kept], pre_acts.to(products.dtype)[kept[:, :n]], rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize(
+    ("n", "width", "k"),
+    [
+        (1, 1, 1),
+        (7, 7, 3),
+        (100, 128, 50),
+        (128, 128, 128),
+        (129, 129, 1),
+        (255, 256, 254),
+        (250, 257, 31),
+        (3, 64, 2),
+    ],
+)
+def test_topk_values_is_the_set_of_torch_topk(
+    n: int, width: int, k: int, with_norms: bool, backend: Backend, device: torch.device
+) -> None:
+    products, bias = torch.randn(5, width).to(device), torch.randn(n).to(device)
+    norms = (torch.rand(n) + 0.1).to(device) if with_norms else None
+    assert_keeps_topk(products, bias, norms, k, backend)
+    scores = products[:, :n] + bias
+    if norms is not None:
+        scores = scores * norms
+    expected = torch.zeros_like(products, dtype=torch.bool)
+    expected.scatter_(1, scores.topk(k).indices, True)
+    assert torch.equal(topk_values(products, bias, norms, k, backend)[1], expected)
+
+
+def test_topk_values_keeps_exactly_k_on_ties_infinities_and_nan(
+    backend: Backend, device: torch.device
+) -> None:
+    inf, nan = torch.inf, torch.nan
+    products = torch.tensor(
+        [
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+            [-0.0, 0.0, -0.0, 0.0, -1.0, 0.0],
+            [-inf, -inf, -inf, -inf, -inf, -inf],
+            [-inf, 1.0, -inf, -inf, -2.0, -inf],
+            [nan, nan, nan, nan, nan, nan],
+            [1.0, nan, 2.0, inf, nan, -inf],
+            [inf, inf, inf, inf, inf, 5.0],
+            [1.0, 2.0, 2.0, 2.0, 2.0, 3.0],
+            [-1.0, -2.0, -3.0, -1e-30, 1e-30, -1e38],
+        ],
+        device=device,
+    )
+    bias = torch.zeros(6, device=device)
+    padded = torch.nn.functional.pad(products, (0, 2), value=9.0)
+    for k in (1, 2, 3, 5, 6):
+        assert_keeps_topk(products, bias, None, k, backend)
+        assert_keeps_topk(padded, bias, None, k, backend)
+
+
+def test_topk_values_takes_bfloat16_and_non_contiguous_products(
+    target: Target, backend: Backend, device: torch.device
+) -> None:
+    assert_keeps_topk(
+        torch.randn(70, 5).to(device).T, torch.randn(66).to(device), None, 20, backend
+    )
+    products = torch.randn(1, 70).to(device).expand(4, 70)
+    assert_keeps_topk(products, torch.randn(140).to(device)[::2], None, 20, backend)
+    if not target.interpreted:
+        # A bfloat16 product and a float32 bias, as under autocast.
+        products = torch.randn(6, 300).to(device, torch.bfloat16)
+        assert_keeps_topk(products, torch.randn(300).to(device), None, 150, backend)
+
+
+def test_topk_values_of_an_empty_batch(backend: Backend, device: torch.device) -> None:
+    values, kept = topk_values(
+        torch.zeros(0, 9, device=device), torch.zeros(8, device=device), None, 4, backend
+    )
+    assert values.shape == kept.shape == (0, 9)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 9), (10, 9), (9, 8), (3, 10)])
+def test_topk_values_names_sizes_out_of_range(
+    k: int, n: int, backend: Backend, device: torch.device
+) -> None:
+    with pytest.raises(ValueError, match=rf"got k={k}, {n} and 9"):
+        topk_values(
+            torch.zeros(2, 9, device=device), torch.zeros(n, device=device), None, k, backend
+        )
+
+
+def test_topk_values_in_triton_is_for_rows_that_fit_into_registers(
+    backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend != "triton":
+        pytest.skip("about the Triton backend")
+    select_triton = import_module("saelens_sparse.ops.select_triton")
+    widths: list[int] = []
+    original = select_triton.topk_values
+
+    def spy(products: torch.Tensor, *args: Any) -> Any:
+        widths.append(products.shape[1])
+        return original(products, *args)
+
+    monkeypatch.setattr(select_triton, "topk_values", spy)
+    widest = select_triton.MAX_KEEP_COLUMNS
+    for width in (widest, widest + 1):
+        products, bias = torch.randn(2, width).to(device), torch.randn(width).to(device)
+        assert_keeps_topk(products, bias, None, 1000, backend)
+    assert widths == [widest]
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_host_count_counts_what_is_true(n: int, device: torch.device) -> None:
+    mask = torch.zeros(9, dtype=torch.bool, device=device)
+    mask[:n] = True
+    count = HostCount(mask)
+    mask.fill_(True)  # a later change of the mask comes too late
+    assert count.wait() == n
+    assert count.wait() == n
+    assert isinstance(count.wait(), int)
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 32, 64])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda f: f.__name__)
+def test_select_topk_matches_float64_at_a_training_shape(
+    distribution: Callable[[int, int, int, int], Problem], k: int
+) -> None:
+    problem = distribution(512, 768, 24_576, k).to("cuda")
+    distinct = 0.1 if distribution is equal_large_biases else 0.7
+    assert_selects_topk(problem, problem.select("triton"), distinct)
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_select_topk_recomputes_no_ordinary_row_at_a_training_shape() -> None:
+    for distribution in (plain, no_norms, outlier_inputs, all_negative):
+        assert distribution(2048, 768, 24_576, 32).to("cuda").select("triton").rows_recomputed == 0
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("buffer_gib", [0.25, 24])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_select_topk_addresses_scores_beyond_32_bits(buffer_gib: float, autocast: bool) -> None:
+    """More than 2^31 scores in all, in small chunks and in a single one."""
+    require_gpu_memory(20)
+    n_rows, d_sae, d_in, k, tail = 2100, 2**20 + 8, 64, 16, 30
+    assert (n_rows - tail) * d_sae > 2**31
+    problem = Problem(
+        x=torch.randn(n_rows, d_in, device="cuda"),
+        weight=torch.randn(d_sae, d_in, device="cuda"),
+        bias=torch.zeros(d_sae, device="cuda"),
+        norms=None,
+        k=k,
+    )
+    problem.weight[-5] *= 10  # so that one of the last latents is among the selected ones
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        whole = problem.select("triton", int(buffer_gib * 2**30))
+    assert whole.rows_recomputed == 0
+    last = Selection(
+        whole.latents[-tail:], whole.pre_acts[-tail:], whole.scores[-tail:], whole.keys[-tail:]
+    )
+    assert (last.latents == d_sae - 5).any()
+    problem.x = problem.x[-tail:]
+    if autocast:
+        with torch.autocast("cuda", torch.bfloat16):
+            expected = problem.dense()[1].topk(k).values
+        torch.testing.assert_close(last.scores.topk(k).values, expected, rtol=1e-2, atol=1e-2)
+    else:
+        assert_selects_topk(problem, last)
