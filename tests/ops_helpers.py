@@ -46,7 +46,7 @@ def assert_within_budget(
     error, plain_error = ((value.double() - exact).abs().amax(-1) for value in (actual, plain))
     floor = torch.finfo(actual.dtype).eps / 2 * exact.abs().amax(-1)
     if magnitude is not None:
-        floor += torch.finfo(torch.float32).eps * magnitude.amax(-1)
+        floor += torch.finfo(torch.float32).eps * magnitude.to(floor.device).amax(-1)
     budget = 2 * plain_error + floor
     worst = (error - budget).argmax()
     # Written so that a NaN fails.

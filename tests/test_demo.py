@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import demo
+import demo_arm
 import demo_inputs
 import demo_report
 import pytest
@@ -179,6 +180,19 @@ def test_plot_is_a_png(tmp_path: Path, n_steps: int) -> None:
     content = (tmp_path / "loss.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_is_that_of_the_steps_alone() -> None:
+    memory = demo_arm.PeakMemory(torch.device("cpu"))
+    memory.begin_step()
+    torch.ones(2**24)  # 64 MiB, freed at once
+    memory.end_step()
+    torch.ones(2**26)  # 256 MiB between two steps do not count
+    memory.begin_step()
+    memory.end_step()
+    assert memory.peak_bytes is not None
+    assert 60 < memory.peak_bytes / 2**20 < 100
 
 
 @pytest.fixture(scope="module")

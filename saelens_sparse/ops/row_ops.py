@@ -20,6 +20,7 @@ from saelens_sparse.ops.latent_order import LatentOrder
 
 # Gathered rows per chunk in the PyTorch path: small enough to stay in a CPU's cache.
 _CHUNK_BYTES = 16 * 2**20
+_LONG_SEGMENT = 128
 
 
 def gather_sum(
@@ -110,24 +111,46 @@ def segment_sum(
         return row_ops_triton.segment_sum(order, coefficients, batch, dtype)
     sum_dtype = _sum_dtype(batch)
     pairs = order.pairs[: int(order.offsets[-1])]
+    latents = order.keys[: pairs.numel()].long()
     weights = coefficients.flatten()[pairs].to(sum_dtype)
-    starts = order.offsets[:-1]
-    if pairs.numel() == 0:
-        zeros = batch.new_zeros(order.d_sae, batch.shape[1], dtype=dtype)
-        return zeros, zeros.new_zeros(order.d_sae)
-    rows = pairs // order.k
-    values = batch.to(sum_dtype)
-    if _has_embedding_bag(batch):
+    rows, values = pairs // order.k, batch.to(sum_dtype)
+
+    # Latents active on many rows are few: a dense product does not add their rows one by one.
+    is_long = order.counts > _LONG_SEGMENT
+    long = is_long.nonzero().squeeze(1)
+    short_pair = ~is_long[latents]
+    sums, totals = _sum_short_segments(
+        latents[short_pair], weights[short_pair], rows[short_pair], values, order.d_sae
+    )
+    if long.numel() > 0:
+        place = is_long.cumsum(0) - 1
+        code = values.new_zeros(long.numel(), batch.shape[0])
+        code[place[latents[~short_pair]], rows[~short_pair]] = weights[~short_pair]
+        sums[long], totals[long] = code @ values, code.sum(1)
+    return sums.to(dtype), totals.to(dtype)
+
+
+def _sum_short_segments(
+    latents: torch.Tensor,
+    weights: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    d_sae: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over sorted `latents`, each with a weight and a row of `values`."""
+    sums, totals = values.new_zeros(d_sae, values.shape[1]), values.new_zeros(d_sae)
+    if latents.numel() == 0:
+        return sums, totals
+    if _has_embedding_bag(values):
+        starts = torch.searchsorted(latents, torch.arange(d_sae, device=latents.device))
         sums = F.embedding_bag(rows, values, starts, per_sample_weights=weights, mode="sum")
-        positions = torch.arange(pairs.numel(), device=pairs.device)
+        positions = torch.arange(latents.numel(), device=latents.device)
         totals = F.embedding_bag(positions, weights.unsqueeze(1), starts, mode="sum").squeeze(1)
     else:
-        latents = order.keys[: pairs.numel()].long()
-        sums = values.new_zeros(order.d_sae, batch.shape[1])
-        for part in _row_chunks(latents.unsqueeze(1), batch):
+        for part in _row_chunks(latents.unsqueeze(1), values):
             sums.index_add_(0, latents[part], values[rows[part]] * weights[part].unsqueeze(1))
-        totals = weights.new_zeros(order.d_sae).index_add_(0, latents, weights)
-    return sums.to(dtype), totals.to(dtype)
+        totals.index_add_(0, latents, weights)
+    return sums, totals
 
 
 def add_rows(

@@ -32,16 +32,13 @@ class SegmentSumLaunch:
     """Tile of `segment_sum`, and the length at which a segment is split.
 
     A latent that fires on every row would be one serial loop; SPLIT pairs at most are summed
-    by one program, longer segments through partial sums in a fixed order. Programs of partial
-    sums always have SPLIT pairs or so, others mostly a few.
+    by one program, longer segments through partial sums in a fixed order.
     """
 
     BLOCK_P: int = 2
     BLOCK_D: int = 512
     SPLIT: int = 128
     num_warps: int = 1
-    PARTIAL_BLOCK_P: int = 2
-    partial_num_warps: int = 1
 
 
 GATHER_SUM = GatherSumLaunch()
@@ -293,16 +290,15 @@ def segment_sum(
     partial_totals = torch.empty(n_slots, dtype=torch.float32, device=batch.device)
     coefficients, batch = coefficients.contiguous(), batch.contiguous()
     tiles = triton.cdiv(d, launch.BLOCK_D)
-    tile = {"SPLIT": launch.SPLIT, "BLOCK_D": launch.BLOCK_D}
+    tile = {"SPLIT": launch.SPLIT, "BLOCK_P": launch.BLOCK_P, "BLOCK_D": launch.BLOCK_D}
     if n_pairs > launch.SPLIT:
         _partial_sums_kernel[(n_slots, tiles)](
             partials, partial_totals, order.offsets, order.keys, order.pairs, coefficients,
-            batch, n_pairs, d_sae, order.k, d, **tile, BLOCK_P=launch.PARTIAL_BLOCK_P,
-            num_warps=launch.partial_num_warps,
+            batch, n_pairs, d_sae, order.k, d, **tile, num_warps=launch.num_warps,
         )  # fmt: skip
     _segment_sum_kernel[(d_sae, tiles)](
         out, totals, partials, partial_totals, order.offsets, order.pairs, coefficients, batch,
-        order.k, d, **tile, BLOCK_P=launch.BLOCK_P, num_warps=launch.num_warps,
+        order.k, d, **tile, num_warps=launch.num_warps,
     )  # fmt: skip
     return out, totals
 
@@ -311,7 +307,7 @@ def add_rows(weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> 
     n, d = values.shape
     if n > 0:
         _add_rows_kernel[(n, triton.cdiv(d, 1024))](
-            weight, rows, values.contiguous(), d, BLOCK_D=1024, num_warps=4
+            weight, rows.contiguous(), values.contiguous(), d, BLOCK_D=1024, num_warps=4
         )
 
 

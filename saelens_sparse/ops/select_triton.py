@@ -6,8 +6,8 @@
 3. Groups that reach T are read again and their latents that reach T become candidates.
 4. Candidates are recomputed in float32, and the top k of them selected.
 
-For float32 the buffer is float16, of operands scaled by powers of two to norms near 128. Each
-screened score carries a proven bound on its error (below), and "reaches T" means that score plus
+For float32 the buffer is float16, of operands scaled by powers of two to norms of 64 to 128, so
+that no product overflows. Each screened score carries a proven bound on its error (below), and "reaches T" means that score plus
 bound does, where T is the k-th largest of score minus bound. So a true top-k latent is always a
 candidate. float16 has an eighth of bfloat16's rounding error, which leaves about as many
 candidates as there would be without a bound. Where the caller computes in bfloat16, the screen
@@ -103,7 +103,7 @@ def _round_rows_kernel(
     D,
     BLOCK_D: tl.constexpr,
 ):
-    """rounded = fp16(row * 2^e) with a norm near 128; |row| and |row - rounded / 2^e|"""
+    """rounded = fp16(row * 2^e), of norm 64 to 128; |row| and |row - rounded / 2^e|"""
     r = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     x = tl.load(rows_ptr + r * D + cols, mask=cols < D, other=0.0)
@@ -112,7 +112,7 @@ def _round_rows_kernel(
     exponent = tl.minimum(tl.maximum(exponent, -100.0), 100.0)
     x = x * tl.exp2(-exponent)
     norm = tl.sqrt(tl.sum(x * x, axis=0))
-    shrink = tl.exp2(7.0 - tl.floor(tl.log2(tl.maximum(norm, 1.0))))
+    shrink = tl.exp2(6.0 - tl.floor(tl.log2(tl.maximum(norm, 1.0))))
     x = x * shrink
     rounded = x.to(tl.float16)
     error = x - rounded.to(tl.float32)
@@ -198,7 +198,9 @@ def _group_bounds_kernel(
             upper = tl.where(upper == upper, upper, float("inf"))
             upper = tl.where(mask, upper, float("-inf"))
             upper = tl.max(tl.reshape(upper, (ROWS, GROUPS, GROUP_WIDTH)), axis=2)
+            # What cannot be screened may be anything: it must not raise T.
             lower = score - bound
+            lower = tl.where(lower == lower, lower, float("-inf"))
         lower = tl.where(lower == lower, lower, float("inf"))
         lower = tl.where(mask, lower, float("-inf"))
         lower = tl.max(tl.reshape(lower, (ROWS, GROUPS, GROUP_WIDTH)), axis=2)
