@@ -125,7 +125,8 @@ def segment_sum(
     if long.numel() > 0:
         place = is_long.cumsum(0) - 1
         code = values.new_zeros(long.numel(), batch.shape[0])
-        code[place[latents[~short_pair]], rows[~short_pair]] = weights[~short_pair]
+        where = (place[latents[~short_pair]], rows[~short_pair])
+        code.index_put_(where, weights[~short_pair], accumulate=True)
         sums[long], totals[long] = code @ values, code.sum(1)
     return sums.to(dtype), totals.to(dtype)
 

@@ -7,11 +7,12 @@
 4. Candidates are recomputed in float32, and the top k of them selected.
 
 For float32 the buffer is float16, of operands scaled by powers of two to norms of 64 to 128, so
-that no product overflows. Each screened score carries a proven bound on its error (below), and "reaches T" means that score plus
-bound does, where T is the k-th largest of score minus bound. So a true top-k latent is always a
-candidate. float16 has an eighth of bfloat16's rounding error, which leaves about as many
-candidates as there would be without a bound. Where the caller computes in bfloat16, the screen
-is the computation: bounds are zero and step 4 recomputes nothing.
+that no product overflows. Each screened score carries a proven bound on its error (below), and
+"reaches T" means that score plus bound does, where T is the k-th largest of score minus bound. So
+a true top-k latent is always a candidate. float16 has an eighth of bfloat16's rounding error: at
+2304 -> 65,536, k 64 a row has 100 candidates on average, with bfloat16 153, without a bound 94.
+Where the caller computes in bfloat16, the screen is the computation: bounds are zero and step 4
+recomputes nothing.
 
 The bound, for latent j of row n, with rounding residuals dx and dw, Cauchy-Schwarz twice:
 
@@ -184,6 +185,7 @@ def _group_bounds_kernel(
         s = s.to(tl.float32)
         if EXACT:
             lower = _score(s, bias, norm)
+            lower = tl.where(lower == lower, lower, float("inf"))
         else:
             x_inverse = tl.load(x_inverse_ptr + rows, mask=row_mask, other=0.0)[:, None]
             x_norm = tl.load(x_norms_ptr + rows, mask=row_mask, other=0.0)[:, None]
@@ -201,7 +203,6 @@ def _group_bounds_kernel(
             # What cannot be screened may be anything: it must not raise T.
             lower = score - bound
             lower = tl.where(lower == lower, lower, float("-inf"))
-        lower = tl.where(lower == lower, lower, float("inf"))
         lower = tl.where(mask, lower, float("-inf"))
         lower = tl.max(tl.reshape(lower, (ROWS, GROUPS, GROUP_WIDTH)), axis=2)
         out = rows[:, None] * G + groups[None, :]
