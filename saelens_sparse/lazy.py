@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from saelens_sparse.ops import LatentOrder, RowGradients
+from saelens_sparse.ops import LatentOrder, RowBlock
 
 
 def _getter(name: str) -> Callable[..., Any]:
@@ -42,6 +42,23 @@ _DESCRIBES_ONLY = {
 
 
 @dataclass
+class DeadLatents:
+    """The dead latents of a training step and their weights.
+
+    Attributes:
+        mask: `[d_sae]` bool, as the trainer gave it.
+        block: the latents, and their number rounded up; None if there are none.
+        W_enc: `[width, d_in]`, on the graph of the sparse encoder.
+        W_dec: `[width, d_in]`, on the graph of the sparse decoder, once it has run.
+    """
+
+    mask: torch.Tensor
+    block: RowBlock | None
+    W_enc: torch.Tensor | None = None
+    W_dec: torch.Tensor | None = None
+
+
+@dataclass
 class SparseCode:
     """The active latents of a batch and what later parts of the step need of them.
 
@@ -54,9 +71,7 @@ class SparseCode:
         order: the active pairs by latent.
         decoder_version: autograd's version counter of `W_dec` when the code was made.
         rows_recomputed: see `saelens_sparse.ops.Selection`.
-        encoder_rows: leaves rows of `W_enc`'s gradient for the sparse encoder's backward.
-        decoder_rows: the same for `W_dec`.
-        recons: `[n_rows, d_in]`, output of the sparse decode, once there is one.
+        dead: the dead latents if a training step asked for them.
     """
 
     x: torch.Tensor
@@ -66,9 +81,7 @@ class SparseCode:
     order: LatentOrder
     decoder_version: int
     rows_recomputed: int
-    encoder_rows: RowGradients
-    decoder_rows: RowGradients
-    recons: torch.Tensor | None = None
+    dead: DeadLatents | None = None
 
     def reported_acts(self) -> torch.Tensor:
         """Activations as SAELens reports them, `[n_rows, k]`: scaled by the decoder norms."""
@@ -233,7 +246,7 @@ class DeferredPreActs(OnDemandTensor):
     """
 
     code: SparseCode
-    _dense_pre_acts: Callable[[torch.Tensor], torch.Tensor]
+    _dense_pre_acts: Callable[[SparseCode], torch.Tensor]
     _weights: Sequence[torch.Tensor]
     _versions: list[int]
 
@@ -242,7 +255,7 @@ class DeferredPreActs(OnDemandTensor):
         cls,
         code: SparseCode,
         leading_shape: Sequence[int],
-        dense_pre_acts: Callable[[torch.Tensor], torch.Tensor],
+        dense_pre_acts: Callable[[SparseCode], torch.Tensor],
         weights: Sequence[torch.Tensor],
     ) -> Self:
         self = OnDemandTensor.__new__(
@@ -262,7 +275,7 @@ class DeferredPreActs(OnDemandTensor):
                 "since, so that it cannot be computed any more. Read it before the optimizer "
                 "steps, or set implementation='dense'."
             )
-        return self._dense_pre_acts(self.code.x).view(self.size())
+        return self._dense_pre_acts(self.code).view(self.size())
 
     @override
     def answer(

@@ -5,10 +5,9 @@ implementation; the two never import each other.
 """
 
 from saelens_sparse.ops.autograd import (
-    RowGradients,
+    RowBlock,
     decode_selected,
     encode_selected,
-    gather_rows,
     keep_topk,
 )
 from saelens_sparse.ops.host_count import HostCount
@@ -19,13 +18,12 @@ from saelens_sparse.ops.select import Selection, select_topk, start_select_topk,
 __all__ = [
     "HostCount",
     "LatentOrder",
-    "RowGradients",
+    "RowBlock",
     "Selection",
     "add_rows",
     "decode_selected",
     "encode_selected",
     "gather_dot",
-    "gather_rows",
     "gather_sum",
     "keep_topk",
     "segment_sum",

@@ -1,5 +1,6 @@
 """Differentiable encode and decode at selected latents, and dense use of a few weight rows."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,27 +12,25 @@ from saelens_sparse.ops.row_ops import add_rows, gather_dot, gather_sum, segment
 from saelens_sparse.ops.select import Selection, topk_values
 
 
-class RowGradients:
-    """Gradients of a few rows of a weight, on their way to the weight's main gradient.
+@dataclass(frozen=True)
+class RowBlock:
+    """Latents whose weight rows are wanted as one dense block, padded with zero rows.
 
-    A weight that is used both sparsely (`encode_selected`, `decode_selected`) and through
-    `gather_rows` would get two dense `[d_sae, d_in]` gradients, added by autograd. Instead the
-    backward of `gather_rows` leaves its rows here, and the backward of the sparse use adds
-    them to the one gradient that it builds. `gather_rows` takes an output of the sparse use
-    as an input, so autograd runs the two in that order.
+    A weight that is used both sparsely and through `weight[latents]` would get two dense
+    `[d_sae, d_in]` gradients, added by autograd. So `encode_selected` and `decode_selected` hand
+    out the block themselves, and their backward adds its few rows to the gradient that it builds.
     """
 
-    def __init__(self) -> None:
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    latents: torch.Tensor  # [n] int64, distinct
+    width: int  # rows of the block, at least n
 
-    def leave(self, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._parts.append((rows, gradient))
-
-    def add_to(self, dense: torch.Tensor, backend: Backend) -> None:
-        """Add what was left to `dense`, `[d_sae, d]`."""
-        for rows, gradient in self._parts:
-            add_rows(dense, rows, gradient, backend)
-        self._parts.clear()
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The block of a weight given as `[d_sae, d]` rows, `[width, d]`."""
+        n = self.latents.numel()
+        block = rows.new_empty(self.width, rows.shape[1])
+        torch.index_select(rows, 0, self.latents, out=block[:n])
+        block[n:].zero_()
+        return block
 
 
 def encode_selected(
@@ -41,10 +40,10 @@ def encode_selected(
     input_bias: torch.Tensor | None,
     selection: Selection,
     order: LatentOrder,
-    row_gradients: RowGradients,
+    block: RowBlock | None,
     backend: Backend,
-) -> torch.Tensor:
-    """`relu(x @ weight + bias)` at the selected latents, `[n_rows, k]`.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`relu(x @ weight + bias)` at the selected latents, `[n_rows, k]`, and a block of rows.
 
     The values are those of `selection`; this attaches them to the graph.
 
@@ -57,11 +56,14 @@ def encode_selected(
             None. Its gradient is `-weight @ sum_n dpre[n]`, one matrix-vector product.
         selection: the selected latents and their pre-activations.
         order: the same pairs by latent, without those clipped by the ReLU.
-        row_gradients: what `gather_rows` on the same weight leaves.
+        block: rows of `weight.T` to return too, or None.
         backend: `"triton"` or `"torch"`.
+
+    Returns:
+        The activations, and the block (`[block.width, d_in]`) or None.
     """
     return _EncodeSelected.apply(  # pyright: ignore[reportReturnType]
-        x, weight, bias, input_bias, selection, order, row_gradients, backend
+        x, weight, bias, input_bias, selection, order, block, backend
     )
 
 
@@ -70,44 +72,25 @@ def decode_selected(
     weight: torch.Tensor,
     latents: torch.Tensor,
     order: LatentOrder,
-    row_gradients: RowGradients,
+    block: RowBlock | None,
     backend: Backend,
-) -> torch.Tensor:
-    """`acts @ weight` for activations at selected latents, `[n_rows, d_in]`.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`acts @ weight` for activations at selected latents, `[n_rows, d_in]`, and a block of rows.
 
     Args:
         acts: `[n_rows, k]`; zero wherever `order` leaves a pair out.
         weight: `[d_sae, d_in]`.
         latents: `[n_rows, k]` int64.
         order: the active pairs by latent.
-        row_gradients: what `gather_rows` on the same weight leaves.
+        block: rows of `weight` to return too, or None.
         backend: `"triton"` or `"torch"`.
-    """
-    return _DecodeSelected.apply(  # pyright: ignore[reportReturnType]
-        acts, weight, latents, order, row_gradients, backend
-    )
-
-
-def gather_rows(
-    weight: torch.Tensor,
-    rows: torch.Tensor,
-    width: int,
-    output: torch.Tensor,
-    row_gradients: RowGradients,
-) -> torch.Tensor:
-    """`weight[rows]` with zero rows appended, at a cost in proportion to the number of rows.
-
-    Args:
-        weight: `[d_sae, d]`.
-        rows: `[n]` int64, distinct.
-        width: number of rows of the result, at least n.
-        output: what `encode_selected` or `decode_selected` returned for this weight.
-        row_gradients: the object that the same call got.
 
     Returns:
-        `[width, d]`, differentiable with respect to `weight`.
+        The product, and the block (`[block.width, d_in]`) or None.
     """
-    return _GatherRows.apply(weight.detach(), rows, width, output, row_gradients)  # pyright: ignore[reportReturnType]
+    return _DecodeSelected.apply(  # pyright: ignore[reportReturnType]
+        acts, weight, latents, order, block, backend
+    )
 
 
 def keep_topk(
@@ -131,30 +114,31 @@ class _EncodeSelected(torch.autograd.Function):
         input_bias: torch.Tensor | None,  # noqa: ARG004
         selection: Selection,
         order: LatentOrder,
-        row_gradients: RowGradients,
+        block: RowBlock | None,
         backend: Backend,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         acts = selection.pre_acts.relu()
         ctx.save_for_backward(x, weight, acts, selection.latents)
-        ctx.order, ctx.row_gradients, ctx.backend = order, row_gradients, backend
-        return acts
+        ctx.order, ctx.block, ctx.backend = order, block, backend
+        ctx.set_materialize_grads(False)
+        return acts, None if block is None else block.of(weight.detach().T)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: torch.Tensor
+        ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         x, weight, acts, latents = ctx.saved_tensors
-        # Clipped pairs are not in ctx.order, so their gradient need not be zeroed for it.
-        grad_acts = grads[0]
         need_x, need_weight, need_bias, need_input_bias = ctx.needs_input_grad[:4]
+        # Clipped pairs are not in ctx.order, so their gradient need not be zeroed for it.
+        grad_acts = torch.zeros_like(acts) if grads[0] is None else grads[0]
         grad_x = grad_weight = grad_bias = grad_input_bias = None
         rows = weight.detach().T
         if need_weight or need_bias or need_input_bias:
             grad_rows, grad_bias = segment_sum(ctx.order, grad_acts, x, weight.dtype, ctx.backend)
             if need_input_bias:
                 grad_input_bias = -(grad_bias @ rows)
-            ctx.row_gradients.add_to(grad_rows, ctx.backend)
+            _add_block(grad_rows, ctx.block, grads[1], ctx.backend)
             grad_weight = grad_rows.T
         if need_x:
             # A NaN activation passes its gradient on, as a ReLU does.
@@ -171,55 +155,44 @@ class _DecodeSelected(torch.autograd.Function):
         weight: torch.Tensor,
         latents: torch.Tensor,
         order: LatentOrder,
-        row_gradients: RowGradients,
+        block: RowBlock | None,
         backend: Backend,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.save_for_backward(acts, weight, latents)
-        ctx.order, ctx.row_gradients, ctx.backend = order, row_gradients, backend
-        return gather_sum(acts, latents, weight, backend)
+        ctx.order, ctx.block, ctx.backend = order, block, backend
+        ctx.set_materialize_grads(False)
+        recons = gather_sum(acts, latents, weight, backend)
+        return recons, None if block is None else block.of(weight.detach())
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: torch.Tensor
+        ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         acts, weight, latents = ctx.saved_tensors
-        grad_output = grads[0].contiguous()
+        if grads[0] is None:
+            grad_output = weight.new_zeros(acts.shape[0], weight.shape[1])
+        else:
+            grad_output = grads[0].contiguous()
         grad_acts = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_acts = gather_dot(grad_output, latents, weight, ctx.backend).to(acts.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight, _ = segment_sum(ctx.order, acts, grad_output, weight.dtype, ctx.backend)
-            ctx.row_gradients.add_to(grad_weight, ctx.backend)
+            _add_block(grad_weight, ctx.block, grads[1], ctx.backend)
         return grad_acts, grad_weight, None, None, None, None
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: torch.Tensor,
-        rows: torch.Tensor,
-        width: int,
-        output: torch.Tensor,  # noqa: ARG004
-        row_gradients: RowGradients,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.row_gradients = row_gradients
-        n = rows.numel()
-        gathered = weight.new_empty(width, weight.shape[1])
-        torch.index_select(weight, 0, rows, out=gathered[:n])
-        gathered[n:].zero_()
-        return gathered
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[None, ...]:
-        (rows,) = ctx.saved_tensors
-        ctx.row_gradients.leave(rows, grads[0][: rows.numel()])
-        return None, None, None, None, None
+def _add_block(
+    gradient: torch.Tensor,
+    block: RowBlock | None,
+    block_gradient: torch.Tensor | None,
+    backend: Backend,
+) -> None:
+    """Add the gradient of a block to `gradient`, `[d_sae, d]`, in place."""
+    if block is not None and block_gradient is not None:
+        n = block.latents.numel()
+        add_rows(gradient, block.latents, block_gradient[:n], backend)
 
 
 class _KeepTopK(torch.autograd.Function):

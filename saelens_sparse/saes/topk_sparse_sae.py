@@ -21,14 +21,13 @@ from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTra
 from typing_extensions import override
 
 from saelens_sparse.implementation import IMPLEMENTATIONS, Choice, Implementation
-from saelens_sparse.lazy import DeferredPreActs, SparseCode, SparseFeatureActs
+from saelens_sparse.lazy import DeadLatents, DeferredPreActs, SparseCode, SparseFeatureActs
 from saelens_sparse.ops import (
     HostCount,
     LatentOrder,
-    RowGradients,
+    RowBlock,
     decode_selected,
     encode_selected,
-    gather_rows,
     keep_topk,
     start_select_topk,
 )
@@ -159,10 +158,13 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
     @_not_compiled
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if step_input.dead_neuron_mask is not None:
-            # Queued first, the count has reached the host by the time that AuxK asks for it.
-            self._dead_count = HostCount(step_input.dead_neuron_mask)
-        output = super().training_forward_pass(step_input)
+        mask = step_input.dead_neuron_mask
+        # Queued first, the count has reached the host by the time that the encoder asks for it.
+        self._dead_count = None if mask is None else HostCount(mask)
+        try:
+            output = super().training_forward_pass(step_input)
+        finally:
+            self._dead_count = None
         if isinstance(output.feature_acts, SparseFeatureActs):
             code = output.feature_acts.code
             output.metrics["rows_recomputed"] = code.rows_recomputed
@@ -218,10 +220,19 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         selection = pending.result()
         if selection is not pending.selection:
             order = LatentOrder.of_keys(selection.keys, self.cfg.d_sae)
-        encoder_rows = RowGradients()
-        acts = encode_selected(
-            centred, W_enc, self.b_enc, input_bias, selection, order, encoder_rows, choice.backend
+        dead = self._dead_latents()
+        acts, dead_W_enc = encode_selected(
+            centred,
+            W_enc,
+            self.b_enc,
+            input_bias,
+            selection,
+            order,
+            None if dead is None else dead.block,
+            choice.backend,
         )
+        if dead is not None:
+            dead.W_enc = dead_W_enc
         code = SparseCode(
             x=centred,
             latents=selection.latents,
@@ -230,8 +241,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             order=order,
             decoder_version=self.W_dec._version,
             rows_recomputed=selection.rows_recomputed,
-            encoder_rows=encoder_rows,
-            decoder_rows=RowGradients(),
+            dead=dead,
         )
         hidden_pre = DeferredPreActs(
             code, leading_shape, self._dense_pre_acts, (self.W_enc, self.b_enc, self.W_dec)
@@ -249,10 +259,17 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             return super().decode(_ordinary(feature_acts))
         assert isinstance(feature_acts, SparseFeatureActs)
         code = feature_acts.code
-        recons = decode_selected(
-            code.acts, self.W_dec, code.latents, code.order, code.decoder_rows, choice.backend
+        dead = code.dead
+        recons, dead_W_dec = decode_selected(
+            code.acts,
+            self.W_dec,
+            code.latents,
+            code.order,
+            None if dead is None else dead.block,
+            choice.backend,
         )
-        code.recons = recons
+        if dead is not None:
+            dead.W_dec = dead_W_dec
         sae_out_pre = (recons + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in)
         sae_out_pre = self.hook_sae_recons(sae_out_pre)
         sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
@@ -282,50 +299,69 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         Formula: Gao et al. 2024 (arXiv:2406.04093), appendix A.2 and B.1, as in SAELens.
         """
         code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
-        if code is None or code.recons is None or dead_neuron_mask is None:
+        if code is None or code.dead is None or code.dead.mask is not dead_neuron_mask:
             return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
-        if self._dead_count is None or self._dead_count.mask is not dead_neuron_mask:
-            self._dead_count = HostCount(dead_neuron_mask)
-        n_dead = self._dead_count.wait()
-        self._dead_count = None
-        if n_dead == 0:
+        dead = code.dead
+        if dead.block is None:
             return sae_out.new_zeros(())
-        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
-            # Stock refuses these, in its own words.
+        if (
+            dead.W_enc is None
+            or dead.W_dec is None
+            or self.cfg.normalize_activations
+            in (
+                "constant_norm_rescale",
+                "layer_norm",
+            )
+        ):
+            # Not decoded sparsely; or refused by stock, in its own words.
             return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
 
+        n_dead = dead.block.latents.numel()
         k_aux = sae_in.shape[-1] // 2
         scale = min(n_dead / k_aux, 1.0)
-        values, W_dec = self._dead_acts(code, dead_neuron_mask, n_dead, k_aux)
+        values = self._dead_acts(code, dead.block, dead.W_enc, k_aux)
         residual = (sae_in - sae_out).detach()
-        recons = self.reshape_fn_out((values @ W_dec).view_as(residual), self.d_head)
+        recons = self.reshape_fn_out((values @ dead.W_dec).view_as(residual), self.d_head)
         auxk_loss = (recons - residual).pow(2).sum(dim=-1).mean()
         return self.cfg.aux_loss_coefficient * scale * auxk_loss
 
-    def _dead_acts(
-        self, code: SparseCode, mask: torch.Tensor, n_dead: int, k_aux: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values `[n_rows, width]` of the dead latents, zero for all but the top `k_aux` of a
-        row, and their decoder rows `[width, d_in]`; width is n_dead rounded up.
-        """
-        backend = self.implementation.backend
-        dead = torch.nonzero_static(mask, size=n_dead).squeeze(1)
+    def _dead_latents(self) -> DeadLatents | None:
+        """The dead latents of the training step in progress, if one is."""
+        if self._dead_count is None:
+            return None
+        mask, n_dead = self._dead_count.mask, self._dead_count.wait()
+        if n_dead == 0:
+            return DeadLatents(mask, None)
+        latents = torch.nonzero_static(mask, size=n_dead).squeeze(1)
         width = -(-n_dead // _DEAD_ALIGNMENT) * _DEAD_ALIGNMENT
-        W_enc = gather_rows(self.W_enc.T, dead, width, code.acts, code.encoder_rows)
-        assert code.recons is not None
-        W_dec = gather_rows(self.W_dec, dead, width, code.recons, code.decoder_rows)
-        bias = self.b_enc.index_select(0, dead)
-        if self.cfg.apply_b_dec_to_input and not code.x.requires_grad:
+        return DeadLatents(mask, RowBlock(latents, width))
+
+    def _dead_acts(
+        self, code: SparseCode, block: RowBlock, W_enc: torch.Tensor, k_aux: int
+    ) -> torch.Tensor:
+        """Values `[n_rows, width]` of the dead latents, without a ReLU, zero for all but the top
+        `k_aux` of a row.
+        """
+        n_dead = block.latents.numel()
+        bias = self.b_enc.index_select(0, block.latents)
+        if self._input_bias_is_cut_off(code):
             # Zero in value: gives b_dec its gradient by one matrix-vector product.
             bias = bias - W_enc.detach()[:n_dead] @ (self.b_dec - self.b_dec.detach())
         products = code.x @ W_enc.T
         if k_aux >= n_dead:
-            return products + F.pad(bias, (0, width - n_dead)), W_dec
+            return products + F.pad(bias, (0, block.width - n_dead))
         # The decoder norms steer the selection; in the reconstruction they cancel.
-        norms = None if code.norms is None else code.norms.detach()[dead]
-        return keep_topk(products, bias, norms, k_aux, backend), W_dec
+        norms = None if code.norms is None else code.norms.detach()[block.latents]
+        return keep_topk(products, bias, norms, k_aux, self.implementation.backend)
 
-    def _dense_pre_acts(self, x: torch.Tensor) -> torch.Tensor:
+    def _input_bias_is_cut_off(self, code: SparseCode) -> bool:
+        """Whether b_dec was subtracted from the encoder's input outside of the graph."""
+        return self.cfg.apply_b_dec_to_input and not code.x.requires_grad
+
+    def _dense_pre_acts(self, code: SparseCode) -> torch.Tensor:
+        x = code.x
+        if self._input_bias_is_cut_off(code):
+            x = x - (self.b_dec - self.b_dec.detach())  # zero in value
         hidden_pre = x @ self.W_enc + self.b_enc
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
