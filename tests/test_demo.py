@@ -47,12 +47,12 @@ def steps_of_an_arm(seconds: float, loss: float = 8.0, n_steps: int = 40) -> lis
 
 def test_options_have_working_defaults(tmp_path: Path) -> None:
     options = demo.parse_options(["--device", "cpu", "--output", str(tmp_path)])
-    assert (options.steps, options.d_sae, options.batch_size, options.k) == (200, 8192, 1024, 32)
+    assert (options.steps, options.d_sae, options.batch_size, options.k) == (160, 8192, 1024, 32)
     for architecture in ("topk", "topk_sparse"):
         config = demo.arm_config(options, architecture)
         loaded = LanguageModelSAERunnerConfig.from_dict(config)
         assert loaded.sae.architecture() == architecture
-        assert loaded.total_training_steps == 200
+        assert loaded.total_training_steps == 160
 
 
 def test_the_arms_differ_in_architecture_and_output_alone(tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_different_batches_are_not_compared() -> None:
 def test_plot_is_a_png(tmp_path: Path, n_steps: int) -> None:
     arms = {"topk": steps_of_an_arm(0.4), "topk_sparse": steps_of_an_arm(0.1)}
     arms = {name: steps[:n_steps] for name, steps in arms.items()}
-    demo_report.plot(arms, "a title", tmp_path / "loss.png")
-    content = (tmp_path / "loss.png").read_bytes()
+    demo_report.plot(arms, "a title", tmp_path / "curves.png")
+    content = (tmp_path / "curves.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000
 
@@ -203,7 +203,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_demo(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The demo as a user starts it, at a size that takes seconds."""
     environment = {name: value for name, value in os.environ.items() if "TRITON" not in name}
-    small = {"device": "cpu", "steps": 12, "d-sae": 512, "batch-size": 256, "text-tokens": 4096}
+    small = {"device": "cpu", "steps": 40, "d-sae": 512, "batch-size": 256, "text-tokens": 4096}
     places = {"cache": folder / "cache", "output": folder / "output"}
     arguments = [f"--{name}={value}" for name, value in (small | places).items()]
     return subprocess.run(
@@ -232,8 +232,8 @@ def test_demo_from_beginning_to_end(demo_folder: Path) -> None:
     assert sparse["first_loss"] == pytest.approx(stock["first_loss"], rel=1e-5)
     assert sparse["final_mse_loss"] == pytest.approx(stock["final_mse_loss"], rel=0.005)
     assert stock["final_mse_loss"] < stock["first_loss"]
-    assert len((output / "topk_sparse" / "steps.jsonl").read_text().splitlines()) == 12
-    assert (output / "loss.png").exists()
+    assert len((output / "topk_sparse" / "steps.jsonl").read_text().splitlines()) == 40
+    assert (output / "curves.png").exists()
     # The SAE's own firing statistics are saved with it.
     assert (output / "topk_sparse" / "sae" / "sparsity.safetensors").exists()
 

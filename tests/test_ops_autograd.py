@@ -6,10 +6,9 @@ import torch
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops import (
     LatentOrder,
-    RowGradients,
+    RowBlock,
     decode_selected,
     encode_selected,
-    gather_rows,
     keep_topk,
     select_topk,
 )
@@ -31,7 +30,7 @@ class Parameters:
     upstream_acts: torch.Tensor  # [n_rows, k]
     upstream_recons: torch.Tensor  # [n_rows, d_in]
     upstream_aux: torch.Tensor  # [n_rows, d_in]
-    rows: torch.Tensor  # latents that are used through `gather_rows`
+    rows: torch.Tensor  # latents whose weights are also used as a dense block
 
     @classmethod
     def random(cls, n_rows: int = N_ROWS, k: int = K) -> "Parameters":
@@ -110,13 +109,12 @@ def sparse_outputs(
     rows = p.W_enc.detach().T
     selection = select_topk(x.detach(), rows, p.b_enc.detach(), None, k, backend, 2**20)
     order = LatentOrder.of(selection.latents, ~(selection.scores <= 0), D_SAE)
-    encoder_rows, decoder_rows = RowGradients(), RowGradients()
-    acts = encode_selected(x, p.W_enc, p.b_enc, input_bias, selection, order, encoder_rows, backend)
-    recons = decode_selected(acts, p.W_dec, selection.latents, order, decoder_rows, backend)
-
     n = p.rows.numel()
-    W_enc = gather_rows(p.W_enc.T, p.rows, n + padding, acts, encoder_rows)
-    W_dec = gather_rows(p.W_dec, p.rows, n + padding, recons, decoder_rows)
+    block = RowBlock(p.rows, n + padding)
+    acts, W_enc = encode_selected(x, p.W_enc, p.b_enc, input_bias, selection, order, block, backend)
+    recons, W_dec = decode_selected(acts, p.W_dec, selection.latents, order, block, backend)
+    assert W_enc is not None
+    assert W_dec is not None
     bias = p.b_enc[p.rows]
     if input_bias is not None:
         bias = bias - W_enc.detach()[:n] @ (input_bias - input_bias.detach())
@@ -249,10 +247,11 @@ def test_gradcheck_in_torch() -> None:
         centred = x - b_dec
         selection = select_topk(centred, encoder, b_enc, None, 4, "torch", 2**20)
         order = LatentOrder.of(selection.latents, selection.scores > 0, D_SAE)
-        acts = encode_selected(
-            centred, encoder.T, b_enc, None, selection, order, RowGradients(), "torch"
+        acts, no_block = encode_selected(
+            centred, encoder.T, b_enc, None, selection, order, None, "torch"
         )
-        recons = decode_selected(acts, W_dec, selection.latents, order, RowGradients(), "torch")
+        assert no_block is None
+        recons, _ = decode_selected(acts, W_dec, selection.latents, order, None, "torch")
         # By latent, so that the order of the selection does not matter.
         code = torch.zeros(3, D_SAE, dtype=acts.dtype).scatter(1, selection.latents, acts)
         return code, recons
@@ -377,7 +376,7 @@ def test_gradients_repeat_bit_for_bit(backend: Backend, device: torch.device) ->
 
 
 @pytest.mark.parametrize("rows", ["some", "none", "active", "all"])
-def test_gathered_rows_add_to_the_weights_gradient_once(
+def test_blocks_add_to_the_weights_gradient_once(
     rows: str, backend: Backend, device: torch.device
 ) -> None:
     values = Parameters.random()
@@ -400,31 +399,20 @@ def test_gathered_rows_add_to_the_weights_gradient_once(
     )
 
 
-def test_gathered_rows_are_rows_of_the_weight(backend: Backend, device: torch.device) -> None:
-    p = Parameters.random().to(device, torch.float32)
-    outputs = sparse_outputs(p, backend)
-    n = p.rows.numel()
-    gathered = gather_rows(p.W_dec, p.rows, n, outputs.recons, RowGradients())
-    assert torch.equal(gathered, p.W_dec[p.rows])
-    assert gathered.requires_grad
-    gathered = gather_rows(p.W_enc.T, p.rows, n + 5, outputs.acts, RowGradients())
-    assert torch.equal(gathered[:n], p.W_enc[:, p.rows].T)
-    assert torch.equal(gathered[n:], torch.zeros_like(gathered[n:]))
-
-
-def test_a_weights_rows_can_be_gathered_twice(backend: Backend, device: torch.device) -> None:
+def test_blocks_are_rows_of_the_weights(backend: Backend, device: torch.device) -> None:
     p = Parameters.random().to(device, torch.float32)
     selection = select_topk(p.x.detach(), p.W_enc.detach().T, p.b_enc, None, K, backend, 2**20)
     order = LatentOrder.of(selection.latents, selection.scores > 0, D_SAE)
-    left = RowGradients()
-    acts = encode_selected(p.x, p.W_enc, p.b_enc, None, selection, order, left, backend)
-    first = gather_rows(p.W_enc.T, p.rows, 20, acts, left)
-    second = gather_rows(p.W_enc.T, p.rows[::2], 7, acts, left)
-    (2 * first.sum() + 3 * second.sum()).backward()
-    expected = torch.zeros_like(p.W_enc)
-    expected[:, p.rows] += 2
-    expected[:, p.rows[::2]] += 3
-    torch.testing.assert_close(p.W_enc.grad, expected, rtol=0, atol=0)
+    n = p.rows.numel()
+    for width in (n, n + 5):
+        block = RowBlock(p.rows, width)
+        acts, W_enc = encode_selected(p.x, p.W_enc, p.b_enc, None, selection, order, block, backend)
+        _, W_dec = decode_selected(acts, p.W_dec, selection.latents, order, block, backend)
+        for rows, expected in ((W_enc, p.W_enc[:, p.rows].T), (W_dec, p.W_dec[p.rows])):
+            assert rows is not None
+            assert rows.requires_grad
+            assert torch.equal(rows[:n], expected)
+            assert torch.equal(rows[n:], torch.zeros_like(rows[n:]))
 
 
 def all_gradients(outputs: Outputs, loss: torch.Tensor, *, retain: bool) -> dict[str, torch.Tensor]:
@@ -436,7 +424,7 @@ def all_gradients(outputs: Outputs, loss: torch.Tensor, *, retain: bool) -> dict
 
 
 @pytest.mark.parametrize("losses", [("aux",), ("recons", "aux")], ids="+".join)
-def test_gathered_rows_under_autograd_grad(
+def test_blocks_under_autograd_grad(
     losses: tuple[str, ...], backend: Backend, device: torch.device
 ) -> None:
     values = Parameters.random()
@@ -448,9 +436,7 @@ def test_gathered_rows_under_autograd_grad(
     assert all(leaf.grad is None for leaf in sparse.upstream.leaves.values())
 
 
-def test_gathered_rows_through_two_backwards_of_one_graph(
-    backend: Backend, device: torch.device
-) -> None:
+def test_blocks_through_two_backwards_of_one_graph(backend: Backend, device: torch.device) -> None:
     values = Parameters.random()
     sparse = sparse_outputs(values.to(device, torch.float32), backend)
     exact = dense_outputs(values.to(device, torch.float64), sparse)
@@ -464,7 +450,7 @@ def test_gathered_rows_through_two_backwards_of_one_graph(
 
 
 @pytest.mark.parametrize("first", ["x", "b_enc", "b_dec", "W_enc", "W_dec", "acts", "recons"])
-def test_gathered_rows_after_a_gradient_of_something_else(
+def test_blocks_after_a_gradient_of_something_else(
     first: str, backend: Backend, device: torch.device
 ) -> None:
     """A partial backward leaves nothing behind that a later backward would add again."""
@@ -483,7 +469,7 @@ def test_gathered_rows_after_a_gradient_of_something_else(
         torch.testing.assert_close(actual[name], expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_gathered_rows_under_no_grad(backend: Backend, device: torch.device) -> None:
+def test_blocks_under_no_grad(backend: Backend, device: torch.device) -> None:
     p = Parameters.random().to(device, torch.float32)
     with torch.no_grad():
         outputs = sparse_outputs(p, backend)

@@ -1,5 +1,6 @@
 """`topk_sparse` inside SAELens: its runners, files, hooks and evaluations, on a tiny model."""
 
+import copy
 import json
 import os
 import subprocess
@@ -531,7 +532,7 @@ class TestRunner:
         """What a user gets who says nothing but the architecture."""
         cfg = SparseTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=K)
         sae = run(cfg).sae
-        assert sae.implementation.name == ("triton" if torch.cuda.is_available() else "torch")
+        assert sae.implementation.name == "torch"
         assert_same_training(sae, run(sae_config(TopKTrainingSAEConfig)).sae)
 
     def test_cached_activations(
@@ -1093,6 +1094,15 @@ class TestTransformations:
         (precision,) = (p for p in PRECISIONS if p.dtype == stock.dtype and not p.autocast)
         compare_steps(stock, sparse, x, dead_mask(stock, 20), precision)
 
+    def test_deepcopy(self, saes: tuple[TopKTrainingSAE, SparseTopKTrainingSAE]) -> None:
+        sparse = saes[1]
+        copied = copy.deepcopy(sparse)
+        x = zipf_inputs(sparse, 16)
+        for sae in (sparse, copied):
+            make_trainer(sae).step(x)
+        assert_same_training(copied, sparse, tolerance=0)
+        assert copied.W_enc.data_ptr() != sparse.W_enc.data_ptr()
+
     def test_folding_needs_rescaling_as_in_stock(self) -> None:
         stock = make_stock(rescale_acts_by_decoder_norm=False)
         for sae in (stock, sparse_like(stock)):
@@ -1107,6 +1117,69 @@ class TestTransformations:
         folded = TrainingSAE.load_from_disk(tmp_path, fold_W_dec_norm=True)
         torch.testing.assert_close(folded(x), sparse(x))
         assert TrainingSAE.load_from_disk(tmp_path, dtype="float64")(x).dtype == torch.float64
+
+
+class TestOptimizer:
+    """SAELens's Adam, prepared before each step."""
+
+    def test_adam_is_fused_unless_told_otherwise(self) -> None:
+        stock = make_stock()
+        for fused_adam in (True, False):
+            sparse = sparse_like(stock, fused_adam=fused_adam)
+            trainer = make_trainer(sparse)
+            trainer.step(zipf_inputs(stock, 9))
+            (group,) = trainer.optimizer.param_groups
+            assert group["fused"] is (True if fused_adam else None)
+            (written,) = trainer.optimizer.state_dict()["param_groups"]
+            assert written["fused"] is None
+
+    @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": False}])
+    def test_a_choice_is_respected(self, options: dict[str, bool]) -> None:
+        sparse = sparse_like(make_stock())
+        optimizer = torch.optim.Adam(sparse.parameters(), **options)
+        forward_pass(sparse, zipf_inputs(sparse, 9)).loss.backward()
+        optimizer.step()
+        (group,) = optimizer.param_groups
+        assert {name: group[name] for name in options} == options
+        assert not group["fused"]
+
+    def test_other_optimizers_are_left_alone(self) -> None:
+        layer = torch.nn.Linear(3, 4)
+        optimizer = torch.optim.Adam(layer.parameters())
+        layer(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        assert optimizer.param_groups[0]["fused"] is None
+        assert optimizer.state_dict()["param_groups"][0]["fused"] is None
+        stock = make_stock()
+        trainer = make_trainer(stock)
+        trainer.step(zipf_inputs(stock, 9))
+        assert trainer.optimizer.param_groups[0]["fused"] is None
+
+    @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
+    def test_other_optimizers_train(self, optimizer_class: Any) -> None:
+        stock = make_stock(dtype=torch.float64)
+        sparse = sparse_like(stock)
+        batches = [zipf_inputs(stock, 32) for _ in range(3)]
+        for sae in (stock, sparse):
+            optimizer = optimizer_class(sae.parameters(), lr=1e-3)
+            for x in batches:
+                optimizer.zero_grad()
+                forward_pass(sae, x).loss.backward()
+                optimizer.step()
+        assert_same_training(sparse, stock, tolerance=1e-10)
+
+    def test_writing_a_checkpoint_leaves_the_moments_in_place(self) -> None:
+        sparse = sparse_like(make_stock())
+        trainer = make_trainer(sparse)
+        trainer.step(zipf_inputs(sparse, 9))
+        live = trainer.optimizer.state[sparse.W_enc]
+        written = trainer.optimizer.state_dict()["state"][
+            [name for name, _ in sparse.named_parameters()].index("W_enc")
+        ]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert written[name].is_contiguous()
+            assert live[name].stride() == sparse.W_enc.stride() != written[name].stride()
+            assert torch.equal(live[name], written[name])
 
 
 class TestHooks:

@@ -425,7 +425,7 @@ def trajectory(
 @all_or_no_options
 def test_trainer_steps_stay_together(target: Target, options: dict[str, bool]) -> None:
     dtype = torch.float64 if torch.float64 in target.dtypes else torch.float32
-    n_steps = 6 if target.interpreted else 25
+    n_steps = 25 if dtype == torch.float64 else 6
     stock = make_stock(device=target.device, dtype=dtype, **options)
     batches = [zipf_inputs(stock, 32) for _ in range(n_steps - 1)] + [zipf_inputs(stock, 17)]
     sparse = trajectory(sparse_like(stock, target.backend), batches)
@@ -445,6 +445,48 @@ def test_trainer_steps_stay_together(target: Target, options: dict[str, bool]) -
         }
         factor = 3.0
     require_within_budget(sparse, yardstick, oracle, torch.finfo(dtype).eps, factor)
+
+
+LOW_PRECISIONS = [
+    parameters
+    for parameters in TARGET_PRECISIONS
+    if parameters.values[1].eps > FLOAT32.eps  # pyright: ignore[reportAttributeAccessIssue]
+]
+
+
+@all_or_no_options
+@pytest.mark.parametrize(("target", "precision"), LOW_PRECISIONS)
+def test_trainer_steps_in_low_precision(
+    target: Target, precision: Precision, options: dict[str, bool]
+) -> None:
+    """Ten steps drift from float64 at most twice as far as stock's, for the mean of the losses."""
+    stock = make_stock(
+        d_in=32, d_sae=256, k=8, dtype=precision.dtype, device=target.device, **options
+    )
+    batches = [zipf_inputs(stock, 256) for _ in range(10)]
+    oracle = trajectory(stock_like(stock), batches)
+    # Before stock is trained in place.
+    sparse = sparse_like(stock, target.backend)
+    expected, actual = (
+        trajectory(sae, batches, autocast=precision.autocast) for sae in (stock, sparse)
+    )
+    assert oracle["auxiliary_reconstruction_loss"].max() > 0
+    names = ["loss", "mse_loss", "auxiliary_reconstruction_loss", "act_freq_scores"]
+    names += [name for name in oracle if name.startswith("final ")]
+    require_within_budget(
+        *({name: values[name] for name in names} for values in (actual, expected, oracle)),
+        precision.eps,
+    )
+
+
+def test_gradients_lie_in_memory_as_their_parameters(target: Target) -> None:
+    """Autograd would copy them otherwise."""
+    sparse = sparse_like(make_stock(device=target.device), target.backend)
+    forward_pass(sparse, zipf_inputs(sparse, 9), dead_mask(sparse, 20)).loss.backward()
+    assert sparse.W_enc.T.is_contiguous()
+    for name, parameter in sparse.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride(), name
 
 
 @pytest.mark.default_algorithms
