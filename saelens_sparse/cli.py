@@ -42,16 +42,19 @@ def parse_train_args(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         return load_config(path)
     if any(arg == "--config" or arg.startswith("--config=") for arg in args):
         raise UsageError("--config takes every setting from its file; give it alone")
-    return _parse_cfg_args(args)
+    try:
+        return _parse_cfg_args(args)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"these settings cannot be used: {error}") from error
 
 
 def load_config(path: str | Path) -> LanguageModelSAERunnerConfig[Any]:
     """A runner config from a JSON file in the form of `LanguageModelSAERunnerConfig.to_dict`."""
     try:
-        cfg_dict = json.loads(Path(path).read_text())
+        cfg_dict = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the config file {path} is not valid JSON: {error}") from error
     try:
         return LanguageModelSAERunnerConfig.from_dict(cfg_dict)

@@ -3,6 +3,7 @@
 SAELens's trainer asks little of `feature_acts` (which latents fired, how often) and nothing of
 `hidden_pre`. Both are stood in for by tensor subclasses that answer those questions from the
 selected latents. Every other operation sees an ordinary tensor, built on demand with its graph.
+What a decode has already read does not depend on an ordinary tensor that is made after it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from saelens_sparse.implementation import Backend
 from saelens_sparse.ops import LatentOrder, RowBlock
 
 
@@ -69,8 +71,9 @@ class SparseCode:
         norms: `[d_sae]` decoder norms if the reported activations are scaled by them, on the
             graph; else None.
         order: the active pairs by latent.
-        decoder_version: autograd's version counter of `W_dec` when the code was made.
+        decoder_version: `version_of(W_dec)` when the code was made.
         rows_recomputed: see `saelens_sparse.ops.Selection`.
+        backend: what computed it.
         dead: the dead latents if a training step asked for them.
     """
 
@@ -81,6 +84,7 @@ class SparseCode:
     order: LatentOrder
     decoder_version: int
     rows_recomputed: int
+    backend: Backend
     dead: DeadLatents | None = None
 
     def reported_acts(self) -> torch.Tensor:
@@ -92,11 +96,11 @@ class OnDemandTensor(torch.Tensor):
     """A tensor whose shape and dtype are known and whose values are computed when used.
 
     Operations that a subclass does not answer itself get the tensor that `compute` returns,
-    made once and kept, so that an in-place change is seen by later uses.
+    made once and kept, so that a change or a gradient of it is seen by all later uses.
     """
 
     _made: torch.Tensor | None
-    _made_version: int
+    _with_graph: bool
 
     def __new__(
         cls,
@@ -106,7 +110,7 @@ class OnDemandTensor(torch.Tensor):
     ) -> Self:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self._made = None
-        self._made_version = 0
+        self._with_graph = torch.is_grad_enabled()
         return self
 
     def compute(self) -> torch.Tensor:
@@ -123,14 +127,18 @@ class OnDemandTensor(torch.Tensor):
         return NotImplemented
 
     def materialized(self) -> torch.Tensor:
+        """The ordinary tensor, made when first asked for; all later uses share it."""
         if self._made is None:
-            self._made = self.compute()
-            self._made_version = self._made._version
+            # A first look under no_grad must not cost later ones the graph.
+            with torch.set_grad_enabled(self._with_graph):
+                self._made = self.compute()
         return self._made
 
-    def was_changed(self) -> bool:
-        """Whether the ordinary tensor exists and was written to since it was made."""
-        return self._made is not None and self._made._version != self._made_version
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nobody has the ordinary tensor, so that it cannot matter to anybody."""
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+            return self._made is None
 
     @classmethod
     @override
@@ -145,7 +153,7 @@ class OnDemandTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
             if func in _DESCRIBES_ONLY:
                 return func(*args, **kwargs)
-            if args and isinstance(args[0], OnDemandTensor) and not args[0].was_changed():
+            if args and isinstance(args[0], OnDemandTensor) and args[0].is_untouched:
                 result = args[0].answer(func, args, kwargs)
                 if result is not NotImplemented:
                     return result
@@ -224,8 +232,8 @@ class FiringPattern(OnDemandTensor):
         if func is torch.Tensor.float and len(args) == 1 and not kwargs:
             return FiringPattern(self.order, self.size(), torch.float32)
         if func in (torch.Tensor.sum, torch.sum) and self.dtype == torch.float32:
-            dims = args[1:] if len(args) > 1 else (kwargs.pop("dim", None),)
-            if len(dims) == 1 and not kwargs and self.ndim == 2:
+            dims = (*args[1:], *kwargs.values())
+            if len(dims) == 1 and kwargs.keys() <= {"dim"} and self.ndim == 2:
                 if dims[0] in (0, -2):
                     return self.order.counts.to(self.dtype)
                 if dims[0] in (1, -1):
@@ -264,12 +272,12 @@ class DeferredPreActs(OnDemandTensor):
         self.code = code
         self._dense_pre_acts = dense_pre_acts
         self._weights = weights
-        self._versions = [weight._version for weight in weights]
+        self._versions = [version_of(weight) for weight in weights]
         return self
 
     @override
     def compute(self) -> torch.Tensor:
-        if [weight._version for weight in self._weights] != self._versions:
+        if [version_of(weight) for weight in self._weights] != self._versions:
             raise RuntimeError(
                 "hidden_pre of this training step was not kept, and the weights have changed "
                 "since, so that it cannot be computed any more. Read it before the optimizer "
@@ -284,6 +292,11 @@ class DeferredPreActs(OnDemandTensor):
         if func == _REQUIRES_GRAD:
             return self.code.acts.requires_grad
         return NotImplemented
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Autograd's count of in-place changes; tensors made in inference mode have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _reported_dtype(code: SparseCode) -> torch.dtype:

@@ -86,7 +86,7 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     add("--device", "where to train, as in cuda:0", "a GPU if there is one", type=device_name)
     add("--autocast", "train both arms under bfloat16 autocast", "no", action="store_true")
     add("--text-tokens", "how much of the text to use", "all of it", type=positive_int)
-    add("--output", "folder of the results", type=Path, default=ROOT / "output" / "demo")
+    add("--output", "folder of the results", type=Path, default=ROOT / "demo_output")
     add("--cache", "folder of the model and activations", type=Path, default=ROOT / ".cache")
     options = parser.parse_args(args)
 
@@ -319,7 +319,7 @@ def report(
     if not summaries:
         return
     title = headline(*summaries)
-    plot(steps, title, options.output / "loss.png")
+    plot(steps, title, options.output / "curves.png")
     print(f"\n{title}\n\n{format_table(*summaries)}\n")
     if opened is not None:
         print(f"Opened by stock SAELens without the plugin: {opened}")

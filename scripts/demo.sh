@@ -2,4 +2,4 @@
 # Trains `topk` and `topk_sparse` side by side on a real language model. Options: --help.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-exec python scripts/demo.py "$@"
+exec python "$root/scripts/demo.py" "$@"

@@ -22,7 +22,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
-import saelens_sparse  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import saelens_sparse
 
 
 class TurnTakingTrainer(SAETrainer[Any, Any]):
@@ -156,6 +156,7 @@ def main(config: Path) -> None:
     # Whatever a library prints goes to the log, standard output belongs to the demo alone.
     demo = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    saelens_sparse.register()
     DemoRunner(LanguageModelSAERunnerConfig.from_dict(json.loads(config.read_text())), demo).run()
 
 

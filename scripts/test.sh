@@ -2,6 +2,7 @@
 # Runs every check: lint, format, types, tests. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
+cd "$root"
 ruff check .
 ruff format --check .
 pyright

@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 # Read when libraries are imported, so set before any of them is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,14 +62,20 @@ TARGETS = {
 }
 
 
-EVERY_TARGET = [
-    pytest.param(target, id=name, marks=[pytest.mark.gpu] if target.device == "cuda" else [])
-    for name, target in TARGETS.items()
-    if target.runs_here
-]
+def marks(target: Target) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.gpu] if target.device == "cuda" else []
 
 
-@pytest.fixture(params=EVERY_TARGET)
+def target_parameters(*, interpreted: bool) -> list[Any]:
+    """Each implementation that this machine can run, with or without Triton's interpreter."""
+    return [
+        pytest.param(target, id=name, marks=marks(target))
+        for name, target in TARGETS.items()
+        if target.runs_here and (interpreted or not target.interpreted)
+    ]
+
+
+@pytest.fixture(params=target_parameters(interpreted=True))
 def target(request: pytest.FixtureRequest) -> Target:
     """Each implementation that this machine can run, with its device."""
     return request.param
@@ -108,7 +115,7 @@ def seeded() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     for marker in (
         "gpu: needs a CUDA device",
         "default_algorithms: runs without PyTorch's deterministic algorithms",

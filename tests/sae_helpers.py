@@ -13,7 +13,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
-from tests.conftest import TARGETS, Target
+from tests.conftest import TARGETS, Target, marks
 
 Values = dict[str, torch.Tensor]
 
@@ -33,30 +33,23 @@ class Precision:
 
 FLOAT32 = Precision("float32", torch.float32)
 FLOAT64 = Precision("float64", torch.float64)
-PRECISIONS = (
-    FLOAT32,
-    FLOAT64,
-    Precision("bfloat16", torch.bfloat16),
-    Precision("autocast", torch.float32, autocast=True),
-)
+BFLOAT16 = Precision("bfloat16", torch.bfloat16)
+AUTOCAST = Precision("autocast", torch.float32, autocast=True)
+PRECISIONS = (FLOAT32, FLOAT64, BFLOAT16, AUTOCAST)
 
 
 def runs(target: Target, precision: Precision) -> bool:
     return precision.dtype in target.dtypes and not (precision.autocast and target.interpreted)
 
 
-# Every implementation that runs here in every precision that it takes.
-TARGET_PRECISIONS = [
-    pytest.param(
-        target,
-        precision,
-        id=f"{name}-{precision.name}",
-        marks=[pytest.mark.gpu] if target.device == "cuda" else [],
-    )
-    for name, target in TARGETS.items()
-    for precision in PRECISIONS
-    if target.runs_here and runs(target, precision)
-]
+def target_precision_parameters(*precisions: Precision) -> list[Any]:
+    """Every implementation that runs here, in each of the precisions that it takes."""
+    return [
+        pytest.param(target, precision, id=f"{name}-{precision.name}", marks=marks(target))
+        for name, target in TARGETS.items()
+        for precision in precisions
+        if target.runs_here and runs(target, precision)
+    ]
 
 
 def randomize(sae: TopKTrainingSAE) -> None:
@@ -112,14 +105,32 @@ def zipf_inputs(sae: TopKTrainingSAE, n_rows: int) -> torch.Tensor:
     """Rows of superposed decoder directions, present with Zipf-distributed frequencies.
 
     A few latents fire on almost every row and most on hardly any; strengths are log-normal.
-    Values are exact in bfloat16, so that every precision sees the same input.
+    Values are exact in bfloat16, and every row's top k is decided by more than bfloat16's
+    rounding, so that every precision sees the same input and selects the same latents.
     """
     d_sae, d_in = sae.cfg.d_sae, sae.cfg.d_in
     presence = (4.0 / torch.arange(1, d_sae + 1)).clamp(max=0.95)
-    strengths = (torch.rand(n_rows, d_sae) < presence) * torch.randn(n_rows, d_sae).exp()
     directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=-1)
-    x = strengths @ directions + 0.1 * torch.randn(n_rows, d_in)
-    return x.to(torch.bfloat16).to(sae.device, sae.dtype)
+    batches: list[torch.Tensor] = []
+    while sum(len(batch) for batch in batches) < n_rows:
+        strengths = (torch.rand(4 * n_rows, d_sae) < presence) * torch.randn(
+            4 * n_rows, d_sae
+        ).exp()
+        x = strengths @ directions + 0.1 * torch.randn(4 * n_rows, d_in)
+        x = x.to(torch.bfloat16).to(sae.device, sae.dtype)
+        batches.append(x[_is_decided(sae, x)])
+    return torch.cat(batches)[:n_rows]
+
+
+def _is_decided(sae: TopKTrainingSAE, x: torch.Tensor) -> torch.Tensor:
+    """Rows whose k-th and next score differ by more than low precision blurs them."""
+    k = sae.cfg.k
+    if k == sae.cfg.d_sae:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    with torch.no_grad():
+        hidden_pre = stock_like(sae).encode_with_hidden_pre(x.double())[1]
+    top = hidden_pre.topk(k + 1).values
+    return top[:, -2] - top[:, -1] > 0.02 * top.abs().amax(-1)
 
 
 def dead_mask(sae: TopKTrainingSAE, n_dead: int) -> torch.Tensor:
@@ -231,9 +242,7 @@ def compare_steps(
     )
 
 
-def make_trainer(
-    sae: TopKTrainingSAE, batches: Any = None, **cfg: Any
-) -> SAETrainer[Any, Any]:
+def make_trainer(sae: TopKTrainingSAE, batches: Any = None, **cfg: Any) -> SAETrainer[Any, Any]:
     """SAELens's own trainer, logging nothing."""
     settings: dict[str, Any] = {
         "total_training_samples": 10_000_000,

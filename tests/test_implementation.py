@@ -1,8 +1,4 @@
 import importlib.util
-import os
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Iterator
 
@@ -215,42 +211,3 @@ def test_triton_is_chosen_on_this_gpu() -> None:
     assert triton_problem(CUDA, torch.float32) is None
     for dtype in (torch.float32, torch.bfloat16):
         assert choose_implementation("auto", CUDA, dtype, SPARSE).name == "triton"
-
-
-def test_everything_but_the_kernels_works_without_triton() -> None:
-    """Stands for a platform that has no Triton: every import of it fails."""
-    program = """
-        import sys
-        sys.modules["triton"] = None
-        import torch
-        from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
-        from saelens_sparse.ops import gather_sum
-
-        config = dict(d_in=8, d_sae=64, k=4, device="cpu")
-        sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**config))
-        print(sae.implementation.name)
-        print(sae(torch.randn(3, 8)).shape)
-        print(gather_sum(torch.ones(1, 1), torch.ones(1, 1, dtype=int), torch.eye(3), "torch"))
-        sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**config, implementation="triton"))
-        try:
-            sae(torch.randn(3, 8))
-        except ValueError as error:
-            print(error)
-        """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "torch",
-        "torch.Size([3, 8])",
-        "tensor([[0., 1., 0.]])",
-        (
-            "implementation='triton' cannot run here: the package triton is not installed. "
-            "Use 'auto' to let the plugin choose, or 'torch'."
-        ),
-    ]

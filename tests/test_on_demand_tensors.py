@@ -88,11 +88,13 @@ def test_a_trainer_step_computes_neither(materializations: list[type]) -> None:
     stock = make_stock()
     sparse = sparse_like(stock)
     trainer = make_trainer(sparse, feature_sampling_window=1, dead_feature_window=1)
+    outputs: list[TrainStepOutput] = []
     for _ in range(4):
         trainer.maybe_reset_sparsity()
-        output = trainer.step(zipf_inputs(stock, N_ROWS))
+        outputs.append(trainer.step(zipf_inputs(stock, N_ROWS)))
         trainer.n_training_steps += 1
-        trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+        trainer.build_train_step_log_dict(outputs[-1], trainer.n_training_samples)
+    output = outputs[-1]
     assert output.losses["auxiliary_reconstruction_loss"] > 0
     assert materializations == []
     # The recorder works.
@@ -139,7 +141,7 @@ def test_statistics_without_computing_activations(
     stock = make_stock()
     if clipped:
         with torch.no_grad():
-            stock.b_enc -= 3
+            stock.b_enc.sub_(3)
     x = zipf_inputs(stock, N_ROWS)
     expected = statistics()[name](stock.encode_with_hidden_pre(x)[0])
     acts, _ = sparse_like(stock).encode_with_hidden_pre(x)
@@ -152,35 +154,35 @@ def test_statistics_without_computing_activations(
     assert actual.dtype == expected.dtype
 
 
-@pytest.mark.parametrize(
-    "reduce",
-    [
-        lambda fired: fired.sum(),
-        lambda fired: fired.sum(dim=-1, keepdim=True),
-        lambda fired: fired.sum(0, keepdim=True),
-        lambda fired: fired.sum(dim=(0, 1)),
-        lambda fired: fired.sum(dim=[0]),
-        lambda fired: fired.sum(0, dtype=torch.float64),
-        lambda fired: fired.sum(dim=0, dtype=torch.float64),
-        lambda fired: fired.float().mean(0),
-        lambda fired: fired.max(),
-        lambda fired: fired.any(0),
-        lambda fired: fired[2],
-        lambda fired: fired * 2.0,
-        lambda fired: fired.to(torch.int32),
-        lambda fired: fired.nonzero(),
-        lambda fired: fired.clone().detach(),
-        lambda fired: ~fired.bool(),
-    ],
-)
-@pytest.mark.parametrize("convert", [lambda a: a.bool(), lambda a: a.bool().float()])
-def test_other_uses_of_the_firing_pattern(
-    pair: Pair, convert: Callable[..., Any], reduce: Callable[..., Any]
-) -> None:
-    pattern = convert(pair.output.feature_acts)
-    assert isinstance(pattern, FiringPattern)
-    expected = reduce(convert(pair.stock_output.feature_acts))
-    actual = reduce(pattern)
+PATTERN_USES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "fired.sum()": lambda fired: fired.sum(),
+    "fired.sum(dim=-1, keepdim=True)": lambda fired: fired.sum(dim=-1, keepdim=True),
+    "fired.sum(0, keepdim=True)": lambda fired: fired.sum(0, keepdim=True),
+    "fired.sum(dim=(0, 1))": lambda fired: fired.sum(dim=(0, 1)),
+    "fired.sum(dim=[0])": lambda fired: fired.sum(dim=[0]),
+    "fired.sum(0, dtype=torch.float64)": lambda fired: fired.sum(0, dtype=torch.float64),
+    "fired.sum(dim=0, dtype=torch.float64)": lambda fired: fired.sum(dim=0, dtype=torch.float64),
+    "fired.float().mean(0)": lambda fired: fired.float().mean(0),
+    "fired.max()": lambda fired: fired.max(),
+    "fired.any(0)": lambda fired: fired.any(0),
+    "fired[2]": lambda fired: fired[2],
+    "fired * 2.0": lambda fired: fired * 2.0,
+    "fired.to(torch.int32)": lambda fired: fired.to(torch.int32),
+    "fired.nonzero()": lambda fired: fired.nonzero(),
+    "fired.clone().detach()": lambda fired: fired.clone().detach(),
+    "~fired.bool()": lambda fired: ~fired.bool(),
+}
+
+
+@pytest.mark.parametrize("use", PATTERN_USES)
+@pytest.mark.parametrize("as_float", [False, True], ids=["bool", "float"])
+def test_other_uses_of_the_firing_pattern(pair: Pair, as_float: bool, use: str) -> None:
+    expected, actual = (
+        acts.bool().float() if as_float else acts.bool()
+        for acts in (pair.stock_output.feature_acts, pair.output.feature_acts)
+    )
+    assert isinstance(actual, FiringPattern)
+    expected, actual = PATTERN_USES[use](expected), PATTERN_USES[use](actual)
     assert type(actual) is torch.Tensor
     assert actual.dtype == expected.dtype
     assert torch.equal(actual, expected)
@@ -216,7 +218,7 @@ USES: dict[str, Callable[[torch.Tensor], Any]] = {
     "a ** 2": lambda a: a**2,
     "a > 0": lambda a: a > 0,
     "0 < a": lambda a: 0 < a,  # noqa: SIM300
-    "a == a": lambda a: a == a,  # noqa: PLR0124
+    "a == a": lambda a: a == a,
     "tensor == a": lambda a: torch.zeros(a.shape) == a,
     "a[2]": lambda a: a[2],
     "a[:, 3:7]": lambda a: a[:, 3:7],
@@ -254,14 +256,14 @@ USES: dict[str, Callable[[torch.Tensor], Any]] = {
     "a.to_dense()": lambda a: a.to_dense(),
     "a.to_sparse()": lambda a: a.detach().to_sparse().to_dense(),
     "a.new_zeros": lambda a: a.new_zeros(3),
-    "zeros_like": lambda a: torch.zeros_like(a),
-    "ones_like": lambda a: torch.ones_like(a),
+    "zeros_like": torch.zeros_like,
+    "ones_like": torch.ones_like,
     "cat": lambda a: torch.cat([a, a.new_ones(1, a.shape[1])]),
     "stack": lambda a: torch.stack([a, a]),
     "where": lambda a: torch.where(a > 0, a, -1.0),
     "einsum": lambda a: torch.einsum("bs,bs->b", a, a),
     "einops": lambda a: einops.rearrange(a, "b s -> s b"),
-    "relu": lambda a: F.relu(a),
+    "relu": F.relu,
     "mse_loss": lambda a: F.mse_loss(a, torch.zeros_like(a)),
     "linear": lambda a: F.linear(a, torch.ones(3, a.shape[-1], dtype=a.dtype)),
     "numpy": lambda a: torch.from_numpy(a.detach().numpy()),
@@ -272,7 +274,7 @@ USES: dict[str, Callable[[torch.Tensor], Any]] = {
     "float()": lambda a: torch.tensor(float(a.max())),
     "is_contiguous": lambda a: a.is_contiguous(),
     "stride": lambda a: a.stride(),
-    "len": lambda a: len(a),
+    "len": len,
     "shape": lambda a: a.shape,
     "size(0)": lambda a: a.size(0),
     "numel": lambda a: a.numel(),
@@ -287,12 +289,11 @@ USES: dict[str, Callable[[torch.Tensor], Any]] = {
     "requires_grad": lambda a: a.requires_grad,
     "is_leaf": lambda a: a.is_leaf,
     "grad_fn": lambda a: a.grad_fn is not None,
-    "isinstance": lambda a: isinstance(a, torch.Tensor),
-    "is_tensor": lambda a: torch.is_tensor(a),
+    "is_tensor": torch.is_tensor,
     "torch.save": save_and_load,
     "pickle": lambda a: pickle.loads(pickle.dumps(a.detach())),
     "deepcopy": lambda a: copy.deepcopy(a.detach()),
-    "copy": lambda a: copy.copy(a),
+    "copy": copy.copy,
     "allclose": lambda a: torch.allclose(a, a.clone()),
     "bool of a comparison": lambda a: bool((a >= a).all()),
     "isnan": lambda a: torch.isnan(a).any(),
@@ -525,6 +526,7 @@ def test_outputs_of_earlier_steps_keep_their_values() -> None:
 
 @pytest.fixture(params=["no_grad", "inference_mode", "eval"])
 def context(request: pytest.FixtureRequest) -> Iterator[str]:
+    request.getfixturevalue("pair")  # Made outside of the context.
     contexts = {
         "no_grad": torch.no_grad(),
         "inference_mode": torch.inference_mode(),
@@ -534,7 +536,8 @@ def context(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def test_public_methods_without_gradients(pair: Pair, context: str) -> None:
+@pytest.mark.usefixtures("context")
+def test_public_methods_without_gradients(pair: Pair) -> None:
     for sae in (pair.stock, pair.sparse):
         sae.eval()
     for method in ("encode", "forward"):
@@ -546,6 +549,15 @@ def test_public_methods_without_gradients(pair: Pair, context: str) -> None:
     torch.testing.assert_close(pair.sparse.decode(acts), pair.stock.decode(expected_acts))
     torch.testing.assert_close(acts.clone(), expected_acts)
     torch.testing.assert_close(hidden_pre.clone(), expected_pre)
+
+
+def test_an_sae_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        stock = make_stock(dtype=torch.float64)
+        sparse = sparse_like(stock)
+        x = zipf_inputs(stock, N_ROWS)
+        torch.testing.assert_close(sparse(x), stock(x))
+        torch.testing.assert_close(sparse.encode(x), stock.encode(x))
 
 
 def test_a_first_look_in_inference_mode(pair: Pair) -> None:
@@ -573,7 +585,7 @@ def test_dead_latents_are_read_from_the_same_pattern() -> None:
     """`n_forward_passes_since_fired` and the firing counts of stock, with clipped zeros."""
     stock = make_stock()
     with torch.no_grad():
-        stock.b_enc -= 3
+        stock.b_enc.sub_(3)
     x = zipf_inputs(stock, N_ROWS)
     sparse = sparse_like(stock)
     trainers = [make_trainer(sae) for sae in (stock, sparse)]

@@ -245,6 +245,31 @@ def test_row_ops_repeat_bit_for_bit_and_leave_their_inputs_alone(
     assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
 
 
+@pytest.mark.parametrize("n_rows", [9, 200])
+def test_row_ops_give_the_same_bits_under_autocast(
+    n_rows: int, backend: Backend, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Backward may run inside the context or outside."""
+    latents = random_latents(n_rows, 8, 2, "zipf", device)
+    order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), 8)
+    coefficients = torch.randn(n_rows, 2).to(device, dtype)
+    weight = torch.randn(8, 33).to(device, dtype)
+    batch = torch.randn(n_rows, 33).to(device, dtype)
+    results: list[tuple[torch.Tensor, ...]] = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            results.append(
+                (
+                    gather_sum(coefficients, latents, weight, backend),
+                    gather_dot(batch, latents, weight, backend),
+                    *segment_sum(order, coefficients, batch, dtype, backend),
+                )
+            )
+    for without, under in zip(*results, strict=True):
+        assert without.dtype == under.dtype
+        assert torch.equal(without, under)
+
+
 NON_CONTIGUOUS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "transposed": lambda tensor: tensor.T.contiguous().T,
     "strided": lambda tensor: torch.stack([tensor, tensor + 1], dim=-1)[..., 0],

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import saelens_sparse
@@ -144,7 +144,8 @@ def hf_folder(
 def sae_config(config_class: Config = SparseTopKTrainingSAEConfig, **options: Any) -> Any:
     if config_class is SparseTopKTrainingSAEConfig:
         options = {"implementation": "torch", **options}
-    return config_class(**{"d_in": D_MODEL, "d_sae": D_SAE, "k": K, **options})
+    settings: dict[str, Any] = {"d_in": D_MODEL, "d_sae": D_SAE, "k": K, **options}
+    return config_class(**settings)
 
 
 def runner_config(
@@ -181,15 +182,14 @@ def run(model: HookedSAETransformer, dataset: Dataset, tmp_path: Path) -> Run:
     def run(
         sae: TrainingSAEConfig | LanguageModelSAERunnerConfig[Any], **options: Any
     ) -> LanguageModelSAETrainingRunner:
-        cfg = sae
         if isinstance(sae, TrainingSAEConfig):
             folder = tmp_path / f"{sae.architecture()}-{len(list(tmp_path.iterdir()))}"
             folder.mkdir()
             cfg = runner_config(sae, folder, **options)
+        else:
+            cfg = sae
         torch.manual_seed(0)
-        runner = LanguageModelSAETrainingRunner(
-            cfg, override_model=model, override_dataset=dataset
-        )
+        runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
         runner.run()
         return runner
 
@@ -389,7 +389,7 @@ class TestConfiguration:
         with pytest.raises(error, match=message):
             sae_config(**options)
 
-    def test_use_sparse_activations_warns_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_use_sparse_activations_warns_once(self) -> None:
         topk_sparse_sae._say_sparse_activations_are_moot.cache_clear()
         with pytest.warns(UserWarning, match="use_sparse_activations=True has nothing left"):
             cfg = sae_config(use_sparse_activations=True)
@@ -452,7 +452,7 @@ class TestInputs:
     def test_triton_is_never_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         sae = SparseTopKTrainingSAE(sae_config(implementation="triton"))
-        with pytest.raises(ValueError, match="implementation='triton' cannot run here: .*'torch'"):
+        with pytest.raises(ValueError, match=r"implementation='triton' cannot run here: .*'torch'"):
             sae.encode(torch.zeros(4, D_MODEL))
 
 
@@ -520,7 +520,7 @@ class TestRunner:
             stock_error = (parameters(stock)[name] - expected[name]).norm()
             assert (value - expected[name]).norm() <= 2 * stock_error, name
 
-    def test_compile_sae(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_compile_sae(self, run: Run) -> None:
         compiled, eager = (
             run(sae_config(), compile_sae=compile_sae, training_tokens=4 * BATCH)
             for compile_sae in (True, False)
@@ -532,13 +532,13 @@ class TestRunner:
         """What a user gets who says nothing but the architecture."""
         cfg = SparseTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=K)
         sae = run(cfg).sae
+        assert isinstance(sae, SparseTopKTrainingSAE)
         assert sae.implementation.name == "torch"
         assert_same_training(sae, run(sae_config(TopKTrainingSAEConfig)).sae)
 
     def test_cached_activations(
-        self, model: HookedSAETransformer, hf_folder: Path, dataset: Dataset, run: Run,
-        tmp_path: Path,
-    ) -> None:  # fmt: skip
+        self, hf_folder: Path, dataset: Dataset, run: Run, tmp_path: Path
+    ) -> None:
         path = tmp_path / "cached"
         cache = CacheActivationsRunnerConfig(
             dataset_path="made",
@@ -566,7 +566,7 @@ class TestRunner:
         )
         assert_same_training(sparse, stock)
 
-    def test_from_pretrained_path(self, run: Run, tmp_path: Path) -> None:
+    def test_from_pretrained_path(self, run: Run) -> None:
         saved = {}
         for config_class in BOTH:
             runner = run(sae_config(config_class), n_checkpoints=1)
@@ -582,6 +582,7 @@ class TestRunner:
         """The same trained weights evaluated by both architectures."""
         runner = run(sae_config(), exclude_special_tokens=[3])
         sparse = runner.sae
+        assert isinstance(sparse, SparseTopKTrainingSAE)
         stock = stock_like(sparse, torch.float32)
         stock.cfg.metadata = sparse.cfg.metadata
         metrics = []
@@ -597,8 +598,10 @@ class TestRunner:
     def test_run_evals_computes_everything(self, run: Run, model: HookedSAETransformer) -> None:
         runner = run(sae_config())
         sparse = runner.sae
+        assert isinstance(sparse, SparseTopKTrainingSAE)
         stock = stock_like(sparse, torch.float32)
         stock.cfg.metadata = sparse.cfg.metadata
+        assert runner.cfg.output_path is not None
         inference = SAE.load_from_disk(runner.cfg.output_path)
         config = get_eval_everything_config(
             batch_size_prompts=4,
@@ -607,14 +610,13 @@ class TestRunner:
         )
         assert isinstance(config, EvalConfig)
         results = []
+        assert runner.activations_store.dataset is not None
         for sae in (stock, sparse, inference):
             store = ActivationsStore.from_sae(
                 model, sae, dataset=runner.activations_store.dataset, context_size=CONTEXT,
                 streaming=False,
             )  # fmt: skip
-            results.append(
-                run_evals(sae, store, model, ActivationScaler(), config, verbose=False)
-            )
+            results.append(run_evals(sae, store, model, ActivationScaler(), config, verbose=False))
         (expected, expected_features), *others = results
         for metrics, features in others:
             assert flatten(metrics) == pytest.approx(flatten(expected), rel=1e-3, nan_ok=True)
@@ -635,14 +637,14 @@ def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 class TestWandb:
     @pytest.fixture
-    def logged(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    def logged(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         """What would be sent to wandb."""
         records: list[dict[str, Any]] = []
         monkeypatch.setattr(wandb, "init", lambda **_: None)
         monkeypatch.setattr(wandb, "finish", lambda: None)
-        monkeypatch.setattr(wandb, "log", lambda record, step: records.append(record))
+        monkeypatch.setattr(wandb, "log", lambda record, **_: records.append(record))
         monkeypatch.setattr(wandb, "log_artifact", lambda *_, **__: None)
-        yield records
+        return records
 
     def test_metrics_of_stock_and_the_recomputed_rows(
         self, run: Run, logged: list[dict[str, Any]]
@@ -668,9 +670,7 @@ class TestWandb:
             assert isinstance(rows, int)
             assert actual == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
-    def test_offline_run(
-        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_offline_run(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_DIR", str(tmp_path))
         monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
         monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
@@ -717,7 +717,7 @@ torch.save((acts, sae.decode(acts)), out)
 class TestFiles:
     def test_output_opens_where_the_plugin_is_missing(self, run: Run, tmp_path: Path) -> None:
         runner = run(sae_config(), autocast=False)
-        sae, folder = runner.sae, runner.cfg.output_path
+        sae, folder = runner.sae, str(runner.cfg.output_path)
         x = torch.randn(7, D_MODEL)
         torch.save(x, tmp_path / "x.pt")
         (tmp_path / "script.py").write_text(OPEN_WITHOUT_PLUGIN)
@@ -901,17 +901,14 @@ class TestFiles:
                 torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-7)
 
     @pytest.mark.parametrize("config_class", BOTH, ids=lambda c: c.architecture())
-    @pytest.mark.parametrize("n_runs", [1])
     def test_several_saes_resume_after_an_interruption(
         self,
         config_class: Config,
-        n_runs: int,
         model: HookedSAETransformer,
         dataset: Dataset,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        assert n_runs == 1
         cfg = multi_config({"a": sae_config(config_class)}, tmp_path)
         torch.manual_seed(0)
         runner = MultiSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
@@ -922,9 +919,7 @@ class TestFiles:
                 yield next(loader)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(
-            runner.activations_store, "get_multi_hook_data_loader", interrupted
-        )
+        monkeypatch.setattr(runner.activations_store, "get_multi_hook_data_loader", interrupted)
         with pytest.raises(KeyboardInterrupt):
             runner.run()
         (checkpoint,) = Path(cfg.checkpoint_path or "").iterdir()
@@ -937,9 +932,8 @@ class TestFiles:
         assert saes["a"].cfg.metadata.l0 == pytest.approx(K)
 
     def test_interruption_of_the_runner_is_as_in_stock(
-        self, model: HookedSAETransformer, dataset: Dataset, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
+        self, model: HookedSAETransformer, dataset: Dataset, tmp_path: Path
+    ) -> None:
         """SAELens decides what is written and raised; a regular checkpoint is there to resume."""
         outcomes = []
         for config_class in BOTH:
@@ -951,7 +945,9 @@ class TestFiles:
             store = runner.activations_store
             n_batches = 0
 
-            def interrupting(self: ActivationsStore, original: Any = ActivationsStore.__next__) -> Any:  # noqa: E501
+            def interrupting(
+                self: ActivationsStore, original: Any = ActivationsStore.__next__
+            ) -> Any:
                 nonlocal n_batches
                 n_batches += 1
                 if n_batches == 9:
@@ -979,7 +975,7 @@ class TestFiles:
 
 
 def multi_config(
-    saes: dict[str, TrainingSAEConfig], folder: Path, **options: Any
+    saes: Mapping[str, TrainingSAEConfig], folder: Path, **options: Any
 ) -> MultiSAETrainingRunnerConfig:
     settings: dict[str, Any] = {
         "hook_names": HOOK,
@@ -1010,7 +1006,7 @@ def test_several_saes_beside_stock(
     records: list[dict[str, Any]] = []
     monkeypatch.setattr(wandb, "init", lambda **_: None)
     monkeypatch.setattr(wandb, "finish", lambda: None)
-    monkeypatch.setattr(wandb, "log", lambda record, step: records.append(record))
+    monkeypatch.setattr(wandb, "log", lambda record, **_: records.append(record))
     monkeypatch.setattr(wandb, "log_artifact", lambda *_, **__: None)
     configs = {
         "sparse": sae_config(),
@@ -1022,7 +1018,7 @@ def test_several_saes_beside_stock(
     cfg = multi_config(
         configs,
         tmp_path,
-        hook_names={name: HOOK if name != "wide" else "blocks.0.hook_resid_post" for name in configs},
+        hook_names={**dict.fromkeys(configs, HOOK), "wide": "blocks.0.hook_resid_post"},
         logger=LoggingConfig(wandb_log_frequency=2, eval_every_n_wandb_logs=2),
         n_checkpoints=1,
         prefetch_llm_batches=True,
@@ -1134,7 +1130,7 @@ class TestOptimizer:
             assert written["fused"] is None
 
     @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": False}])
-    def test_a_choice_is_respected(self, options: dict[str, bool]) -> None:
+    def test_a_choice_is_respected(self, options: dict[str, Any]) -> None:
         sparse = sparse_like(make_stock())
         optimizer = torch.optim.Adam(sparse.parameters(), **options)
         forward_pass(sparse, zipf_inputs(sparse, 9)).loss.backward()
@@ -1324,7 +1320,7 @@ class TestHooks:
         from sae_lens.saes.sae import _disable_hooks
 
         sparse = saes[1]
-        sparse.hook_sae_acts_post.add_hook(lambda acts, hook: acts * 0)  # noqa: ARG005
+        sparse.hook_sae_acts_post.add_hook(lambda tensor, *, hook: tensor * 0)  # noqa: ARG005
         assert sparse.implementation.name == "dense"
         with _disable_hooks(sparse):
             assert sparse.implementation.name == "torch"
@@ -1343,7 +1339,3 @@ class TestHooks:
         with pytest.raises(ValueError, match="x must have d_in=12"):
             sparse.encode(torch.zeros(2, 3, 4, 4))
         assert isinstance(stock, TopKTrainingSAE)
-
-
-def test_a_stock_hooked_transformer_is_no_special_case(model: HookedSAETransformer) -> None:
-    assert isinstance(model, HookedTransformer)

@@ -270,7 +270,10 @@ def test_select_topk_matches_float64(
     problem = distribution(7, 24, 250, 5).to(device)
     # Next to a large bias float32 keeps few digits of a score: the set is often unclear.
     distinct = 0.3 if distribution is equal_large_biases else 0.8
-    assert_selects_topk(problem, problem.select(backend), distinct)
+    selection = problem.select(backend)
+    assert_selects_topk(problem, selection, distinct)
+    if distribution is not equal_large_biases:
+        assert selection.rows_recomputed == 0
     assert screened == ([7] if backend == "triton" else [])
 
 
@@ -473,6 +476,37 @@ def test_select_topk_where_the_screen_is_at_the_edge_of_half_precision(
         assert_selects_topk(problem, problem.select(backend))
 
 
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+@pytest.mark.parametrize("rounded", ["x", "weight"])
+def test_select_topk_where_low_precision_loses_the_largest_score(
+    rounded: str, scale: float, backend: Backend, device: torch.device
+) -> None:
+    """One operand's roundings all lower the score of a latent that is the largest by little.
+
+    Its terms nearly cancel, so that this is far more than a rounding of the score itself.
+    """
+    half, ulp = 32, 2.0**-10
+    ones = torch.ones(half)
+    just_above = (1 + 0.49 * ulp) * ones  # one, in float16
+    problem = Problem(
+        x=torch.cat([just_above if rounded == "x" else ones, ones]).repeat(3, 1),
+        weight=torch.zeros(40, 2 * half),
+        bias=torch.zeros(40),
+        norms=None if scale == 1.0 else torch.full((40,), scale),
+        k=1,
+    )
+    problem.weight[:, half:] = 1e-2 * ulp * torch.rand(40, half)
+    largest = [just_above if rounded == "weight" else ones, -(1 - ulp) * ones]
+    problem.weight[21] = torch.cat(largest)
+    problem.weight[7] = torch.cat([0 * ones, 1.25 * ulp * ones])
+    problem = problem.to(device)
+    assert (problem.dense()[1].argmax(1) == 21).all()
+    assert ((problem.x.half() @ problem.weight.half().T).argmax(1) == 7).all()
+    selection = problem.select(backend)
+    assert (selection.latents == 21).all()
+    assert selection.rows_recomputed == 0
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_select_topk_keeps_a_bad_input_in_its_own_row(
     value: float, backend: Backend, device: torch.device
@@ -490,13 +524,14 @@ def test_select_topk_keeps_a_bad_input_in_its_own_row(
 
 
 @pytest.mark.parametrize("n_bad", [1, 3, 8])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("argument", ["weight", "bias", "norms"])
 def test_select_topk_takes_a_latent_with_nan_on_every_row(
-    argument: str, n_bad: int, backend: Backend, device: torch.device
+    argument: str, sign: float, n_bad: int, backend: Backend, device: torch.device
 ) -> None:
     problem = random_problem(6, 20, 170, 5).to(device)
     bad = torch.tensor([0, 13, 14, 15, 90, 130, 131, 169][:n_bad], device=device)
-    getattr(problem, argument)[bad] = torch.nan
+    getattr(problem, argument)[bad] = torch.tensor(torch.nan).copysign(torch.tensor(sign))
     selection = problem.select(backend)
     assert_same_scores(problem, selection)
     assert (selection.scores.isnan().sum(1) == min(n_bad, 5)).all()
@@ -561,6 +596,26 @@ def test_select_topk_under_autocast_is_the_dense_encoder_under_autocast(
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
     exact = problem.dense()[0].gather(1, selection.latents)
     assert (selection.pre_acts - exact).abs().max() > 1e-4  # or it would not be bfloat16
+
+
+def test_select_topk_under_autocast_keeps_nan_and_ties_as_the_dense_encoder_does(
+    backend: Backend, device: torch.device
+) -> None:
+    problem = random_problem(6, 24, 200, 5).to(device)
+    problem.x[1] = 0
+    problem.x[3, 2] = torch.nan
+    problem.weight[[17, 18, 150]] = torch.nan
+    problem.bias[[40, 41]] = torch.tensor([torch.inf, -torch.inf])
+    with torch.autocast(device.type, torch.bfloat16):
+        selection = problem.select(backend)
+        pre_acts, scores = problem.dense()
+    assert_distinct_latents(selection, 200)
+    assert_keys(selection, 200)
+    expected = scores.topk(5).values
+    actual = selection.scores.topk(5).values
+    torch.testing.assert_close(actual, expected, rtol=8e-3, atol=1e-4, equal_nan=True)
+    expected = pre_acts.gather(1, selection.latents)
+    torch.testing.assert_close(selection.pre_acts, expected, rtol=8e-3, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("with_norms", [False, True])
@@ -668,6 +723,7 @@ def test_topk_values_keeps_exactly_k_on_ties_infinities_and_nan(
     backend: Backend, device: torch.device
 ) -> None:
     inf, nan = torch.inf, torch.nan
+    negative_nan = float(torch.tensor(nan).copysign(torch.tensor(-1.0)))
     products = torch.tensor(
         [
             [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
@@ -675,6 +731,7 @@ def test_topk_values_keeps_exactly_k_on_ties_infinities_and_nan(
             [-inf, -inf, -inf, -inf, -inf, -inf],
             [-inf, 1.0, -inf, -inf, -2.0, -inf],
             [nan, nan, nan, nan, nan, nan],
+            [1.0, negative_nan, inf, -inf, 2.0, negative_nan],
             [1.0, nan, 2.0, inf, nan, -inf],
             [inf, inf, inf, inf, inf, 5.0],
             [1.0, 2.0, 2.0, 2.0, 2.0, 3.0],

@@ -137,7 +137,8 @@ class _EncodeSelected(torch.autograd.Function):
         if need_weight or need_bias or need_input_bias:
             grad_rows, grad_bias = segment_sum(ctx.order, grad_acts, x, weight.dtype, ctx.backend)
             if need_input_bias:
-                grad_input_bias = -(grad_bias @ rows)
+                with torch.autocast(rows.device.type, enabled=False):
+                    grad_input_bias = -(grad_bias @ rows)
             _add_block(grad_rows, ctx.block, grads[1], ctx.backend)
             grad_weight = grad_rows.T
         if need_x:

@@ -18,7 +18,7 @@ class HostCount:
             on_host = torch.empty((), dtype=self._count.dtype, pin_memory=True)
             self._count = on_host.copy_(self._count, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(mask.device))
 
     def wait(self) -> int:
         if self._event is not None:

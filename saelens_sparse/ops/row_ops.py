@@ -20,7 +20,7 @@ from saelens_sparse.ops.latent_order import LatentOrder
 
 # Gathered rows per chunk in the PyTorch path: small enough to stay in a CPU's cache.
 _CHUNK_BYTES = 16 * 2**20
-_LONG_SEGMENT = 128
+_MIN_LONG_SEGMENT = 128
 
 
 def gather_sum(
@@ -47,9 +47,10 @@ def gather_sum(
             latents, weight, per_sample_weights=coefficients.to(weight.dtype), mode="sum"
         )
     out = weight.new_empty(latents.shape[0], weight.shape[1])
-    for rows in _row_chunks(latents, weight):
-        gathered = weight[latents[rows]].float()
-        out[rows] = torch.bmm(coefficients[rows].float().unsqueeze(1), gathered).squeeze(1)
+    with _full_precision(weight):
+        for rows in _row_chunks(latents, weight):
+            gathered = weight[latents[rows]].float()
+            out[rows] = torch.bmm(coefficients[rows].float().unsqueeze(1), gathered).squeeze(1)
     return out
 
 
@@ -74,9 +75,10 @@ def gather_dot(
         return row_ops_triton.gather_dot(batch, latents, weight)
     sum_dtype = _sum_dtype(weight)
     out = weight.new_empty(latents.shape, dtype=sum_dtype)
-    for rows in _row_chunks(latents, weight):
-        gathered = weight[latents[rows]].to(sum_dtype)
-        out[rows] = torch.bmm(gathered, batch[rows].to(sum_dtype).unsqueeze(2)).squeeze(2)
+    with _full_precision(weight):
+        for rows in _row_chunks(latents, weight):
+            gathered = weight[latents[rows]].to(sum_dtype)
+            out[rows] = torch.bmm(gathered, batch[rows].to(sum_dtype).unsqueeze(2)).squeeze(2)
     return out
 
 
@@ -116,7 +118,7 @@ def segment_sum(
     rows, values = pairs // order.k, batch.to(sum_dtype)
 
     # Latents active on many rows are few: a dense product does not add their rows one by one.
-    is_long = order.counts > _LONG_SEGMENT
+    is_long = order.counts > max(_MIN_LONG_SEGMENT, batch.shape[0] // 8)
     long = is_long.nonzero().squeeze(1)
     short_pair = ~is_long[latents]
     sums, totals = _sum_short_segments(
@@ -127,7 +129,8 @@ def segment_sum(
         code = values.new_zeros(long.numel(), batch.shape[0])
         where = (place[latents[~short_pair]], rows[~short_pair])
         code.index_put_(where, weights[~short_pair], accumulate=True)
-        sums[long], totals[long] = code @ values, code.sum(1)
+        with _full_precision(values):
+            sums[long], totals[long] = code @ values, code.sum(1)
     return sums.to(dtype), totals.to(dtype)
 
 
@@ -194,6 +197,11 @@ def _check_pairs(latents: torch.Tensor, weight: torch.Tensor, **others: torch.Te
 
 def _has_embedding_bag(tensor: torch.Tensor) -> bool:
     return tensor.device.type in ("cpu", "cuda")
+
+
+def _full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """Sums here are float32 or better, also where a caller runs backward under autocast."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from saelens_sparse.ops.device import on_device_of_arguments
 from saelens_sparse.ops.latent_order import LatentOrder
 
 
@@ -250,6 +251,7 @@ def _probe_kernel(out_ptr):
     tl.store(out_ptr, 1)
 
 
+@on_device_of_arguments
 def gather_sum(
     coefficients: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
@@ -265,6 +267,7 @@ def gather_sum(
     return out
 
 
+@on_device_of_arguments
 def gather_dot(batch: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     n_rows, k = latents.shape
     d = weight.shape[1]
@@ -278,6 +281,7 @@ def gather_dot(batch: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor)
     return out
 
 
+@on_device_of_arguments
 def segment_sum(
     order: LatentOrder, coefficients: torch.Tensor, batch: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,6 +307,7 @@ def segment_sum(
     return out, totals
 
 
+@on_device_of_arguments
 def add_rows(weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
     n, d = values.shape
     if n > 0:
@@ -314,6 +319,6 @@ def add_rows(weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> 
 def launch_probe(device: torch.device) -> None:
     """Compile and run a kernel; raises whatever keeps Triton from doing so."""
     out = torch.zeros(1, dtype=torch.int32, device=device)
-    _probe_kernel[(1,)](out)
+    on_device_of_arguments(_probe_kernel[(1,)])(out)
     if out.item() != 1:
         raise RuntimeError("a test kernel did not write its output")

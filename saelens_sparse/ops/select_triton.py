@@ -2,7 +2,7 @@
 
 1. A low-precision GEMM fills a `[rows, d_sae]` buffer, a chunk of rows at a time.
 2. One read of the buffer gives each group of neighbouring latents its largest score. The k-th
-   largest of these is a lower bound T of the row's k-th largest score.
+   largest of these, or any number just below it, is a lower bound T of the row's k-th largest.
 3. Groups that reach T are read again and their latents that reach T become candidates.
 4. Candidates are recomputed in float32, and the top k of them selected.
 
@@ -22,17 +22,22 @@ A row is flagged, to be computed in full by the caller, when its candidates outg
 or a recomputed score exceeds its bound.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from saelens_sparse.ops.device import on_device_of_arguments
 from saelens_sparse.ops.select import Selection
 
 # Rows up to these widths are held in one program's registers.
 MAX_KEEP_COLUMNS = 32768
 MAX_ROUND_COLUMNS = 32768
+# Beyond this a launch grid would exceed CUDA's limit.
+_MAX_CHUNK_ROWS = 2**20
 
 _MIN_GROUP_WIDTH, _MAX_GROUP_WIDTH = 8, 1024
 # Groups per selected latent: enough that few of the top k share a group, which is what makes
@@ -224,7 +229,7 @@ def _reaching_groups_kernel(
     CAPACITY: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """T = k-th largest of lower; the groups whose upper reaches it, in order."""
+    """T, a lower bound of the k-th largest of lower; the groups whose upper reaches it."""
     n = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, BLOCK_G)
     mask = group < G
@@ -434,6 +439,7 @@ def list_capacity(k: int) -> int:
     return triton.next_power_of_2(max(4 * k, 64))
 
 
+@on_device_of_arguments
 def select_topk(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -457,16 +463,17 @@ def select_topk(
         scores_dtype = torch.promote_types(pre_acts_dtype, norms.dtype)
 
     x, weight = x.contiguous(), weight.contiguous()
-    bias32 = bias.float()
-    norms32 = bias32 if norms is None else norms.float()
+    bias32 = bias.float().contiguous()
+    norms32 = bias32 if norms is None else norms.float().contiguous()
     if exact:
         screen_x, screen_weight = x.to(compute_dtype), weight.to(compute_dtype)
         x_error = w_error = (bias32,) * 3
     else:
         screen_x, *x_error = _round_rows(x)
         screen_weight, *w_error = _round_rows(weight)
-    # Products of 16 terms are added one after the other, each addition off by at most 2^-22.
-    accumulation = (x.shape[1] / 16 + 16) * 2.0**-22
+    # Tensor cores add sums of at least 8 products one after the other, each time off by at most
+    # 2^-22 of the partial sum.
+    accumulation = (x.shape[1] / 8 + 16) * 2.0**-22
 
     width, capacity = group_width(d_sae, k), list_capacity(k)
     latents = torch.empty(n_rows, capacity, dtype=torch.int32, device=device)
@@ -474,12 +481,13 @@ def select_topk(
     scores = torch.empty(n_rows, capacity, dtype=torch.float32, device=device)
     counts = torch.empty(n_rows, dtype=torch.int32, device=device)
     flags = torch.empty(n_rows, dtype=torch.int8, device=device)
-    step = max(1, min(n_rows, buffer_bytes // (d_sae * screen_x.element_size())))
+    step = buffer_bytes // (d_sae * screen_x.element_size())
+    step = max(1, min(n_rows, step, _MAX_CHUNK_ROWS))
     screen = torch.empty(step, d_sae, dtype=screen_x.dtype, device=device)
     for start in range(0, n_rows, step):
         rows = slice(start, min(start + step, n_rows))
         chunk = screen[: rows.stop - rows.start]
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), _float32_accumulation(device):
             torch.mm(screen_x[rows], screen_weight.T, out=chunk)
         _find_candidates(
             latents[rows], pre_acts[rows], scores[rows], counts[rows], flags[rows], chunk,
@@ -505,6 +513,7 @@ def select_topk(
     return Selection(out_latents, out_pre_acts, out_scores, out_keys), flags.view(torch.bool)
 
 
+@on_device_of_arguments
 def topk_values(
     products: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -523,6 +532,21 @@ def topk_values(
             num_warps=_warps(block, per_warp=KEEP_PER_WARP),
         )  # fmt: skip
     return values, kept.view(torch.bool)
+
+
+@contextmanager
+def _float32_accumulation(device: torch.device) -> Iterator[None]:
+    """Keep cuBLAS from adding partial sums in float16, which the bound does not cover."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    settings = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation)
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = settings
 
 
 def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from saelens_sparse.implementation import Choice, choose_implementation
-from saelens_sparse.optim import mark_weight
+from saelens_sparse.optim import mark_parameter
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE
@@ -38,16 +38,21 @@ class SparseTrainingSAEMixin(_Base):
             self.cfg.implementation, self.W_enc.device, self.W_enc.dtype, density
         )
 
-    def latent_major_encoder(self) -> nn.Parameter:
-        """`W_enc`, moved into latent-major layout if something replaced its storage.
+    def prepare_weights(self) -> None:
+        """Bring `W_enc` into latent-major layout if something replaced its storage, and say to
+        the optimizer whose parameters these are.
 
-        Loading, moving or folding weights may leave any layout behind; the parameter object,
-        and with it the optimizer's state, stays the same.
+        Loading, moving or folding weights may leave any layout behind; the parameter objects,
+        and with them the optimizer's state, stay the same.
         """
-        if not self.W_enc.T.is_contiguous():
-            self.W_enc.data = self.W_enc.data.T.contiguous().T
-        mark_weight(self.W_enc, self.cfg.fused_adam)
-        return self.W_enc
+        W_enc = self.W_enc
+        if not W_enc.T.is_contiguous():
+            with torch.inference_mode(False):
+                W_enc.data = W_enc.data.T.contiguous().T
+                if W_enc.grad is not None:
+                    W_enc.grad = torch.empty_like(W_enc).copy_(W_enc.grad)
+        for parameter in self.parameters():
+            mark_parameter(parameter, self.cfg.fused_adam)
 
     def check_input(self, x: torch.Tensor) -> None:
         """Raise a named error for an input that the SAE cannot encode."""
@@ -58,7 +63,7 @@ class SparseTrainingSAEMixin(_Base):
         if x.device != self.W_enc.device:
             raise ValueError(f"x must be on the SAE's device {self.W_enc.device}; got {x.device}")
         hook_z = self.hook_z_reshaping_mode
-        width = x.shape[-1] if not hook_z else x.shape[-2:].numel()
+        width = x.shape[-2 if hook_z else -1 :].numel()
         if x.ndim < (2 if hook_z else 1) or width != self.cfg.d_in:
             raise ValueError(
                 f"x must have d_in={self.cfg.d_in} as its width; got shape {list(x.shape)}"

@@ -18,10 +18,17 @@ from sae_lens.saes.sae import (
     _disable_hooks,  # pyright: ignore[reportPrivateUsage]
 )
 from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.util import str_to_dtype
 from typing_extensions import override
 
 from saelens_sparse.implementation import IMPLEMENTATIONS, Choice, Implementation
-from saelens_sparse.lazy import DeadLatents, DeferredPreActs, SparseCode, SparseFeatureActs
+from saelens_sparse.lazy import (
+    DeadLatents,
+    DeferredPreActs,
+    SparseCode,
+    SparseFeatureActs,
+    version_of,
+)
 from saelens_sparse.ops import (
     HostCount,
     LatentOrder,
@@ -105,17 +112,17 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         if self.k > self.d_sae:
             raise ValueError(f"k must be at most d_sae={self.d_sae}; got {self.k}")
         _require_int("screen_buffer_mib", self.screen_buffer_mib, 1)
-        if not math.isfinite(self.aux_loss_coefficient):
-            raise ValueError(
-                f"aux_loss_coefficient must be a finite number; got {self.aux_loss_coefficient}"
-            )
-        if self.decoder_init_norm is not None and not (
-            math.isfinite(self.decoder_init_norm) and self.decoder_init_norm > 0
-        ):
-            raise ValueError(
-                "decoder_init_norm must be a positive finite number or None; "
-                f"got {self.decoder_init_norm}"
-            )
+        _require_number("aux_loss_coefficient", self.aux_loss_coefficient)
+        if self.decoder_init_norm is not None:
+            _require_number("decoder_init_norm", self.decoder_init_norm)
+            if self.decoder_init_norm <= 0:
+                raise ValueError(
+                    f"decoder_init_norm must be positive or None; got {self.decoder_init_norm}"
+                )
+        if not isinstance(self.fused_adam, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"fused_adam must be a bool; got {self.fused_adam!r}")
+        if not str_to_dtype(self.dtype).is_floating_point:
+            raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; "
@@ -143,7 +150,14 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     @property
     def implementation(self) -> Choice:
         """What the next call runs on, and why."""
-        return self.choose(self.cfg.k / self.cfg.d_sae)
+        if self._topk is None:
+            return Choice("dense", "activation_fn was replaced by another than SAELens's TopK")
+        return self.choose(self._topk.k / self.cfg.d_sae)
+
+    @property
+    def _topk(self) -> TopK | None:
+        """The activation function, whose k stock obeys too; None if it was replaced."""
+        return self.activation_fn if isinstance(self.activation_fn, TopK) else None
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -174,7 +188,9 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Feature activations `[..., d_sae]` as an ordinary tensor, for any leading shape."""
         feature_acts, _ = self.encode_with_hidden_pre(x)
-        return _ordinary(feature_acts)
+        if isinstance(feature_acts, SparseFeatureActs):
+            return feature_acts.materialized()
+        return feature_acts
 
     @override
     def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,9 +206,10 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         """
         self.check_input(x)
         choice = self.implementation
-        if choice.name == "dense":
+        if choice.name == "dense" or self._topk is None:
             return super().encode_with_hidden_pre(x)
-        W_enc = self.latent_major_encoder()
+        self.prepare_weights()
+        W_enc = self.W_enc
 
         # As process_sae_in, keeping the input and the bias apart: b_dec's gradient through a
         # constant input needs no gradient of the input.
@@ -211,7 +228,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             W_enc.detach().T,
             self.b_enc,
             norms,
-            self.cfg.k,
+            self._topk.k,
             choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
         )
@@ -239,8 +256,9 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             acts=acts,
             norms=norms,
             order=order,
-            decoder_version=self.W_dec._version,
+            decoder_version=version_of(self.W_dec),
             rows_recomputed=selection.rows_recomputed,
+            backend=choice.backend,
             dead=dead,
         )
         hidden_pre = DeferredPreActs(
@@ -254,11 +272,12 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         Reconstruction `[..., d_in]` from feature activations `[..., d_sae]`: sparse for the
         activations of `encode_with_hidden_pre`, dense for ordinary tensors.
         """
-        choice = self.implementation
-        if choice.name == "dense" or not self._can_decode_sparsely(feature_acts):
-            return super().decode(_ordinary(feature_acts))
-        assert isinstance(feature_acts, SparseFeatureActs)
+        if not isinstance(feature_acts, SparseFeatureActs):
+            return super().decode(feature_acts)
         code = feature_acts.code
+        weights_changed = code.decoder_version != version_of(self.W_dec)
+        if self.implementation.name == "dense" or weights_changed or not feature_acts.is_untouched:
+            return super().decode(feature_acts.materialized())
         dead = code.dead
         recons, dead_W_dec = decode_selected(
             code.acts,
@@ -266,7 +285,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             code.latents,
             code.order,
             None if dead is None else dead.block,
-            choice.backend,
+            code.backend,
         )
         if dead is not None:
             dead.W_dec = dead_W_dec
@@ -280,9 +299,11 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         """Forward pass through the SAE, as stock's; nothing dense unless a hook asks for it."""
         sae_out = self.decode(self.encode_with_hidden_pre(x)[0])
         if self.use_error_term:
-            with torch.no_grad(), _disable_hooks(self):
-                clean = self.decode(self.encode_with_hidden_pre(x)[0])
-            sae_out = sae_out + self.hook_sae_error(x - clean)
+            with torch.no_grad():
+                with _disable_hooks(self):
+                    clean = self.decode(self.encode_with_hidden_pre(x)[0])
+                sae_error = self.hook_sae_error(x - clean)
+            sae_out = sae_out + sae_error
         return self.hook_sae_output(sae_out)
 
     @override
@@ -352,7 +373,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             return products + F.pad(bias, (0, block.width - n_dead))
         # The decoder norms steer the selection; in the reconstruction they cancel.
         norms = None if code.norms is None else code.norms.detach()[block.latents]
-        return keep_topk(products, bias, norms, k_aux, self.implementation.backend)
+        return keep_topk(products, bias, norms, k_aux, code.backend)
 
     def _input_bias_is_cut_off(self, code: SparseCode) -> bool:
         """Whether b_dec was subtracted from the encoder's input outside of the graph."""
@@ -367,18 +388,12 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
         return hidden_pre
 
-    def _can_decode_sparsely(self, feature_acts: torch.Tensor) -> bool:
-        return (
-            isinstance(feature_acts, SparseFeatureActs)
-            and not feature_acts.was_changed()
-            and feature_acts.code.decoder_version == self.W_dec._version
-        )
 
-
-def _ordinary(feature_acts: torch.Tensor) -> torch.Tensor:
-    if isinstance(feature_acts, SparseFeatureActs):
-        return feature_acts.materialized()
-    return feature_acts
+def _require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
 
 
 def _require_int(name: str, value: object, minimum: int) -> None:
