@@ -101,7 +101,7 @@ def hold_dead(trainer: Trainer, dead_latents: torch.Tensor | None) -> None:
 
 def train_step(trainer: Trainer, batch: torch.Tensor) -> TrainStepOutput:
     """One step, counted as `SAETrainer.fit` counts it."""
-    output = trainer.step(batch)
+    output = trainer.step(batch.to(trainer.sae.dtype))
     trainer.n_training_steps += 1
     return output
 

@@ -61,8 +61,8 @@ def choose_implementation(
     if requested == "torch":
         return Choice("torch", "implementation='torch' was requested")
 
-    problem = triton_problem(device, dtype)
     if requested == "triton":
+        problem = triton_problem(device, dtype)
         if problem is not None:
             raise ValueError(
                 f"implementation='triton' cannot run here: {problem}. "
@@ -78,6 +78,7 @@ def choose_implementation(
         )
     if device.type != "cuda":
         return Choice("torch", f"Triton kernels need a CUDA device, not {device.type!r}")
+    problem = triton_problem(device, dtype)
     if problem is not None:
         _warn_once(f"saelens_sparse runs its slower PyTorch path on this GPU: {problem}.")
         return Choice("torch", problem)
@@ -100,8 +101,11 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _triton_installation_problem(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+    except ImportError as error:
+        return f"the package triton cannot be imported ({error})"
     try:
         # Only a launch shows whether Triton finds a C compiler and a driver that it can use.
         from saelens_sparse.ops.row_ops_triton import launch_probe

@@ -15,7 +15,7 @@ from saelens_sparse.ops import (
 from tests.conftest import Target
 from tests.ops_helpers import assert_within_budget, on_gpu
 
-N_ROWS, D_IN, D_SAE, K = 14, 10, 40, 6
+N_ROWS, D_IN, D_SAE, K = 9, 10, 30, 5
 
 
 @dataclass

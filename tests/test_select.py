@@ -267,25 +267,25 @@ def test_select_topk_matches_float64(
     device: torch.device,
     screened: list[int],
 ) -> None:
-    problem = distribution(7, 24, 250, 5).to(device)
+    problem = distribution(5, 24, 170, 5).to(device)
     # Next to a large bias float32 keeps few digits of a score: the set is often unclear.
     distinct = 0.3 if distribution is equal_large_biases else 0.8
     selection = problem.select(backend)
     assert_selects_topk(problem, selection, distinct)
     if distribution is not equal_large_biases:
         assert selection.rows_recomputed == 0
-    assert screened == ([7] if backend == "triton" else [])
+    assert screened == ([5] if backend == "triton" else [])
 
 
 @pytest.mark.parametrize(
     ("n_rows", "d_in", "d_sae", "k"),
     [
-        pytest.param(5, 16, 300, 1, id="k=1"),
-        pytest.param(3, 1, 250, 3, id="d_in=1"),
+        pytest.param(3, 16, 100, 1, id="k=1"),
+        pytest.param(3, 1, 100, 3, id="d_in=1"),
         pytest.param(1, 33, 353, 11, id="one row, prime d_sae"),
         pytest.param(2, 24, 400, 12, id="k=12"),
         pytest.param(2, 1100, 200, 5, id="wide"),
-        pytest.param(3, 20, 600, 1, id="600 latents per k"),
+        pytest.param(2, 20, 400, 1, id="400 latents per k"),
         pytest.param(3, 20, 256, 8, id="32 latents per k"),
         pytest.param(3, 20, 255, 8, id="just under 32 latents per k"),
         pytest.param(5, 12, 37, 36, id="k=d_sae-1"),
@@ -309,17 +309,17 @@ def test_select_topk_on_an_empty_batch(backend: Backend, device: torch.device) -
 
 
 def test_select_topk_takes_a_non_contiguous_input(backend: Backend, device: torch.device) -> None:
-    problem = random_problem(6, 20, 170, 5).to(device)
+    problem = random_problem(4, 20, 100, 3).to(device)
     problem.x = problem.x.T.contiguous().T
     assert_selects_topk(problem, problem.select(backend))
-    problem.x = problem.x[:1].expand(6, 20)
+    problem.x = problem.x[:1].expand(4, 20)
     assert_selects_topk(problem, problem.select(backend))
 
 
 def test_select_topk_screens_ordinary_rows_without_recomputing_any(
     backend: Backend, device: torch.device, screened: list[int]
 ) -> None:
-    problem = random_problem(8, 96, 300, 4).to(device)
+    problem = random_problem(8, 96, 130, 4).to(device)
     selection = problem.select(backend)
     assert selection.rows_recomputed == 0
     if backend == "triton":
@@ -332,7 +332,7 @@ def test_select_topk_screens_ordinary_rows_without_recomputing_any(
 def test_select_topk_repeats_bit_for_bit_and_leaves_its_inputs_alone(
     backend: Backend, device: torch.device
 ) -> None:
-    problem = random_problem(4, 24, 170, 5).to(device)
+    problem = random_problem(4, 24, 100, 3).to(device)
     assert problem.norms is not None
     inputs = [problem.x, problem.weight, problem.bias, problem.norms]
     before = [tensor.clone() for tensor in inputs]
@@ -348,13 +348,13 @@ def test_select_topk_by_chunks_of_rows_gives_the_same_bits(
     rows_per_chunk: int, backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small whole numbers: exact in any order of additions, so that chunks cannot matter."""
-    n_rows, d_sae = 8, 203
+    n_rows, d_sae = 8, 107
     problem = Problem(
         x=torch.randint(-8, 9, (n_rows, 16)).float(),
         weight=torch.randint(-8, 9, (d_sae, 16)).float(),
         bias=torch.randperm(d_sae) * 2.0**-10,
         norms=None,
-        k=6,
+        k=3,
     ).to(device)
     whole = problem.select(backend)
     chunks: list[int] = []
@@ -378,16 +378,16 @@ def test_select_topk_by_chunks_of_rows_gives_the_same_bits(
         chunked.pre_acts.gather(1, chunked.latents.argsort()),
     )
     # The sums are exact, hence the float64 ones.
-    expected = problem.to(device, torch.float64).dense()[1].topk(6).values.float()
+    expected = problem.to(device, torch.float64).dense()[1].topk(3).values.float()
     assert torch.equal(whole.scores.sort(descending=True).values, expected)
 
 
-@pytest.mark.parametrize("buffer_bytes", [1, 1000, 2500])
+@pytest.mark.parametrize("buffer_bytes", [1, 500])
 def test_select_topk_by_chunks_of_rows_matches_float64(
     buffer_bytes: int, backend: Backend, device: torch.device
 ) -> None:
     """Also with a buffer smaller than a single row, which then holds one row at a time."""
-    problem = random_problem(7, 24, 170, 5).to(device)
+    problem = random_problem(7, 24, 100, 3).to(device)
     selection = problem.select(backend, buffer_bytes)
     assert_selects_topk(problem, selection)
     assert selection.rows_recomputed == 0
@@ -422,9 +422,9 @@ def test_select_topk_recomputes_rows_that_outgrow_the_candidate_list(
     backend: Backend, device: torch.device, screened: list[int]
 ) -> None:
     """Hundreds of latents that low precision cannot tell apart, for some of the rows."""
-    problem = random_problem(6, 32, 400, 5, with_norms=False)
+    problem = random_problem(6, 32, 300, 5, with_norms=False)
     direction = torch.randn(32)
-    problem.weight[:300] = direction + 1e-5 * torch.randn(300, 32)
+    problem.weight[:200] = direction + 1e-5 * torch.randn(200, 32)
     problem.bias.zero_()
     problem.x[1] = 2 * direction
     problem.x[4] = direction + 0.1 * torch.randn(32)
@@ -524,14 +524,19 @@ def test_select_topk_keeps_a_bad_input_in_its_own_row(
 
 
 @pytest.mark.parametrize("n_bad", [1, 3, 8])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("argument", ["weight", "bias", "norms"])
 def test_select_topk_takes_a_latent_with_nan_on_every_row(
-    argument: str, sign: float, n_bad: int, backend: Backend, device: torch.device
+    argument: str, n_bad: int, backend: Backend, device: torch.device
 ) -> None:
     problem = random_problem(6, 20, 170, 5).to(device)
     bad = torch.tensor([0, 13, 14, 15, 90, 130, 131, 169][:n_bad], device=device)
-    getattr(problem, argument)[bad] = torch.tensor(torch.nan).copysign(torch.tensor(sign))
+    # With either sign bit: hardware makes both.
+    signs = torch.tensor([-1.0, 1.0] * 4, device=device)[:n_bad]
+    getattr(problem, argument)[bad] = (
+        torch.full_like(signs, torch.nan)
+        .copysign(signs)
+        .view(-1, *[1] * (getattr(problem, argument).ndim - 1))
+    )
     selection = problem.select(backend)
     assert_same_scores(problem, selection)
     assert (selection.scores.isnan().sum(1) == min(n_bad, 5)).all()

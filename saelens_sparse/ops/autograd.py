@@ -121,7 +121,7 @@ class _EncodeSelected(torch.autograd.Function):
         ctx.save_for_backward(x, weight, acts, selection.latents)
         ctx.order, ctx.block, ctx.backend = order, block, backend
         ctx.set_materialize_grads(False)
-        return acts, None if block is None else block.of(weight.detach().T)
+        return acts, None if block is None else block.of(weight.T)
 
     @staticmethod
     @once_differentiable
@@ -133,7 +133,7 @@ class _EncodeSelected(torch.autograd.Function):
         # Clipped pairs are not in ctx.order, so their gradient need not be zeroed for it.
         grad_acts = torch.zeros_like(acts) if grads[0] is None else grads[0]
         grad_x = grad_weight = grad_bias = grad_input_bias = None
-        rows = weight.detach().T
+        rows = weight.T
         if need_weight or need_bias or need_input_bias:
             grad_rows, grad_bias = segment_sum(ctx.order, grad_acts, x, weight.dtype, ctx.backend)
             if need_input_bias:
@@ -163,7 +163,7 @@ class _DecodeSelected(torch.autograd.Function):
         ctx.order, ctx.block, ctx.backend = order, block, backend
         ctx.set_materialize_grads(False)
         recons = gather_sum(acts, latents, weight, backend)
-        return recons, None if block is None else block.of(weight.detach())
+        return recons, None if block is None else block.of(weight)
 
     @staticmethod
     @once_differentiable

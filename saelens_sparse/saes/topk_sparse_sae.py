@@ -220,12 +220,13 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         input_bias = None
         if self.cfg.apply_b_dec_to_input:
             input_bias = None if normed.requires_grad else self.b_dec
-            centred = centred - (self.b_dec if input_bias is None else self.b_dec.detach())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and input_bias is None):
+                centred = centred - self.b_dec
 
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         pending = start_select_topk(
             centred,
-            W_enc.detach().T,
+            W_enc.T,
             self.b_enc,
             norms,
             self._topk.k,
