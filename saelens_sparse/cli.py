@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def parse_train_args(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         raise UsageError("--config takes every setting from its file; give it alone")
     try:
         return _parse_cfg_args(args)
-    except (TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(f"these settings cannot be used: {error}") from error
 
 

@@ -101,35 +101,47 @@ def stock_like(sae: TopKTrainingSAE, dtype: torch.dtype = torch.float64) -> TopK
     return stock
 
 
-def zipf_inputs(sae: TopKTrainingSAE, n_rows: int) -> torch.Tensor:
+def zipf_inputs(
+    sae: TopKTrainingSAE,
+    n_rows: int,
+    dead: torch.Tensor | None = None,
+    *,
+    n_selected: int | None = None,
+) -> torch.Tensor:
     """Rows of superposed decoder directions, present with Zipf-distributed frequencies.
 
     A few latents fire on almost every row and most on hardly any; strengths are log-normal.
-    Values are exact in bfloat16, and every row's top k is decided by more than bfloat16's
-    rounding, so that every precision sees the same input and selects the same latents.
+    Values are exact in bfloat16. Every row's top `n_selected` (the SAE's k if None), and its top
+    dead latents if there are any, are decided by more than bfloat16's rounding. So every
+    precision sees the same input and selects the same latents.
     """
     d_sae, d_in = sae.cfg.d_sae, sae.cfg.d_in
+    n_selected = sae.cfg.k if n_selected is None else n_selected
     presence = (4.0 / torch.arange(1, d_sae + 1)).clamp(max=0.95)
     directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=-1)
-    batches: list[torch.Tensor] = []
-    while sum(len(batch) for batch in batches) < n_rows:
-        strengths = (torch.rand(4 * n_rows, d_sae) < presence) * torch.randn(
-            4 * n_rows, d_sae
-        ).exp()
+    oracle = stock_like(sae)
+    rows: list[torch.Tensor] = []
+    for _ in range(100):
+        present = torch.rand(4 * n_rows, d_sae) < presence
+        strengths = present * torch.randn(4 * n_rows, d_sae).exp()
         x = strengths @ directions + 0.1 * torch.randn(4 * n_rows, d_in)
         x = x.to(torch.bfloat16).to(sae.device, sae.dtype)
-        batches.append(x[_is_decided(sae, x)])
-    return torch.cat(batches)[:n_rows]
+        with torch.no_grad():
+            hidden_pre = oracle.encode_with_hidden_pre(x.double())[1]
+        decided = _is_decided(hidden_pre, n_selected)
+        if dead is not None:
+            decided &= _is_decided(hidden_pre[:, dead], d_in // 2)
+        rows += x[decided]
+        if len(rows) >= n_rows:
+            return torch.stack(rows[:n_rows])
+    raise ValueError(f"hardly any row decides which {n_selected} of {d_sae} latents it selects")
 
 
-def _is_decided(sae: TopKTrainingSAE, x: torch.Tensor) -> torch.Tensor:
-    """Rows whose k-th and next score differ by more than low precision blurs them."""
-    k = sae.cfg.k
-    if k == sae.cfg.d_sae:
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    with torch.no_grad():
-        hidden_pre = stock_like(sae).encode_with_hidden_pre(x.double())[1]
-    top = hidden_pre.topk(k + 1).values
+def _is_decided(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Rows whose k-th score and the next differ by more than low precision blurs them."""
+    if k >= scores.shape[1]:
+        return torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    top = scores.topk(k + 1).values
     return top[:, -2] - top[:, -1] > 0.02 * top.abs().amax(-1)
 
 

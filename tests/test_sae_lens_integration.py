@@ -331,6 +331,12 @@ class TestConfiguration:
             (["train", "--config", "field.json"], "no_such_field"),
             (["train", "--config", "empty.json", "--k", "3"], "remove --k 3"),
             (["train", "--k", "3", "--config", "empty.json"], "give it alone"),
+            (["train", "--architecture", "topk_sparse", "--k", "0"], "k must be at least 1"),
+            (["train", "--architecture", "topk_sparse", "--k", "few"], "--k"),
+            (
+                ["train", "--architecture", "topk_sparse", "--implementation", "cuda"],
+                "--implementation",
+            ),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else None,
     )
@@ -1085,10 +1091,11 @@ class TestTransformations:
         expected = parameters(stock)
         for name, value in parameters(sparse).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
-        x = zipf_inputs(stock, 16)
+        dead = dead_mask(stock, 20)
+        x = zipf_inputs(stock, 16, dead)
         assert isinstance(forward_pass(sparse, x).feature_acts, SparseFeatureActs)
         (precision,) = (p for p in PRECISIONS if p.dtype == stock.dtype and not p.autocast)
-        compare_steps(stock, sparse, x, dead_mask(stock, 20), precision)
+        compare_steps(stock, sparse, x, dead, precision)
 
     def test_deepcopy(self, saes: tuple[TopKTrainingSAE, SparseTopKTrainingSAE]) -> None:
         sparse = saes[1]

@@ -69,10 +69,10 @@ def test_step(target: Target, precision: Precision, options: dict[str, Any], dea
     )
     sparse = sparse_like(stock, target.backend)
     assert sparse.implementation.name == target.backend
-    x = zipf_inputs(stock, target.few_rows(40))
+    mask = dead_mask(stock, N_DEAD[dead])
+    x = zipf_inputs(stock, target.few_rows(40), mask)
     if target.backend == "triton":
         assert select_triton().can_screen(x, stock.W_enc.T, K)
-    mask = dead_mask(stock, N_DEAD[dead])
     compare_steps(stock, sparse, x, mask, precision)
 
 
@@ -84,7 +84,8 @@ def test_step_with_input_gradient(
     stock = make_stock(
         d_in=D_IN, d_sae=D_SAE, k=K, dtype=precision.dtype, device=target.device, **options
     )
-    x, dead = zipf_inputs(stock, target.few_rows(40)), dead_mask(stock, N_DEAD["many-dead"])
+    dead = dead_mask(stock, N_DEAD["many-dead"])
+    x = zipf_inputs(stock, target.few_rows(40), dead)
     sparse = sparse_like(stock, target.backend)
     compare_steps(stock, sparse, x, dead, precision, input_gradient=True)
 
@@ -172,9 +173,10 @@ def test_activation_patterns(
     change: Callable[[TopKTrainingSAE], None],
 ) -> None:
     stock = make_stock(k=20, dtype=precision.dtype, device=target.device, **options)
+    dead = dead_mask(stock, 20)
+    x = zipf_inputs(stock, target.few_rows(40), dead)
     with torch.no_grad():
         change(stock)
-    x = zipf_inputs(stock, target.few_rows(40))
     l0 = stock.encode(x).bool().sum(-1)
     shows_pattern = {
         "everywhere_active": (stock.encode(x)[:, 7] > 0).all(),
@@ -186,7 +188,7 @@ def test_activation_patterns(
         stock,
         sparse_like(stock, target.backend),
         x,
-        dead_mask(stock, 20),
+        dead,
         precision,
         input_gradient=True,
     )
@@ -206,7 +208,7 @@ def test_ties(target: Target, precision: Precision, options: dict[str, Any]) -> 
             parameter[1::2] = parameter[::2]
     dead = dead_mask(stock, 20)
     dead[1::2] = dead[::2]
-    x = zipf_inputs(stock, target.few_rows(40))
+    x = zipf_inputs(stock, target.few_rows(40), dead, n_selected=stock.cfg.k + 1)
 
     def values(sae: TopKTrainingSAE, autocast: bool = False) -> Values:
         result = step_values(sae, x, dead, autocast=autocast, input_gradient=True)
