@@ -8,8 +8,8 @@ import torch
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.host_count import HostCount
 
-# Larger CPU buffers are mapped anew for every chunk, and page faults cost more than the chunks.
-_CPU_CHUNK_BYTES = 16 * 2**20
+# On 2 CPU cores, 512 -> 16,384, 1024 rows: 150 ms with this, 190 to 200 with 8, 16 or 1024 MiB.
+_CPU_CHUNK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
