@@ -137,7 +137,7 @@ def main() -> None:
     problem = make_problem(d_in, d_sae, k, n_rows, getattr(torch, args.dtype))
     times = measure(problem, 2**30)
     print(f"{args.shape} {args.dtype}, copy {bandwidth / 1e9:.2f} TB/s, "
-          f"group width {selection.group_width(d_sae, k)}")  # fmt: skip
+          f"{selection.group_count(d_sae, k)} groups")  # fmt: skip
     for name, (ms, moved) in times.items():
         floor = f"{moved / bandwidth:8.3f}" if moved else " " * 8
         print(f"{name:52s} {ms:8.3f} ms   floor {floor}")

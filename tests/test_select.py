@@ -803,6 +803,18 @@ def test_topk_values_in_triton_is_for_rows_that_fit_into_registers(
     assert widths == [widest]
 
 
+def test_select_topk_screens_latents_that_fire_side_by_side_without_recomputing_any(
+    backend: Backend, device: torch.device
+) -> None:
+    """A dictionary that has grown, or was sorted by frequency, keeps its live latents together."""
+    problem = random_problem(8, 48, 2048, 4)
+    problem.bias[:64] += 10
+    selection = problem.to(device).select(backend)
+    assert_selects_topk(problem.to(device), selection)
+    assert (selection.latents < 64).all()
+    assert selection.rows_recomputed == 0
+
+
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_host_count_counts_what_is_true(n: int, device: torch.device) -> None:
     mask = torch.zeros(9, dtype=torch.bool, device=device)
