@@ -803,15 +803,19 @@ def test_topk_values_in_triton_is_for_rows_that_fit_into_registers(
     assert widths == [widest]
 
 
-def test_select_topk_screens_latents_that_fire_side_by_side_without_recomputing_any(
-    backend: Backend, device: torch.device
+@pytest.mark.parametrize("stride", [1, 32, 512])
+def test_select_topk_screens_live_latents_in_any_pattern_without_recomputing_any(
+    stride: int, backend: Backend, device: torch.device
 ) -> None:
-    """A dictionary that has grown, or was sorted by frequency, keeps its live latents together."""
-    problem = random_problem(8, 48, 2048, 4)
-    problem.bias[:64] += 10
+    """A dictionary that was sorted by frequency keeps its live latents side by side; one that was
+    doubled again and again has copies at a stride of a power of two.
+    """
+    n_live = min(64, 4096 // stride)
+    problem = random_problem(8, 48, 4096, 4)
+    problem.bias[: n_live * stride : stride] += 10
     selection = problem.to(device).select(backend)
     assert_selects_topk(problem.to(device), selection)
-    assert (selection.latents < 64).all()
+    assert ((selection.latents % stride == 0) & (selection.latents < n_live * stride)).all()
     assert selection.rows_recomputed == 0
 
 

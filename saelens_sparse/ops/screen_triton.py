@@ -86,11 +86,10 @@ def screened(
         w_norm = tl.load(w_norms_ptr + latent, mask=mask, other=0.0)
         w_residual = tl.load(w_residuals_ptr + latent, mask=mask, other=0.0)
         s = s * inverse
-        x_part = 1.001 * x_residual + accumulation * x_norm
-        w_part = 1.001 * (x_norm + x_residual) * w_residual
-        rounding = tl.abs(s) * 4.8828125e-4 + 2.98e-8 * inverse  # 2^-11, and 2^-25 for subnormals
-        float32 = 4.0e-7 * (tl.abs(s) + tl.abs(bias))
-        bound = x_part * w_norm + w_part + rounding + float32
+        # 2^-11 of s for its rounding to float16, 2^-25 for subnormals, the rest for float32.
+        bound = (1.001 * x_residual + accumulation * x_norm) * w_norm
+        bound += 1.001 * (x_norm + x_residual) * w_residual
+        bound += 4.887e-4 * tl.abs(s) + (2.98e-8 * inverse + 4.0e-7 * tl.abs(bias))
     pre_act = s + bias
     score = pre_act
     if HAS_NORMS:

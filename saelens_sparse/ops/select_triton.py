@@ -44,7 +44,7 @@ class SelectLaunch:
     """Tile sizes of the selection kernels, chosen at 2304 -> 65,536, k 64, batch 4096 (H200)."""
 
     BOUND_COLS: int = 256
-    BOUND_ROWS: int = 8
+    BOUND_ROWS: int = 16
     BOUND_WARPS: int = 4
     CANDIDATE_TILE: int = 1024
     RESCORE_CANDIDATES: int = 8
@@ -130,24 +130,23 @@ def _group_bounds_kernel(
     upper = tl.full((ROWS, COLS), float("-inf"), tl.float32)
     for slab in range(0, L, G * RUN):
         latent = (slab + cols)[None, :]
-        live = (cols < G * RUN)[None, :] & (latent < L)
+        live = latent < L
         mask = row_mask[:, None] & live
         s = tl.load(screen_ptr + rows[:, None] * L + latent, mask=mask, other=0.0)
         _, score, bound = screened(
             s.to(tl.float32), latent, live, x_inverse, x_norm, x_residual, bias_ptr, norms_ptr,
             w_inverse_ptr, w_norms_ptr, w_residuals_ptr, accumulation, EXACT, HAS_NORMS,
         )  # fmt: skip
-        if EXACT:
-            score = tl.where(score == score, score, float("inf"))
-            lower = tl.maximum(lower, tl.where(mask, score, float("-inf")))
-        else:
-            # What cannot be screened may be anything: it reaches T, but must not raise it.
-            least = score - bound
-            least = tl.where(mask & (least == least), least, float("-inf"))
-            most = score + bound
-            most = tl.where(most == most, most, float("inf"))
-            lower = tl.maximum(lower, least)
-            upper = tl.maximum(upper, tl.where(mask, most, float("-inf")))
+        # A score that is NaN, or has no bound, may be anything: its group reaches T, and unless
+        # it is final it does not raise T.
+        most = tl.where(live, score + bound, float("-inf"))
+        upper = tl.maximum(upper, most, propagate_nan=tl.PropagateNan.ALL)
+        if not EXACT:
+            least = tl.where(live, score - bound, float("-inf"))
+            lower = tl.maximum(lower, least, propagate_nan=tl.PropagateNan.NONE)
+    upper = tl.where(upper == upper, upper, float("inf"))
+    if EXACT:
+        lower = upper
     GROUPS: tl.constexpr = COLS // RUN
     groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     out = rows[:, None] * G + groups[None, :]
@@ -366,8 +365,12 @@ def can_screen(x: torch.Tensor, weight: torch.Tensor, k: int) -> bool:
 
 
 def group_count(d_sae: int, k: int) -> int:
-    """Number of groups: many more than k, each of at least one run."""
-    wanted = triton.next_power_of_2(_GROUPS_PER_LATENT * k)
+    """Number of groups: many more than k, each of at least one run.
+
+    Odd where it can be, so that latents that fire together at a stride of a power of two, as
+    copies in a dictionary that was doubled do, are not in one group.
+    """
+    wanted = triton.next_power_of_2(_GROUPS_PER_LATENT * k) - 1
     return min(wanted, triton.cdiv(d_sae, RUN))
 
 
