@@ -1,1 +1,1 @@
-"""Benchmarks of `topk_sparse` against SAELens's own `topk`."""
+"""Benchmarks of the sparse architectures against SAELens's own."""

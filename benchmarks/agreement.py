@@ -2,11 +2,11 @@
 The check made before anything is timed: do two arms train the same model?
 
 Each arm takes the same few steps from the same weights and optimizer state. Its distance from a
-reference (stock `topk` in a higher precision) may be at most twice that of stock in the measured
+reference (stock in a higher precision) may be at most twice that of stock in the measured
 precision, plus a floor. The floor allows for a few rows in which two latents tie at the boundary
-of the top k up to rounding, so that either may be selected: losses hardly move then, one latent's
-gradient may come or go, and Adam, which gives any gradient the same step at first, may move that
-latent by a whole step.
+of the top k up to rounding, so that either may be selected, or in which one is that close to its
+threshold: losses hardly move then, one latent's gradient may come or go, and Adam, which gives any
+gradient the same step at first, may move that latent by a whole step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.training import Inputs, Trainer, hold_dead, train_step
 
 CHECK_STEPS = 3
+"""More than one, for a sparse SAE that has yet to measure its density takes a dense step first."""
 CHECKED_LATENTS = 8192
 FLOORS = {
     "loss": 1e-4,
@@ -42,7 +43,7 @@ class DisagreementError(Exception):
 def rehearse(trainer: Trainer, case: Case, inputs: Inputs) -> Trajectory:
     """
     Take the checked steps and record what they did, on the CPU: every loss term by step, the last
-    reconstruction, how often each latent fired, each parameter's first gradient and its change
+    reconstruction, how often each latent fired, each parameter's gradient by step and its change
     (see `sample_latents`).
     """
 
@@ -51,14 +52,14 @@ def rehearse(trainer: Trainer, case: Case, inputs: Inputs) -> Trajectory:
 
     parameters = dict(trainer.sae.named_parameters())
     before = {name: checked_part(parameter) for name, parameter in parameters.items()}
-    gradients: dict[str, torch.Tensor] = {}
+    gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def record_first_gradient(name: str, parameter: torch.Tensor) -> None:
-        if name not in gradients and parameter.grad is not None:
-            gradients[name] = checked_part(parameter.grad)
+    def record_gradient(name: str, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            gradients[name].append(checked_part(parameter.grad))
 
     hooks = [
-        parameter.register_post_accumulate_grad_hook(partial(record_first_gradient, name))
+        parameter.register_post_accumulate_grad_hook(partial(record_gradient, name))
         for name, parameter in parameters.items()
     ]
     losses: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -75,7 +76,7 @@ def rehearse(trainer: Trainer, case: Case, inputs: Inputs) -> Trajectory:
     trajectory |= {name: torch.stack(values) for name, values in losses.items()}
     trajectory["firing counts"] = trainer.act_freq_scores
     for name, parameter in parameters.items():
-        trajectory[f"gradient of {name}"] = gradients[name]
+        trajectory[f"gradient of {name}"] = torch.stack(gradients[name])
         trajectory[f"change of {name}"] = checked_part(parameter) - before[name]
     return {name: value.cpu() for name, value in trajectory.items()}
 

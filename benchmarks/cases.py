@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,15 @@ BFLOAT16 = Precision("bfloat16", torch.bfloat16)
 
 PRECISIONS = {precision.name: precision for precision in (FLOAT32, AUTOCAST, BFLOAT16)}
 
-# The precision in which stock `topk` serves as the reference for each measured one.
+# The precision in which stock serves as the reference for each measured one.
 REFERENCE_PRECISION = {"float32": FLOAT64, "autocast": FLOAT32, "bfloat16": FLOAT32}
+
+
+MAX_FEATURES_PER_ROW = 64
+LEARNING_RATE = 3e-4
+JUMPRELU_LEARNING_RATE = 3e-6
+L0_COEFFICIENT = 1e-3
+"""Both so small that L0 stays where it was put while steps are timed."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +44,62 @@ class Case:
     name: str
     d_in: int
     d_sae: int
-    k: int
+    k: int | None
+    """Active latents per row of a Top-K SAE; None for other architectures."""
     batch: int
     precisions: tuple[Precision, ...]
     dead_fraction: float = 0.0
     check_rows: int | None = None
     """Rows of each batch in the steps that compare the arms; None for all of them."""
+    architecture: str = "topk"
+    """SAELens's name of what the stock arm trains, and the sparse arm after it."""
+    l0: float | None = None
+    """Mean number of active latents per row that thresholds are calibrated to; None for Top-K."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of SAELens's training config that differ from its defaults, besides the sizes."""
 
     @property
-    def shape(self) -> str:
-        return f"{self.d_in} -> {self.d_sae:,}, k {self.k}, batch {self.batch}"
+    def features_per_row(self) -> float:
+        """
+        Expected number of true features in a row of the inputs.
+
+        At most 64 for JumpReLU: a language model's activations do not hold thousands of features
+        because thresholds are low. What fires beyond that early in training, when L0 is high, is
+        the overlap of latents with features that are not theirs.
+        """
+        if self.l0 is None:
+            assert self.k is not None
+            return self.k
+        return min(self.l0, MAX_FEATURES_PER_ROW)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the checked and timed steps."""
+        return LEARNING_RATE if self.l0 is None else JUMPRELU_LEARNING_RATE
+
+
+def _jumprelu(
+    name: str,
+    d_in: int,
+    d_sae: int,
+    l0: float,
+    batch: int,
+    precisions: tuple[Precision, ...],
+    dead_fraction: float = 0.0,
+    **options: float,
+) -> Case:
+    return Case(
+        name,
+        d_in,
+        d_sae,
+        None,
+        batch,
+        precisions,
+        dead_fraction,
+        architecture="jumprelu",
+        l0=l0,
+        options={"l0_coefficient": L0_COEFFICIENT, **options},
+    )
 
 
 def _by_name(*cases: Case) -> dict[str, Case]:
@@ -65,10 +118,16 @@ STEP_CASES = _by_name(
     Case("flash_sae", 4096, 65_536, 64, 1024, (BFLOAT16,)),
     Case("cpu", 512, 16_384, 32, 1024, (FLOAT32,)),
     Case("tiny", 32, 256, 4, 64, (FLOAT32,), dead_fraction=0.3),
+    *(
+        _jumprelu(f"jumprelu_l0_{l0}", 2304, 65_536, l0, 4096, (FLOAT32, AUTOCAST))
+        for l0 in (64, 200, 1000, 3000)
+    ),
+    _jumprelu("cpu_jumprelu", 512, 16_384, 32, 1024, (FLOAT32,)),
+    _jumprelu("tiny_jumprelu", 32, 256, 4, 64, (FLOAT32,), 0.3, pre_act_loss_coefficient=3e-6),
 )
 DEFAULT_STEP_CASES = {
-    "cuda": tuple(name for name in STEP_CASES if name not in ("cpu", "tiny")),
-    "cpu": ("cpu",),
+    "cuda": tuple(name for name in STEP_CASES if not name.startswith(("cpu", "tiny"))),
+    "cpu": ("cpu", "cpu_jumprelu"),
 }
 
 FORWARD_CASES = _by_name(
@@ -77,11 +136,13 @@ FORWARD_CASES = _by_name(
         Case(f"seed1_{d_sae // 1024}k", 4096, d_sae, 128, 4096, (FLOAT32,))
         for d_sae in (16_384, 32_768, 65_536, 131_072)
     ),
+    _jumprelu("jumprelu_768_64k", 768, 65_536, 64, 4096, (FLOAT32,)),
     Case("tiny", 32, 256, 4, 64, (FLOAT32,)),
+    _jumprelu("tiny_jumprelu", 32, 256, 4, 64, (FLOAT32,)),
 )
 DEFAULT_FORWARD_CASES = {
-    "cuda": tuple(name for name in FORWARD_CASES if name != "tiny"),
-    "cpu": ("tiny",),
+    "cuda": tuple(name for name in FORWARD_CASES if not name.startswith("tiny")),
+    "cpu": ("tiny", "tiny_jumprelu"),
 }
 
 
@@ -94,10 +155,10 @@ def compile_sae(sae: TrainingSAE[Any]) -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """One contender: a SAELens training architecture and how it is run."""
+    """One contender: SAELens's class of the case's architecture or ours, and how it is run."""
 
     name: str
-    architecture: str
+    sparse: bool = False
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     """Names of the precisions in which the arm means something."""
     matmul_precision: str = "highest"
@@ -105,11 +166,15 @@ class Arm:
     prepare: Callable[[TrainingSAE[Any]], None] | None = None
     """Applied to the SAE once its trainer exists, where the runner compiles it."""
 
+    def architecture(self, case: Case) -> str:
+        """SAELens's name of what the arm trains."""
+        return f"{case.architecture}_sparse" if self.sparse else case.architecture
 
-STOCK = Arm("stock", "topk")
-STOCK_TF32 = Arm("stock_tf32", "topk", precisions=("float32",), matmul_precision="high")
-STOCK_COMPILE = Arm("stock_compile", "topk", precisions=("autocast",), prepare=compile_sae)
-SPARSE = Arm("sparse", "topk_sparse")
+
+STOCK = Arm("stock")
+STOCK_TF32 = Arm("stock_tf32", precisions=("float32",), matmul_precision="high")
+STOCK_COMPILE = Arm("stock_compile", precisions=("autocast",), prepare=compile_sae)
+SPARSE = Arm("sparse", sparse=True)
 
 
 @dataclass(frozen=True)
@@ -130,6 +195,16 @@ TARGETS = {
     ("llama8b", "autocast", "step"): Target(3.0, 0.6),
     ("wide", "autocast", "step"): Target(3.0, 0.6),
     ("cpu", "float32", "step"): Target(2.5),
+    ("jumprelu_l0_64", "float32", "step"): Target(12.0, 0.6),
+    ("jumprelu_l0_64", "autocast", "step"): Target(2.8, 0.6),
+    ("jumprelu_l0_200", "float32", "step"): Target(10.0, 1.0),
+    ("jumprelu_l0_200", "autocast", "step"): Target(2.3, 1.0),
+    ("jumprelu_l0_1000", "float32", "step"): Target(4.0, 1.0),
+    ("jumprelu_l0_1000", "autocast", "step"): Target(1.3, 1.0),
+    ("jumprelu_l0_3000", "float32", "step"): Target(1.5, 1.0),
+    ("jumprelu_l0_3000", "autocast", "step"): Target(1.1, 1.0),
+    ("cpu_jumprelu", "float32", "step"): Target(2.5),
+    ("jumprelu_768_64k", "float32", "forward"): Target(4.5),
     ("flash_sae", "bfloat16", "decode"): Target(13.6),
     ("flash_sae", "bfloat16", "forward"): Target(1.78),
     **{

@@ -89,7 +89,7 @@ class Contest(ABC, Generic[Contender]):
         for arm in arms:
             if precision.name not in arm.precisions:
                 continue
-            bound = None if arm.architecture == STOCK.architecture else stock_differences
+            bound = stock_differences if arm.sparse else None
             torch.set_float32_matmul_precision(arm.matmul_precision)
             rows = self._measure_arm(arm, heat, reference, bound)
             torch.set_float32_matmul_precision("highest")
@@ -145,9 +145,11 @@ class Contest(ABC, Generic[Contender]):
                 "case": case.name,
                 "precision": precision.name,
                 "arm": arm.name,
+                "architecture": case.architecture,
                 "d_in": case.d_in,
                 "d_sae": case.d_sae,
                 "k": case.k,
+                "l0": case.l0,
                 "batch": case.batch,
                 "dead_fraction": case.dead_fraction,
                 **row,

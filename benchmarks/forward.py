@@ -1,5 +1,5 @@
 """
-Time the parts of `topk_sparse` that published kernels report, against SAELens's own `topk`.
+Time the parts of a sparse SAE that published kernels report, against SAELens's own.
 
     python -m benchmarks.forward --cases flash_sae
 
@@ -105,9 +105,8 @@ class ForwardContest(Contest[Pass]):
             "forward": contender.forward,
             "forward_backward": contender.forward_backward,
         }
-        implementation = implementation_of(contender.sae)
         measured = measure_calls(calls[operation], self.device, self.steps)
-        return {"implementation": implementation, **measured}
+        return {"implementation": implementation_of(contender.sae), **measured}
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:

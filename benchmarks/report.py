@@ -33,7 +33,7 @@ def speed_table(rows: Sequence[Row]) -> str:
     """Time and peak memory of the sparse arm beside each other arm's in the same run."""
     return _table(
         "case",
-        "d_in -> d_sae, k, batch",
+        "d_in -> d_sae, active, batch",
         "precision",
         "operation",
         "against",
@@ -46,7 +46,7 @@ def speed_table(rows: Sequence[Row]) -> str:
         lines=[
             [
                 sparse["case"],
-                f"{sparse['d_in']} -> {sparse['d_sae']:,}, {sparse['k']}, {sparse['batch']}",
+                f"{sparse['d_in']} -> {sparse['d_sae']:,}, {_active(sparse)}, {sparse['batch']}",
                 sparse["precision"],
                 sparse["operation"],
                 other["arm"],
@@ -121,6 +121,10 @@ def _latest(rows: Iterable[Row]) -> list[Row]:
 
 def _contest_key(row: Row) -> tuple[str, ...]:
     return tuple(row[name] for name in ("case", "precision", "operation"))
+
+
+def _active(row: Row) -> str:
+    return f"k {row['k']}" if row["architecture"] == "topk" else f"L0 {row['l0']:g}"
 
 
 def _result(row: Row) -> str:

@@ -61,7 +61,12 @@ class ResultsFile:
 
 
 def load_rows(paths: Iterable[Path]) -> list[Row]:
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    """The rows of the files; older ones do not name the only architecture there was."""
+    return [
+        {"architecture": "topk", **json.loads(line)}
+        for path in paths
+        for line in path.read_text().splitlines()
+    ]
 
 
 def describe_failure(error: Exception) -> Row:

@@ -1,7 +1,7 @@
 """
-Time `SAETrainer.step` of `topk_sparse` against SAELens's own `topk`.
+Time `SAETrainer.step` of the sparse architectures against SAELens's own.
 
-    python -m benchmarks.train_step --cases gemma2b,gpt2 --precision float32,autocast
+    python -m benchmarks.train_step --cases gemma2b,jumprelu_l0_64 --precision float32,autocast
 
 For each case and precision, every arm in turn starts from the same trained-like weights, is
 checked to train the same model as stock (see `benchmarks.agreement`), is timed, and is freed
@@ -42,7 +42,13 @@ class StepContest(Contest[Trainer]):
     @override
     def build(self, arm: Arm, precision: Precision, heat: Heat) -> Trainer:
         return build_trainer(
-            arm, heat.case, precision, self.device, heat.inputs.batches, heat.inputs.weights
+            arm,
+            heat.case,
+            precision,
+            self.device,
+            heat.inputs.batches,
+            heat.inputs.weights,
+            heat.case.learning_rate,
         )
 
     @override

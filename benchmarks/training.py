@@ -1,27 +1,27 @@
-"""Driving SAELens's trainer: building it for an arm, trained-like weights, one step."""
+"""Driving SAELens's trainer: building it for an arm, one step, what all arms start from."""
 
 from __future__ import annotations
 
 import gc
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
-from benchmarks.cases import SPARSE, Arm, Case, Precision
+from benchmarks.cases import LEARNING_RATE, SPARSE, Arm, Case, Precision
 from benchmarks.data import MAX_FEATURES, ActivationStream
-from saelens_sparse import SparseTopKTrainingSAE  # the import also registers topk_sparse
+from benchmarks.weights import calibrate, plant_features
+from saelens_sparse.saes.base import SparseTrainingSAEMixin  # also registers the architectures
 
 Trainer = SAETrainer[TrainingSAE[Any], Any]
 
 TIMED_BATCHES = 4
-LEARNING_RATE = 3e-4
 
 
 @dataclass
@@ -43,13 +43,14 @@ def build_sae(
     device: str,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> TrainingSAE[Any]:
-    """The arm's SAE, with SAELens's defaults but for the sizes; with `weights` if given."""
+    """The arm's SAE, with SAELens's defaults but for the case's; with `weights` if given."""
     sae = TrainingSAE.from_dict(
         {
-            "architecture": arm.architecture,
+            "architecture": arm.architecture(case),
             "d_in": case.d_in,
             "d_sae": case.d_sae,
-            "k": case.k,
+            **({} if case.k is None else {"k": case.k}),
+            **case.options,
             "dtype": str(precision.dtype).removeprefix("torch."),
             "device": device,
         }
@@ -66,6 +67,7 @@ def build_trainer(
     device: str,
     batches: Sequence[torch.Tensor],
     weights: dict[str, torch.Tensor] | None = None,
+    learning_rate: float = LEARNING_RATE,
 ) -> Trainer:
     """SAELens's trainer around the arm's SAE, put together as its runner does."""
     sae = build_sae(arm, case, precision, device, weights)
@@ -73,8 +75,8 @@ def build_trainer(
         cfg=SAETrainerConfig(
             total_training_samples=1_000_000 * case.batch,
             train_batch_size_samples=case.batch,
-            lr=LEARNING_RATE,
-            lr_end=LEARNING_RATE / 10,
+            lr=learning_rate,
+            lr_end=learning_rate / 10,
             device=device,
             autocast=precision.autocast,
             logger=LoggingConfig(log_to_wandb=False),
@@ -89,7 +91,7 @@ def build_trainer(
 
 def implementation_of(sae: TrainingSAE[Any]) -> str | None:
     """What a sparse SAE's next call runs on; None for a stock SAE."""
-    return sae.implementation.name if isinstance(sae, SparseTopKTrainingSAE) else None
+    return sae.implementation.name if isinstance(sae, SparseTrainingSAEMixin) else None
 
 
 def hold_dead(trainer: Trainer, dead_latents: torch.Tensor | None) -> None:
@@ -107,50 +109,42 @@ def train_step(trainer: Trainer, batch: torch.Tensor) -> TrainStepOutput:
 
 
 def prepare_inputs(case: Case, precision: Precision, device: str, warmup_train: int) -> Inputs:
-    """Make the case's batches, and weights by planting the true features and a short training."""
+    """
+    Make the case's batches, and weights by planting the true features and a short training.
+
+    JumpReLU's thresholds are calibrated before the training and again after it, on the batches
+    that are timed, so that every arm begins at the L0 asked for.
+    """
     stream = ActivationStream(
         case.d_in,
         n_features=min(case.d_sae, MAX_FEATURES),
-        features_per_row=case.k,
+        features_per_row=case.features_per_row,
         device=device,
     )
+    batches = [
+        stream.batch(case.batch, index).to(precision.dtype)
+        for index in range(warmup_train, warmup_train + TIMED_BATCHES)
+    ]
     torch.manual_seed(0)
     trainer = build_trainer(SPARSE, case, precision, device, batches=())
-    plant_features(trainer.sae, stream)
+    sae = trainer.sae
+    plant_features(sae, stream)
+    if case.l0 is not None:
+        calibrate(cast(JumpReLUTrainingSAE, sae), batches, case.l0)
     for index in range(warmup_train):
         train_step(trainer, stream.batch(case.batch, index).to(precision.dtype))
+    if case.l0 is not None:
+        calibrate(cast(JumpReLUTrainingSAE, sae), batches, case.l0)
 
     dead_latents = None
     if case.dead_fraction:
         n_dead = round(case.dead_fraction * case.d_sae)
         dead_latents = trainer.act_freq_scores.topk(n_dead, largest=False).indices
     return Inputs(
-        batches=[
-            stream.batch(case.batch, index).to(precision.dtype)
-            for index in range(warmup_train, warmup_train + TIMED_BATCHES)
-        ],
-        weights={
-            name: value.contiguous().cpu() for name, value in trainer.sae.state_dict().items()
-        },
+        batches=batches,
+        weights={name: value.contiguous().cpu() for name, value in sae.state_dict().items()},
         dead_latents=dead_latents,
     )
-
-
-@torch.no_grad()
-def plant_features(sae: TrainingSAE[Any], stream: ActivationStream) -> None:
-    """
-    Point one latent at each feature of the stream, with noise, so that latents fire about as
-    often as its features, as they do after a real training run and not before: from initial
-    weights, a hundred steps leave nine latents in ten never firing.
-    """
-    sae.b_dec.copy_(stream.scale * stream.mean)
-    n_features, d_in = stream.directions.shape
-    latents = stream.spread * stream.directions
-    latents += 0.3 / math.sqrt(d_in) * torch.randn_like(latents)
-    latents = torch.nn.functional.normalize(latents, dim=-1)
-    sae.W_dec[:n_features].copy_(latents)
-    # Other features in a row add to a latent's pre-activation: half the gain offsets that.
-    sae.W_enc[:, :n_features].copy_(0.5 * latents.T)
 
 
 def release_memory(device: str) -> None:

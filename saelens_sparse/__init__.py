@@ -8,11 +8,17 @@ from sae_lens import register_sae_training_class
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_sparse.optim import prepare_optimizers
+from saelens_sparse.saes.jumprelu_sparse_sae import (
+    SparseJumpReLUTrainingSAE,
+    SparseJumpReLUTrainingSAEConfig,
+)
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SparseJumpReLUTrainingSAE",
+    "SparseJumpReLUTrainingSAEConfig",
     "SparseTopKTrainingSAE",
     "SparseTopKTrainingSAEConfig",
     "register",
@@ -25,7 +31,10 @@ def register() -> None:
     Raises:
         ValueError: another package has registered one of the names.
     """
-    for sae_class, config_class in ((SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),):
+    for sae_class, config_class in (
+        (SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),
+        (SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig),
+    ):
         name = config_class.architecture()
         if SAE_TRAINING_CLASS_REGISTRY.get(name) != (sae_class, config_class):
             register_sae_training_class(name, sae_class, config_class)

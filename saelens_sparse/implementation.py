@@ -5,7 +5,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -23,15 +23,18 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs (`"triton"`, `"torch"` or `"dense"`) and the reason in one sentence."""
+    """What runs and the reason in one sentence.
 
-    name: Literal["triton", "torch", "dense"]
+    Attributes:
+        name: `"triton"` or `"torch"`, sparse operations by that backend; `"fused"`, dense
+            products with everything between them in one pass; `"dense"`, SAELens's arithmetic.
+        reason: why.
+        backend: what the operations other than dense products run on; meaningless for "dense".
+    """
+
+    name: Literal["triton", "torch", "fused", "dense"]
     reason: str
-
-    @property
-    def backend(self) -> Backend:
-        """The backend of the sparse operations; only meaningful when `name` is not "dense"."""
-        return cast(Backend, self.name)
+    backend: Backend = "torch"
 
 
 def choose_implementation(
@@ -68,7 +71,7 @@ def choose_implementation(
                 f"implementation='triton' cannot run here: {problem}. "
                 "Use 'auto' to let the plugin choose, or 'torch'."
             )
-        return Choice("triton", "implementation='triton' was requested")
+        return Choice("triton", "implementation='triton' was requested", "triton")
 
     if density > MAX_SPARSE_DENSITY:
         return Choice(
@@ -82,7 +85,7 @@ def choose_implementation(
     if problem is not None:
         _warn_once(f"saelens_sparse runs its slower PyTorch path on this GPU: {problem}.")
         return Choice("torch", problem)
-    return Choice("triton", "CUDA device with a working Triton")
+    return Choice("triton", "CUDA device with a working Triton", "triton")
 
 
 def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -9,15 +9,13 @@ What a decode has already read does not depend on an ordinary tensor that is mad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from saelens_sparse.implementation import Backend
-from saelens_sparse.ops import LatentOrder, RowBlock
+from saelens_sparse.code import Code
 
 
 def _getter(name: str) -> Callable[..., Any]:
@@ -41,55 +39,6 @@ _DESCRIBES_ONLY = {
     torch.Tensor.get_device,
     torch.Tensor.__len__,
 }
-
-
-@dataclass
-class DeadLatents:
-    """The dead latents of a training step and their weights.
-
-    Attributes:
-        mask: `[d_sae]` bool, as the trainer gave it.
-        block: the latents, and their number rounded up; None if there are none.
-        W_enc: `[width, d_in]`, on the graph of the sparse encoder.
-        W_dec: `[width, d_in]`, on the graph of the sparse decoder, once it has run.
-    """
-
-    mask: torch.Tensor
-    block: RowBlock | None
-    W_enc: torch.Tensor | None = None
-    W_dec: torch.Tensor | None = None
-
-
-@dataclass
-class SparseCode:
-    """The active latents of a batch and what later parts of the step need of them.
-
-    Attributes:
-        x: `[n_rows, d_in]`, the centred encoder input.
-        latents: `[n_rows, k]` int64.
-        acts: `[n_rows, k]`, activations `relu(x @ W_enc + b_enc)`, on the graph.
-        norms: `[d_sae]` decoder norms if the reported activations are scaled by them, on the
-            graph; else None.
-        order: the active pairs by latent.
-        decoder_version: `version_of(W_dec)` when the code was made.
-        rows_recomputed: see `saelens_sparse.ops.Selection`.
-        backend: what computed it.
-        dead: the dead latents if a training step asked for them.
-    """
-
-    x: torch.Tensor
-    latents: torch.Tensor
-    acts: torch.Tensor
-    norms: torch.Tensor | None
-    order: LatentOrder
-    decoder_version: int
-    rows_recomputed: int
-    backend: Backend
-    dead: DeadLatents | None = None
-
-    def reported_acts(self) -> torch.Tensor:
-        """Activations as SAELens reports them, `[n_rows, k]`: scaled by the decoder norms."""
-        return self.acts if self.norms is None else self.acts * self.norms[self.latents]
 
 
 class OnDemandTensor(torch.Tensor):
@@ -176,23 +125,20 @@ def _ordinary(tree: Any) -> Any:
 
 
 class SparseFeatureActs(OnDemandTensor):
-    """`feature_acts` of a training step: nonzero only at `code.latents`."""
+    """`feature_acts` of a training step: the activations of a code."""
 
-    code: SparseCode
+    code: Code
 
     @override
-    def __new__(cls, code: SparseCode, leading_shape: Sequence[int]) -> Self:
-        self = OnDemandTensor.__new__(
-            cls, (*leading_shape, code.order.d_sae), _reported_dtype(code), code.acts.device
-        )
+    def __new__(cls, code: Code, leading_shape: Sequence[int]) -> Self:
+        shape = (*leading_shape, code.d_sae)
+        self = OnDemandTensor.__new__(cls, shape, code.reported_dtype, code.acts.device)
         self.code = code
         return self
 
     @override
     def compute(self) -> torch.Tensor:
-        values = self.code.reported_acts()
-        dense = values.new_zeros(values.shape[0], self.code.order.d_sae)
-        return dense.scatter(1, self.code.latents, values).view(self.size())
+        return self.code.dense_acts().view(self.size())
 
     @override
     def answer(
@@ -201,50 +147,39 @@ class SparseFeatureActs(OnDemandTensor):
         if func == _REQUIRES_GRAD:
             return self.code.acts.requires_grad
         if func is torch.Tensor.bool and len(args) == 1 and not kwargs:
-            return FiringPattern(self.code.order, self.size(), torch.bool)
+            return FiringPattern(self.code, self.size(), torch.bool)
         return NotImplemented
 
 
 class FiringPattern(OnDemandTensor):
     """`feature_acts.bool()`, or its `.float()`: one where a latent is active."""
 
-    order: LatentOrder
+    code: Code
 
     @override
-    def __new__(cls, order: LatentOrder, shape: Sequence[int], dtype: torch.dtype) -> Self:
-        self = OnDemandTensor.__new__(cls, shape, dtype, order.pairs.device)
-        self.order = order
+    def __new__(cls, code: Code, shape: Sequence[int], dtype: torch.dtype) -> Self:
+        self = OnDemandTensor.__new__(cls, shape, dtype, code.acts.device)
+        self.code = code
         return self
 
     @override
     def compute(self) -> torch.Tensor:
-        order = self.order
-        n_rows = order.pairs.numel() // order.k
-        # Inactive pairs have the key d_sae: they land in a column of their own.
-        dense = torch.zeros(n_rows, order.d_sae + 1, dtype=self.dtype, device=self.device)
-        dense[order.pairs // order.k, order.keys.long()] = 1
-        return dense[:, :-1].reshape(self.size())
+        return self.code.firing().to(self.dtype).reshape(self.size())
 
     @override
     def answer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if func is torch.Tensor.float and len(args) == 1 and not kwargs:
-            return FiringPattern(self.order, self.size(), torch.float32)
+            return FiringPattern(self.code, self.size(), torch.float32)
         if func in (torch.Tensor.sum, torch.sum) and self.dtype == torch.float32:
             dims = (*args[1:], *kwargs.values())
             if len(dims) == 1 and kwargs.keys() <= {"dim"} and self.ndim == 2:
                 if dims[0] in (0, -2):
-                    return self.order.counts.to(self.dtype)
+                    return self.code.latent_counts().to(self.dtype)
                 if dims[0] in (1, -1):
-                    return self._row_counts()
+                    return self.code.row_counts().to(self.dtype)
         return NotImplemented
-
-    def _row_counts(self) -> torch.Tensor:
-        order = self.order
-        active = torch.empty(order.pairs.numel(), dtype=self.dtype, device=order.pairs.device)
-        active[order.pairs] = (order.keys < order.d_sae).to(self.dtype)
-        return active.view(-1, order.k).sum(-1)
 
 
 class DeferredPreActs(OnDemandTensor):
@@ -253,22 +188,21 @@ class DeferredPreActs(OnDemandTensor):
     It can be computed as long as the weights are those of the step.
     """
 
-    code: SparseCode
-    _dense_pre_acts: Callable[[SparseCode], torch.Tensor]
+    code: Code
+    _dense_pre_acts: Callable[[Code], torch.Tensor]
     _weights: Sequence[torch.Tensor]
     _versions: list[int]
 
     @override
     def __new__(
         cls,
-        code: SparseCode,
+        code: Code,
         leading_shape: Sequence[int],
-        dense_pre_acts: Callable[[SparseCode], torch.Tensor],
+        dense_pre_acts: Callable[[Any], torch.Tensor],
         weights: Sequence[torch.Tensor],
     ) -> Self:
-        self = OnDemandTensor.__new__(
-            cls, (*leading_shape, code.order.d_sae), _reported_dtype(code), code.acts.device
-        )
+        shape = (*leading_shape, code.d_sae)
+        self = OnDemandTensor.__new__(cls, shape, code.reported_dtype, code.acts.device)
         self.code = code
         self._dense_pre_acts = dense_pre_acts
         self._weights = weights
@@ -297,9 +231,3 @@ class DeferredPreActs(OnDemandTensor):
 def version_of(tensor: torch.Tensor) -> int:
     """Autograd's count of in-place changes; tensors made in inference mode have none."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _reported_dtype(code: SparseCode) -> torch.dtype:
-    if code.norms is None:
-        return code.acts.dtype
-    return torch.promote_types(code.acts.dtype, code.norms.dtype)

@@ -2,18 +2,23 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
 from benchmarks import forward, report, train_step
-from benchmarks.cases import FLOAT32, SPARSE, STEP_CASES, STOCK, Arm
+from benchmarks.cases import FLOAT32, SPARSE, STEP_CASES, STOCK, Arm, Case
+from benchmarks.data import ActivationStream
 from benchmarks.measure import PHASES
 from benchmarks.results import ResultsFile, Row, environment
+from benchmarks.training import build_sae
+from benchmarks.weights import calibrate, plant_features
 
-KEYS = {"case", "precision", "operation", "arm", "d_in", "d_sae", "k", "batch", "dead_fraction"}
+SIZES = {"architecture", "d_in", "d_sae", "k", "l0", "batch", "dead_fraction"}
+KEYS = {"case", "precision", "operation", "arm"} | SIZES
 ENVIRONMENT = {"device", "commit", "torch", "triton", "sae_lens", "python", "date"}
 
 
@@ -26,42 +31,97 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run_tiny(main: Callable[[list[str]], object], out: Path) -> list[Row]:
-    options = {"cases": "tiny", "device": "cpu", "arms": "sparse", "steps": "2"}
+def run_tiny(main: Callable[[list[str]], object], case: str, out: Path) -> list[Row]:
+    options = {"cases": case, "device": "cpu", "arms": "sparse", "steps": "2"}
     options |= {"warmup-train": "5", "commit": "abc", "out": str(out)}
     main([f"--{name}={value}" for name, value in options.items()])
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_train_step_appends_complete_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("case", "architecture", "active", "losses", "parameters"),
+    [
+        ("tiny", "topk", "k 4", {"auxiliary_reconstruction_loss"}, set[str]()),
+        ("tiny_jumprelu", "jumprelu", "L0 4", {"l0_loss", "pre_act_loss"}, {"threshold"}),
+    ],
+)
+def test_train_step_appends_complete_rows(
+    case: str,
+    architecture: str,
+    active: str,
+    losses: set[str],
+    parameters: set[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
     out = tmp_path / "rows.jsonl"
-    stock, sparse = run_tiny(train_step.main, out)
+    stock, sparse = run_tiny(train_step.main, case, out)
     assert (stock["arm"], sparse["arm"]) == ("stock", "sparse")
     assert (stock["implementation"], sparse["implementation"]) == (None, "torch")
     for row in (stock, sparse):
         assert row.keys() >= KEYS | ENVIRONMENT
         assert (row["status"], row["commit"]) == ("ok", "abc")
+        assert row["architecture"] == architecture
         assert row["ms_min"] <= row["ms"] <= row["ms_max"]
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["ms"])
         assert row["phases_ms"].keys() == set(PHASES)
         assert sum(row["phases_ms"].values()) > 0
-        assert row["firing"]["l0"] == pytest.approx(row["k"], rel=0.2)
+        assert row["firing"]["l0"] == pytest.approx(row["k"] or row["l0"], rel=0.15)
         assert max(row["differences"].values()) < 1e-2
-        assert {f"gradient of {name}" for name in ("W_enc", "W_dec", "b_enc", "b_dec")} <= set(
-            row["differences"]
-        )
-    assert "auxiliary_reconstruction_loss" in sparse["differences"]
+        trained = {"W_enc", "W_dec", "b_enc", "b_dec"} | parameters
+        assert row["differences"].keys() >= {f"gradient of {name}" for name in trained} | losses
     assert sparse["checked"]
 
     last_line = [line for line in capsys.readouterr().out.splitlines() if "|" in line][-1]
     assert f"{stock['ms'] / sparse['ms']:.2f}x" in last_line
+    assert f"32 -> 256, {active}, 64" in last_line
 
     report.main([str(out)])
     assert last_line in capsys.readouterr().out
 
 
-def test_forward_appends_complete_rows(tmp_path: Path):
-    rows = run_tiny(forward.main, tmp_path / "rows.jsonl")
+def test_rows_older_than_the_second_architecture_are_of_topk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    old = {"case": "gemma2b", "precision": "float32", "operation": "step", "status": "ok"}
+    old |= {"d_in": 2304, "d_sae": 65536, "k": 64, "batch": 4096, "checked": True}
+    old |= {"device": "gpu", "date": "2026"}
+    out = tmp_path / "rows.jsonl"
+    out.write_text(
+        "\n".join(json.dumps({**old, "arm": arm, "ms": 1.0}) for arm in ("stock", "sparse"))
+    )
+    report.main([str(out)])
+    assert "2304 -> 65,536, k 64, 4096" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", STEP_CASES.values(), ids=STEP_CASES)
+def test_arms_train_the_architecture_of_the_case(case: Case):
+    jumprelu = "jumprelu" in case.name
+    assert case.architecture == STOCK.architecture(case) == ("jumprelu" if jumprelu else "topk")
+    assert SPARSE.architecture(case) == f"{case.architecture}_sparse"
+    assert (case.k is None) == jumprelu == (case.l0 is not None)
+
+
+@pytest.mark.parametrize("l0", [2.0, 20.0])
+def test_thresholds_are_calibrated_to_the_l0(l0: float):
+    case = STEP_CASES["tiny_jumprelu"]
+    stream = ActivationStream(case.d_in, case.d_sae, case.features_per_row, "cpu")
+    batches = [stream.batch(case.batch, index) for index in range(2)]
+    sae = cast(JumpReLUTrainingSAE, build_sae(STOCK, case, FLOAT32, "cpu"))
+    plant_features(sae, stream)
+    calibrate(sae, batches, l0)
+    x = torch.cat(batches)
+    active = sae.encode(x) > 0
+    assert active.sum(-1).float().mean().item() == pytest.approx(l0, rel=0.01)
+    assert sae.threshold.min() >= 0
+    # The scale is the best one: the error is orthogonal to the reconstruction.
+    recons = sae(x) - sae.b_dec
+    assert (recons * (x - sae(x))).sum().abs() < 1e-2 * recons.square().sum()
+
+
+@pytest.mark.parametrize("case", ["tiny", "tiny_jumprelu"])
+def test_forward_appends_complete_rows(case: str, tmp_path: Path):
+    rows = run_tiny(forward.main, case, tmp_path / "rows.jsonl")
     assert [(row["arm"], row["operation"]) for row in rows] == [
         (arm, operation)
         for arm in ("stock", "sparse")
@@ -72,6 +132,19 @@ def test_forward_appends_complete_rows(tmp_path: Path):
 
 def scale_encoder_gradient(sae: TrainingSAE[Any]) -> None:
     sae.W_enc.register_hook(lambda gradient: 1.1 * gradient)
+
+
+def scale_threshold_gradient(sae: TrainingSAE[Any]) -> None:
+    cast(JumpReLUTrainingSAE, sae).threshold.register_hook(lambda gradient: 1.1 * gradient)
+
+
+def drop_l0_loss(sae: TrainingSAE[Any]) -> None:
+    forward_pass = sae.training_forward_pass
+
+    def without_sparsity(step_input: TrainStepInput) -> TrainStepOutput:
+        return forward_pass(step_input=replace(step_input, coefficients={"l0": 0.0}))
+
+    sae.training_forward_pass = without_sparsity  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def drop_auxk(sae: TrainingSAE[Any]) -> None:
@@ -101,23 +174,26 @@ def poison(sae: TrainingSAE[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("perturb", "named"),
+    ("case", "perturb", "named"),
     [
-        (scale_encoder_gradient, "gradient of W_enc"),
-        (drop_auxk, "auxiliary_reconstruction_loss"),
-        (scale_mse, "mse_loss"),
-        (freeze_b_dec, "change of b_dec"),
-        (forget_the_first_row, "firing counts"),
-        (poison, "reconstruction"),
+        ("tiny", scale_encoder_gradient, "gradient of W_enc"),
+        ("tiny", drop_auxk, "auxiliary_reconstruction_loss"),
+        ("tiny", scale_mse, "mse_loss"),
+        ("tiny", freeze_b_dec, "change of b_dec"),
+        ("tiny", forget_the_first_row, "firing counts"),
+        ("tiny", poison, "reconstruction"),
+        ("tiny_jumprelu", scale_encoder_gradient, "gradient of W_enc"),
+        ("tiny_jumprelu", scale_threshold_gradient, "gradient of threshold"),
+        ("tiny_jumprelu", drop_l0_loss, "l0_loss"),
     ],
 )
 def test_an_arm_that_trains_another_model_is_not_timed(
-    tmp_path: Path, perturb: Callable[[TrainingSAE[Any]], None], named: str
+    tmp_path: Path, case: str, perturb: Callable[[TrainingSAE[Any]], None], named: str
 ):
     results = ResultsFile(tmp_path / "rows.jsonl", environment("cpu", "abc"))
     contest = train_step.StepContest(results, device="cpu", steps=1, warmup_train=5)
-    perturbed = Arm("perturbed", "topk_sparse", prepare=perturb)
-    contest.run(STEP_CASES["tiny"], FLOAT32, [STOCK, perturbed])
+    perturbed = Arm("perturbed", sparse=True, prepare=perturb)
+    contest.run(STEP_CASES[case], FLOAT32, [STOCK, perturbed])
     stock, other = results.rows
     assert stock["status"] == "ok"
     assert (other["arm"], other["status"]) == ("perturbed", "disagrees")
@@ -136,8 +212,8 @@ def test_failing_arms_are_recorded_and_the_rest_go_on(tmp_path: Path):
 
     results = ResultsFile(tmp_path / "rows.jsonl", environment("cpu", "abc"))
     contest = train_step.StepContest(results, device="cpu", steps=1, warmup_train=0)
-    large = Arm("stock", "topk", prepare=run_out_of_memory)
-    broken = Arm("broken", "topk_sparse", prepare=fail)
+    large = Arm("stock", prepare=run_out_of_memory)
+    broken = Arm("broken", sparse=True, prepare=fail)
     contest.run(STEP_CASES["tiny"], FLOAT32, [large, broken, SPARSE])
     assert [row["status"] for row in results.rows] == ["out of memory", "failed", "ok"]
     assert results.rows[0]["message"] == "CUDA out of memory. Tried to allocate 16.00 GiB."

@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from sae_lens import TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
-from typing_extensions import override
+from torch.utils._pytree import tree_flatten
 
 from saelens_sparse import SparseTopKTrainingSAE
 from saelens_sparse.lazy import FiringPattern, OnDemandTensor, SparseFeatureActs
 from tests.sae_helpers import (
+    LargestTensor,
     dead_mask,
     forward_pass,
     gradients,
     make_stock,
     make_trainer,
+    record_materializations,
     sparse_like,
     zipf_inputs,
 )
@@ -57,31 +57,7 @@ def pair() -> Pair:
 @pytest.fixture
 def materializations(monkeypatch: pytest.MonkeyPatch) -> list[type]:
     """Collects the class of every on-demand tensor that is computed."""
-    computed: list[type] = []
-    original = OnDemandTensor.materialized
-
-    def recording(self: OnDemandTensor) -> torch.Tensor:
-        computed.append(type(self))
-        return original(self)
-
-    monkeypatch.setattr(OnDemandTensor, "materialized", recording)
-    return computed
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    @override
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return out
+    return record_materializations(monkeypatch)
 
 
 def test_a_trainer_step_computes_neither(materializations: list[type]) -> None:

@@ -148,6 +148,18 @@ def sae_config(config_class: Config = SparseTopKTrainingSAEConfig, **options: An
     return config_class(**settings)
 
 
+def jumprelu_config(architecture: str, **options: Any) -> Any:
+    """A configuration that goes from half of the latents to few, in float64: no rounding of the
+    encoder decides a gate.
+    """
+    _, config_class = get_sae_training_class(architecture)
+    settings: dict[str, Any] = {
+        "d_in": D_MODEL, "d_sae": D_SAE, "dtype": "float64", "jumprelu_bandwidth": 0.2,
+        "l0_coefficient": 0.3, "l0_warm_up_steps": 4, "pre_act_loss_coefficient": 3e-3, **options,
+    }  # fmt: skip
+    return config_class(**settings)
+
+
 def runner_config(
     sae: TrainingSAEConfig, folder: Path, **options: Any
 ) -> LanguageModelSAERunnerConfig[Any]:
@@ -494,6 +506,16 @@ RUN_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head": ({"d_in": 8}, {"hook_name": "blocks.0.attn.hook_z", "hook_head_index": 1}),
     "all heads": ({"d_in": 16}, {"hook_name": "blocks.0.attn.hook_z"}),
 }
+JUMPRELU_RUN_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "step": ({}, {}),
+    "tanh": ({"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True}, {}),
+    "quadratic": ({"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 5.0}, {}),
+    "no centring": ({"apply_b_dec_to_input": False}, {}),
+    "expected_average_only_in": ({"normalize_activations": "expected_average_only_in"}, {}),
+    "covariance_whitening": ({"normalize_activations": "covariance_whitening"}, {}),
+    "constant_norm_rescale": ({"normalize_activations": "constant_norm_rescale"}, {}),
+    "layer_norm": ({"normalize_activations": "layer_norm"}, {}),
+}
 
 
 class TestRunner:
@@ -505,6 +527,21 @@ class TestRunner:
             for config_class in BOTH
         )
         assert type(sparse) is SparseTopKTrainingSAE
+        assert_same_training(sparse, stock)
+        assert sparse.cfg.normalize_activations == stock.cfg.normalize_activations
+        assert sparse.cfg.metadata.l0 == pytest.approx(stock.cfg.metadata.l0)
+        assert sparse.cfg.metadata.num_dead_features == stock.cfg.metadata.num_dead_features
+
+    @pytest.mark.parametrize("implementation", ["torch", "auto"])
+    @pytest.mark.parametrize("name", JUMPRELU_RUN_OPTIONS)
+    def test_jumprelu_options_train_as_stock(
+        self, run: Run, name: str, implementation: str
+    ) -> None:
+        sae_options, runner_options = JUMPRELU_RUN_OPTIONS[name]
+        stock = run(jumprelu_config("jumprelu", **sae_options), **runner_options).sae
+        cfg = jumprelu_config("jumprelu_sparse", **sae_options, implementation=implementation)
+        sparse = run(cfg, **runner_options).sae
+        assert type(sparse) is get_sae_training_class("jumprelu_sparse")[0]
         assert_same_training(sparse, stock)
         assert sparse.cfg.normalize_activations == stock.cfg.normalize_activations
         assert sparse.cfg.metadata.l0 == pytest.approx(stock.cfg.metadata.l0)
@@ -713,16 +750,21 @@ else:
     raise SystemExit("the plugin was imported")
 folder, x, out = sys.argv[1:]
 sae = SAE.load_from_disk(folder)
-assert type(sae).__module__ == "sae_lens.saes.topk_sae", type(sae)
-assert sae.cfg.architecture() == "topk"
+architecture = sae.cfg.architecture()
+assert type(sae).__module__ == f"sae_lens.saes.{architecture}_sae", type(sae)
+assert architecture in ("topk", "jumprelu")
 acts = sae.encode(torch.load(x))
 torch.save((acts, sae.decode(acts)), out)
 """
 
 
 class TestFiles:
-    def test_output_opens_where_the_plugin_is_missing(self, run: Run, tmp_path: Path) -> None:
-        runner = run(sae_config(), autocast=False)
+    @pytest.mark.parametrize("architecture", ["topk_sparse", "jumprelu_sparse"])
+    def test_output_opens_where_the_plugin_is_missing(
+        self, run: Run, tmp_path: Path, architecture: str
+    ) -> None:
+        jumprelu = architecture == "jumprelu_sparse"
+        runner = run(jumprelu_config(architecture) if jumprelu else sae_config(), autocast=False)
         sae, folder = runner.sae, str(runner.cfg.output_path)
         x = torch.randn(7, D_MODEL)
         torch.save(x, tmp_path / "x.pt")
@@ -734,6 +776,7 @@ class TestFiles:
         )  # fmt: skip
         assert process.returncode == 0, process.stderr
         acts, recons = torch.load(tmp_path / "out.pt")
+        assert acts.any()
         torch.testing.assert_close(acts, sae.encode(x))
         torch.testing.assert_close(recons, sae(x))
 
@@ -829,6 +872,16 @@ class TestFiles:
         expected = run(sae_config(first_class), resume_from_checkpoint=checkpoint).sae
         actual = run(sae_config(resumed_class), resume_from_checkpoint=checkpoint).sae
         assert actual.cfg.architecture() == resumed_class.architecture()
+        assert_same_training(actual, expected, tolerance=1e-4)
+
+    @pytest.mark.parametrize("resumed_as", ["jumprelu", "jumprelu_sparse"])
+    @pytest.mark.parametrize("begun_as", ["jumprelu", "jumprelu_sparse"])
+    def test_runner_resumes_either_jumprelu(self, run: Run, begun_as: str, resumed_as: str) -> None:
+        first = run(jumprelu_config(begun_as), n_checkpoints=1)
+        checkpoint = str(checkpoints(first.cfg)[0])
+        expected = run(jumprelu_config(begun_as), resume_from_checkpoint=checkpoint).sae
+        actual = run(jumprelu_config(resumed_as), resume_from_checkpoint=checkpoint).sae
+        assert actual.cfg.architecture() == resumed_as
         assert_same_training(actual, expected, tolerance=1e-4)
 
     @pytest.mark.parametrize("second", ["topk", "topk_sparse"])

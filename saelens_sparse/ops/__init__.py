@@ -10,24 +10,51 @@ from saelens_sparse.ops.autograd import (
     encode_selected,
     keep_topk,
 )
-from saelens_sparse.ops.host_count import HostCount
+from saelens_sparse.ops.gate import GatePattern, start_find_pattern
+from saelens_sparse.ops.gate_autograd import (
+    FiringCounts,
+    Gate,
+    at_latents,
+    decode_densely,
+    encode_gated,
+    encode_gated_densely,
+)
+from saelens_sparse.ops.host_count import HostCopy, HostCount
 from saelens_sparse.ops.latent_order import LatentOrder
-from saelens_sparse.ops.row_ops import add_rows, gather_dot, gather_sum, segment_sum
+from saelens_sparse.ops.ragged import RaggedRows
+from saelens_sparse.ops.row_ops import (
+    add_rows,
+    gather_dot,
+    gather_sum,
+    segment_sum,
+    segment_totals,
+)
 from saelens_sparse.ops.select import Selection, select_topk, start_select_topk, topk_values
 
 __all__ = [
+    "FiringCounts",
+    "Gate",
+    "GatePattern",
+    "HostCopy",
     "HostCount",
     "LatentOrder",
+    "RaggedRows",
     "RowBlock",
     "Selection",
     "add_rows",
+    "at_latents",
+    "decode_densely",
     "decode_selected",
+    "encode_gated",
+    "encode_gated_densely",
     "encode_selected",
     "gather_dot",
     "gather_sum",
     "keep_topk",
     "segment_sum",
+    "segment_totals",
     "select_topk",
+    "start_find_pattern",
     "start_select_topk",
     "topk_values",
 ]

@@ -78,9 +78,10 @@ def decode_selected(
     """`acts @ weight` for activations at selected latents, `[n_rows, d_in]`, and a block of rows.
 
     Args:
-        acts: `[n_rows, k]`; zero wherever `order` leaves a pair out.
+        acts: `[n_rows, k]`, or `[n_pairs]` if the rows of `order` are ragged; zero wherever
+            `order` leaves a pair out.
         weight: `[d_sae, d_in]`.
-        latents: `[n_rows, k]` int64.
+        latents: int64, of the shape of `acts`.
         order: the active pairs by latent.
         block: rows of `weight` to return too, or None.
         backend: `"triton"` or `"torch"`.
@@ -139,7 +140,7 @@ class _EncodeSelected(torch.autograd.Function):
             if need_input_bias:
                 with torch.autocast(rows.device.type, enabled=False):
                     grad_input_bias = -(grad_bias @ rows)
-            _add_block(grad_rows, ctx.block, grads[1], ctx.backend)
+            add_block(grad_rows, ctx.block, grads[1], ctx.backend)
             grad_weight = grad_rows.T
         if need_x:
             # A NaN activation passes its gradient on, as a ReLU does.
@@ -162,7 +163,7 @@ class _DecodeSelected(torch.autograd.Function):
         ctx.save_for_backward(acts, weight, latents)
         ctx.order, ctx.block, ctx.backend = order, block, backend
         ctx.set_materialize_grads(False)
-        recons = gather_sum(acts, latents, weight, backend)
+        recons = gather_sum(acts, latents, weight, backend, order.ragged)
         return recons, None if block is None else block.of(weight)
 
     @staticmethod
@@ -171,20 +172,23 @@ class _DecodeSelected(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         acts, weight, latents = ctx.saved_tensors
+        order, backend = ctx.order, ctx.backend
         if grads[0] is None:
-            grad_output = weight.new_zeros(acts.shape[0], weight.shape[1])
+            n_rows = acts.shape[0] if order.ragged is None else order.ragged.n_rows
+            grad_output = weight.new_zeros(n_rows, weight.shape[1])
         else:
             grad_output = grads[0].contiguous()
         grad_acts = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_acts = gather_dot(grad_output, latents, weight, ctx.backend).to(acts.dtype)
+            grad_acts = gather_dot(grad_output, latents, weight, backend, order.ragged)
+            grad_acts = grad_acts.to(acts.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight, _ = segment_sum(ctx.order, acts, grad_output, weight.dtype, ctx.backend)
-            _add_block(grad_weight, ctx.block, grads[1], ctx.backend)
+            grad_weight, _ = segment_sum(order, acts, grad_output, weight.dtype, backend)
+            add_block(grad_weight, ctx.block, grads[1], ctx.backend)
         return grad_acts, grad_weight, None, None, None, None
 
 
-def _add_block(
+def add_block(
     gradient: torch.Tensor,
     block: RowBlock | None,
     block_gradient: torch.Tensor | None,

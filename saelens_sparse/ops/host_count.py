@@ -1,26 +1,37 @@
-"""Counts that travel from the device to the host while both go on working."""
+"""Numbers that travel from the device to the host while both go on working."""
 
 import torch
 
 
-class HostCount:
-    """Number of True elements of a mask, copied to the host in the background.
+class HostCopy:
+    """A small tensor, copied to the host in the background.
 
-    On a GPU the count is queued at once, and `wait` blocks only until the device has reached
-    that point of its queue, not until it has finished what was queued since.
+    On a GPU the copy is queued at once, and `wait` blocks only until the device has reached that
+    point of its queue, not until it has finished what was queued since.
     """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = on_host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(values.device))
+
+    def values(self) -> torch.Tensor:
+        """The tensor, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
+
+
+class HostCount(HostCopy):
+    """Number of True elements of a mask, counted on the device."""
 
     def __init__(self, mask: torch.Tensor) -> None:
         self.mask = mask
-        self._count = mask.sum()
-        self._event: torch.cuda.Event | None = None
-        if mask.is_cuda:
-            on_host = torch.empty((), dtype=self._count.dtype, pin_memory=True)
-            self._count = on_host.copy_(self._count, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(mask.device))
+        super().__init__(mask.sum())
 
     def wait(self) -> int:
-        if self._event is not None:
-            self._event.synchronize()
-        return int(self._count)
+        return int(self.values())

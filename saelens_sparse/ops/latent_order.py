@@ -5,19 +5,23 @@ from functools import cached_property
 
 import torch
 
+from saelens_sparse.ops.ragged import RaggedRows
+
 
 @dataclass(frozen=True)
 class LatentOrder:
     """Active pairs sorted by latent, so that each latent's rows form one segment.
 
-    A pair is an element of the flattened `[n_rows, k]` selection. Within a segment pairs
-    keep their row order, so that a sum over a segment has one fixed order of additions.
+    A pair is an element of the flattened `[n_rows, k]` selection, or of a flat one with ragged
+    rows. Within a segment pairs keep their row order, so that a sum over a segment has one fixed
+    order of additions.
     """
 
-    pairs: torch.Tensor  # [n_rows * k] int64, positions in the flattened selection
-    keys: torch.Tensor  # [n_rows * k] int32, the latent of each; d_sae for inactive pairs
+    pairs: torch.Tensor  # [n_pairs] int64, positions in the flattened selection
+    keys: torch.Tensor  # [n_pairs] int32, the latent of each; d_sae for inactive pairs
     offsets: torch.Tensor  # [d_sae + 1] int64, where each latent's segment begins
-    k: int
+    k: int  # pairs of each row; 0 if they differ
+    ragged: RaggedRows | None = None
 
     @property
     def d_sae(self) -> int:
@@ -41,8 +45,21 @@ class LatentOrder:
         return cls.of_keys(keys, d_sae)
 
     @classmethod
-    def of_keys(cls, keys: torch.Tensor, d_sae: int) -> "LatentOrder":
-        """As `of`, from `[n_rows, k]` int32 keys: the latent, or d_sae for an inactive pair."""
+    def of_keys(
+        cls, keys: torch.Tensor, d_sae: int, ragged: RaggedRows | None = None
+    ) -> "LatentOrder":
+        """As `of`, from int32 keys: the latent, or d_sae for an inactive pair.
+
+        Args:
+            keys: `[n_rows, k]`, or `[n_pairs]` with ragged rows.
+            d_sae: number of latents.
+            ragged: the rows of flat keys.
+        """
         sorted_keys, pairs = torch.sort(keys.flatten(), stable=True)
         boundaries = torch.arange(d_sae + 1, dtype=torch.int32, device=keys.device)
-        return cls(pairs, sorted_keys, torch.searchsorted(sorted_keys, boundaries), keys.shape[1])
+        offsets = torch.searchsorted(sorted_keys, boundaries)
+        return cls(pairs, sorted_keys, offsets, keys.shape[1] if ragged is None else 0, ragged)
+
+    def rows_of(self, pairs: torch.Tensor) -> torch.Tensor:
+        """The row that each of these pairs is on."""
+        return pairs // self.k if self.ragged is None else self.ragged.rows[pairs].long()

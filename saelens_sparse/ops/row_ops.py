@@ -1,4 +1,4 @@
-"""Three products between rows of a weight matrix and a sparse batch of latents.
+"""Products between rows of a weight matrix and a sparse batch of latents.
 
 With `latents[n, i]` the i-th selected latent of row n:
 
@@ -7,7 +7,9 @@ With `latents[n, i]` the i-th selected latent of row n:
 - `segment_sum`: out[j]    = sum over active (n, i) with latents[n, i] = j of
                              coefficients[n, i] * batch[n]               (weight gradients)
 
-and `add_rows`, which adds a few dense rows to such a gradient.
+with `segment_totals`, the last without a batch, and `add_rows`, which adds a few dense rows to
+such a gradient. Rows have k latents each, or are ragged: then what has shape `[n_rows, k]` is
+flat, `[n_pairs]`.
 
 All sums run in float32 or better and in a fixed order.
 """
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.latent_order import LatentOrder
+from saelens_sparse.ops.ragged import RaggedRows
 
 # Gathered rows per chunk in the PyTorch path: small enough to stay in a CPU's cache.
 _CHUNK_BYTES = 16 * 2**20
@@ -24,7 +27,11 @@ _MIN_LONG_SEGMENT = 128
 
 
 def gather_sum(
-    coefficients: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, backend: Backend
+    coefficients: torch.Tensor,
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    backend: Backend,
+    ragged: RaggedRows | None = None,
 ) -> torch.Tensor:
     """Weighted sum of each row's selected weight rows.
 
@@ -33,19 +40,32 @@ def gather_sum(
         latents: `[n_rows, k]` int64, each in `[0, d_sae)`.
         weight: `[d_sae, d]`, contiguous rows.
         backend: `"triton"` or `"torch"`.
+        ragged: the rows, if `coefficients` and `latents` are flat.
 
     Returns:
         `[n_rows, d]` in the dtype of `weight`.
     """
-    _check_pairs(latents, weight, coefficients=coefficients)
+    _check_pairs(latents, weight, ragged, coefficients=coefficients)
     if backend == "triton":
         from saelens_sparse.ops import row_ops_triton
 
-        return row_ops_triton.gather_sum(coefficients, latents, weight)
+        return row_ops_triton.gather_sum(coefficients, latents, weight, ragged)
     if weight.dtype in (torch.float32, torch.float64) and _has_embedding_bag(weight):
+        n_pairs = _pairs_in_rows(latents, ragged)
         return F.embedding_bag(
-            latents, weight, per_sample_weights=coefficients.to(weight.dtype), mode="sum"
+            latents[:n_pairs],
+            weight,
+            None if ragged is None else ragged.offsets,
+            per_sample_weights=coefficients[:n_pairs].to(weight.dtype),
+            mode="sum",
+            include_last_offset=ragged is not None,
         )
+    if ragged is not None:
+        out = weight.new_zeros(ragged.n_rows, weight.shape[1], dtype=_sum_dtype(weight))
+        for pairs in _pair_chunks(_pairs_in_rows(latents, ragged), weight):
+            terms = weight[latents[pairs]].to(out.dtype) * coefficients[pairs].unsqueeze(1)
+            out.index_add_(0, ragged.rows[pairs].long(), terms.to(out.dtype))
+        return out.to(weight.dtype)
     out = weight.new_empty(latents.shape[0], weight.shape[1])
     with _full_precision(weight):
         for rows in _row_chunks(latents, weight):
@@ -55,7 +75,11 @@ def gather_sum(
 
 
 def gather_dot(
-    batch: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, backend: Backend
+    batch: torch.Tensor,
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    backend: Backend,
+    ragged: RaggedRows | None = None,
 ) -> torch.Tensor:
     """Dot product of each batch row with each of its selected weight rows.
 
@@ -64,16 +88,23 @@ def gather_dot(
         latents: `[n_rows, k]` int64, each in `[0, d_sae)`.
         weight: `[d_sae, d]`, contiguous rows.
         backend: `"triton"` or `"torch"`.
+        ragged: the rows, if `latents` is flat.
 
     Returns:
-        `[n_rows, k]`, float32 (float64 for a float64 weight).
+        `[n_rows, k]`, float32 (float64 for a float64 weight); zero beyond the last ragged row.
     """
-    _check_pairs(latents, weight, batch=batch)
+    _check_pairs(latents, weight, ragged, batch=batch)
     if backend == "triton":
         from saelens_sparse.ops import row_ops_triton
 
-        return row_ops_triton.gather_dot(batch, latents, weight)
+        return row_ops_triton.gather_dot(batch, latents, weight, ragged)
     sum_dtype = _sum_dtype(weight)
+    if ragged is not None:
+        out = weight.new_zeros(latents.shape, dtype=sum_dtype)
+        for pairs in _pair_chunks(_pairs_in_rows(latents, ragged), weight):
+            terms = weight[latents[pairs]].to(sum_dtype) * batch[ragged.rows[pairs].long()]
+            out[pairs] = terms.sum(1)
+        return out
     out = weight.new_empty(latents.shape, dtype=sum_dtype)
     with _full_precision(weight):
         for rows in _row_chunks(latents, weight):
@@ -102,11 +133,9 @@ def segment_sum(
         `[d_sae, d]`, every row written (zero where a latent is inactive), and the sums of
         the coefficients alone, `[d_sae]`; both in `dtype`.
     """
-    if coefficients.shape != (batch.shape[0], order.k):
-        raise ValueError(
-            f"coefficients must have shape [n_rows, k] = {[batch.shape[0], order.k]}; "
-            f"got {list(coefficients.shape)}"
-        )
+    expected = [order.pairs.numel()] if order.ragged else [batch.shape[0], order.k]
+    if list(coefficients.shape) != expected:
+        raise ValueError(f"coefficients must have shape {expected}; got {list(coefficients.shape)}")
     if backend == "triton":
         from saelens_sparse.ops import row_ops_triton
 
@@ -115,7 +144,7 @@ def segment_sum(
     pairs = order.pairs[: int(order.offsets[-1])]
     latents = order.keys[: pairs.numel()].long()
     weights = coefficients.flatten()[pairs].to(sum_dtype)
-    rows, values = pairs // order.k, batch.to(sum_dtype)
+    rows, values = order.rows_of(pairs), batch.to(sum_dtype)
 
     # Latents active on many rows are few: a dense product does not add their rows one by one.
     is_long = order.counts > max(_MIN_LONG_SEGMENT, batch.shape[0] // 8)
@@ -146,15 +175,51 @@ def _sum_short_segments(
     if latents.numel() == 0:
         return sums, totals
     if _has_embedding_bag(values):
-        starts = torch.searchsorted(latents, torch.arange(d_sae, device=latents.device))
-        sums = F.embedding_bag(rows, values, starts, per_sample_weights=weights, mode="sum")
-        positions = torch.arange(latents.numel(), device=latents.device)
-        totals = F.embedding_bag(positions, weights.unsqueeze(1), starts, mode="sum").squeeze(1)
+        offsets = torch.searchsorted(latents, torch.arange(d_sae + 1, device=latents.device))
+        sums = F.embedding_bag(
+            rows, values, offsets, per_sample_weights=weights, mode="sum", include_last_offset=True
+        )
+        totals = _bag_totals(weights, offsets)
     else:
-        for part in _row_chunks(latents.unsqueeze(1), values):
+        for part in _pair_chunks(latents.numel(), values):
             sums.index_add_(0, latents[part], values[rows[part]] * weights[part].unsqueeze(1))
         totals.index_add_(0, latents, weights)
     return sums, totals
+
+
+def segment_totals(order: LatentOrder, values: torch.Tensor, backend: Backend) -> torch.Tensor:
+    """Sum of `values` over each latent's active rows.
+
+    Args:
+        order: the active pairs by latent.
+        values: `[n_rows, k]`, in the selection's own order.
+        backend: `"triton"` or `"torch"`.
+
+    Returns:
+        `[d_sae]`, float32 (float64 for float64 values).
+    """
+    if values.numel() != order.pairs.numel():
+        raise ValueError(
+            f"values must have {order.pairs.numel()} elements; got shape {list(values.shape)}"
+        )
+    if backend == "triton":
+        from saelens_sparse.ops import row_ops_triton
+
+        return row_ops_triton.segment_totals(order, values)
+    pairs = order.pairs[: int(order.offsets[-1])]
+    sorted_values = values.flatten()[pairs].to(_sum_dtype(values))
+    if _has_embedding_bag(values):
+        return _bag_totals(sorted_values, order.offsets)
+    totals = sorted_values.new_zeros(order.d_sae)
+    return totals.index_add_(0, order.keys[: pairs.numel()].long(), sorted_values)
+
+
+def _bag_totals(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Sums of `values` between neighbouring `offsets`."""
+    positions = torch.arange(values.numel(), device=values.device)
+    return F.embedding_bag(
+        positions, values.unsqueeze(1), offsets, mode="sum", include_last_offset=True
+    ).squeeze(1)
 
 
 def add_rows(
@@ -180,19 +245,26 @@ def add_rows(
         weight.index_add_(0, rows, values.to(weight.dtype))
 
 
-def _check_pairs(latents: torch.Tensor, weight: torch.Tensor, **others: torch.Tensor) -> None:
-    if latents.ndim != 2 or weight.ndim != 2:
+def _check_pairs(
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    ragged: RaggedRows | None,
+    **others: torch.Tensor,
+) -> None:
+    if latents.ndim != (2 if ragged is None else 1) or weight.ndim != 2:
         raise ValueError(
-            "latents and weight must have two dimensions; got shapes "
-            f"{list(latents.shape)} and {list(weight.shape)}"
+            "latents and weight must have two dimensions (latents one if rows are ragged); "
+            f"got shapes {list(latents.shape)} and {list(weight.shape)}"
         )
-    expected = {
-        "coefficients": list(latents.shape),
-        "batch": [latents.shape[0], weight.shape[1]],
-    }
+    n_rows = latents.shape[0] if ragged is None else ragged.n_rows
+    expected = {"coefficients": list(latents.shape), "batch": [n_rows, weight.shape[1]]}
     for name, tensor in others.items():
         if list(tensor.shape) != expected[name]:
             raise ValueError(f"{name} must have shape {expected[name]}; got {list(tensor.shape)}")
+
+
+def _pairs_in_rows(latents: torch.Tensor, ragged: RaggedRows | None) -> int:
+    return latents.shape[0] if ragged is None else int(ragged.offsets[-1])
 
 
 def _has_embedding_bag(tensor: torch.Tensor) -> bool:
@@ -212,3 +284,8 @@ def _row_chunks(latents: torch.Tensor, weight: torch.Tensor) -> list[slice]:
     row_bytes = max(1, latents.shape[1] * weight.shape[1] * 4)
     step = max(1, _CHUNK_BYTES // row_bytes)
     return [slice(start, start + step) for start in range(0, latents.shape[0], step)]
+
+
+def _pair_chunks(n_pairs: int, weight: torch.Tensor) -> list[slice]:
+    step = max(1, _CHUNK_BYTES // max(1, weight.shape[1] * 4))
+    return [slice(start, min(start + step, n_pairs)) for start in range(0, n_pairs, step)]

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from saelens_sparse.ops.device import on_device_of_arguments
 from saelens_sparse.ops.latent_order import LatentOrder
+from saelens_sparse.ops.ragged import RaggedRows
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,26 @@ SEGMENT_SUM = SegmentSumLaunch()
 
 
 @triton.jit
+def _row_of_pairs(row_offsets_ptr, n, K, RAGGED: tl.constexpr):
+    """Where row n of the selection begins, and how many pairs it has."""
+    first = n * K
+    n_pairs = K
+    if RAGGED:
+        first = tl.load(row_offsets_ptr + n)
+        n_pairs = (tl.load(row_offsets_ptr + n + 1) - first).to(tl.int32)
+    return first, n_pairs
+
+
+@triton.jit
 def _gather_sum_kernel(
     out_ptr,  # [N, D]
     coefficients_ptr,  # [N, K]
     latents_ptr,  # [N, K]
     weight_ptr,  # [L, D]
+    row_offsets_ptr,  # [N + 1], unused unless RAGGED
     K,
     D,
+    RAGGED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -62,13 +76,15 @@ def _gather_sum_kernel(
     n = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
+    first, n_pairs = _row_of_pairs(row_offsets_ptr, n, K, RAGGED)
     acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, n_pairs, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
-        coefficient = tl.load(coefficients_ptr + n * K + i, mask=i < K, other=0.0).to(tl.float32)
-        # Rows with a zero coefficient (clipped by the ReLU) are not read.
-        used = (i < K) & (coefficient != 0.0)
-        latent = tl.load(latents_ptr + n * K + i, mask=used, other=0).to(tl.int64)
+        live = i < n_pairs
+        coefficient = tl.load(coefficients_ptr + first + i, mask=live, other=0.0).to(tl.float32)
+        # Rows with a zero coefficient (clipped by the activation function) are not read.
+        used = live & (coefficient != 0.0)
+        latent = tl.load(latents_ptr + first + i, mask=used, other=0).to(tl.int64)
         tile = tl.load(
             weight_ptr + latent[:, None] * D + cols[None, :],
             mask=used[:, None] & col_mask[None, :],
@@ -84,27 +100,33 @@ def _gather_dot_kernel(
     batch_ptr,  # [N, D]
     latents_ptr,  # [N, K]
     weight_ptr,  # [L, D]
+    row_offsets_ptr,  # [N + 1], unused unless RAGGED
     K,
     D,
+    RAGGED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """out[n, i] = <batch[n, :], weight[latents[n, i], :]>"""
     n = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    latent = tl.load(latents_ptr + n * K + i, mask=i < K, other=0).to(tl.int64)
-    acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        col_mask = cols < D
-        x = tl.load(batch_ptr + n * D + cols, mask=col_mask, other=0.0).to(tl.float32)
-        tile = tl.load(
-            weight_ptr + latent[:, None] * D + cols[None, :],
-            mask=(i < K)[:, None] & col_mask[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        acc += tile * x[None, :]
-    tl.store(out_ptr + n * K + i, tl.sum(acc, axis=1), mask=i < K)
+    first, n_pairs = _row_of_pairs(row_offsets_ptr, n, K, RAGGED)
+    step = tl.num_programs(1) * BLOCK_K
+    for start in range(tl.program_id(1) * BLOCK_K, n_pairs, step):
+        i = start + tl.arange(0, BLOCK_K)
+        live = i < n_pairs
+        latent = tl.load(latents_ptr + first + i, mask=live, other=0).to(tl.int64)
+        acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            cols = start_d + tl.arange(0, BLOCK_D)
+            col_mask = cols < D
+            x = tl.load(batch_ptr + n * D + cols, mask=col_mask, other=0.0).to(tl.float32)
+            tile = tl.load(
+                weight_ptr + latent[:, None] * D + cols[None, :],
+                mask=live[:, None] & col_mask[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            acc += tile * x[None, :]
+        tl.store(out_ptr + first + i, tl.sum(acc, axis=1), mask=live)
 
 
 @triton.jit
@@ -116,8 +138,10 @@ def _sum_pairs(
     n_pairs,
     cols,
     col_mask,
+    rows_ptr,
     K,
     D,
+    RAGGED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -129,7 +153,8 @@ def _sum_pairs(
         used = p < n_pairs
         pair = tl.load(pairs_ptr + first + p, mask=used, other=0)
         coefficient = tl.load(coefficients_ptr + pair, mask=used, other=0.0).to(tl.float32)
-        row = pair // K
+        used = used & (coefficient != 0.0)
+        row = tl.load(rows_ptr + pair, mask=used, other=0).to(tl.int64) if RAGGED else pair // K
         tile = tl.load(
             batch_ptr + row[:, None] * D + cols[None, :],
             mask=used[:, None] & col_mask[None, :],
@@ -149,10 +174,12 @@ def _partial_sums_kernel(
     pairs_ptr,  # [P]
     coefficients_ptr,  # [P]
     batch_ptr,  # [N, D]
+    rows_ptr,  # [P], unused unless RAGGED
     P,
     L,
     K,
     D,
+    RAGGED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -179,8 +206,8 @@ def _partial_sums_kernel(
             cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
             col_mask = cols < D
             acc, total = _sum_pairs(
-                pairs_ptr, coefficients_ptr, batch_ptr, first, n_pairs, cols, col_mask, K, D,
-                BLOCK_P, BLOCK_D,
+                pairs_ptr, coefficients_ptr, batch_ptr, first, n_pairs, cols, col_mask, rows_ptr,
+                K, D, RAGGED, BLOCK_P, BLOCK_D,
             )  # fmt: skip
             tl.store(partials_ptr + slot * D + cols, acc, mask=col_mask)
             if tl.program_id(1) == 0:
@@ -197,13 +224,15 @@ def _segment_sum_kernel(
     pairs_ptr,  # [P]
     coefficients_ptr,  # [P]
     batch_ptr,  # [N, D]
+    rows_ptr,  # [P], unused unless RAGGED
     K,
     D,
+    RAGGED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[j, :] = sum over the pairs p of segment j of coefficients[p] * batch[p // K, :]"""
+    """out[j, :] = sum over the pairs p of segment j of coefficients[p] * batch[row of p, :]"""
     j = tl.program_id(0).to(tl.int64)
     first = tl.load(offsets_ptr + j)
     n_pairs = (tl.load(offsets_ptr + j + 1) - first).to(tl.int32)
@@ -211,8 +240,8 @@ def _segment_sum_kernel(
     col_mask = cols < D
     if n_pairs <= SPLIT:
         acc, total = _sum_pairs(
-            pairs_ptr, coefficients_ptr, batch_ptr, first, n_pairs, cols, col_mask, K, D,
-            BLOCK_P, BLOCK_D,
+            pairs_ptr, coefficients_ptr, batch_ptr, first, n_pairs, cols, col_mask, rows_ptr,
+            K, D, RAGGED, BLOCK_P, BLOCK_D,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -227,6 +256,26 @@ def _segment_sum_kernel(
     tl.store(out_ptr + j * D + cols, acc.to(out_ptr.dtype.element_ty), mask=col_mask)
     if tl.program_id(1) == 0:
         tl.store(totals_ptr + j, total.to(totals_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _segment_totals_kernel(
+    totals_ptr,  # [L]
+    offsets_ptr,  # [L + 1]
+    pairs_ptr,  # [P]
+    values_ptr,  # [P]
+    BLOCK_P: tl.constexpr,
+):
+    """totals[j] = sum over the pairs p of segment j of values[p]"""
+    j = tl.program_id(0).to(tl.int64)
+    first = tl.load(offsets_ptr + j)
+    n_pairs = (tl.load(offsets_ptr + j + 1) - first).to(tl.int32)
+    acc = tl.zeros((BLOCK_P,), dtype=tl.float32)
+    for start in range(0, n_pairs, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        pair = tl.load(pairs_ptr + first + p, mask=p < n_pairs, other=0)
+        acc += tl.load(values_ptr + pair, mask=p < n_pairs, other=0.0).to(tl.float32)
+    tl.store(totals_ptr + j, tl.sum(acc, axis=0))
 
 
 @triton.jit
@@ -253,30 +302,41 @@ def _probe_kernel(out_ptr):
 
 @on_device_of_arguments
 def gather_sum(
-    coefficients: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor
+    coefficients: torch.Tensor,
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    ragged: RaggedRows | None,
 ) -> torch.Tensor:
-    n_rows, k = latents.shape
+    n_rows, k, offsets = _row_arguments(latents, ragged)
     d = weight.shape[1]
     out = torch.empty(n_rows, d, dtype=weight.dtype, device=weight.device)
     launch = GATHER_SUM
     if out.numel() > 0:
         _gather_sum_kernel[(n_rows, triton.cdiv(d, launch.BLOCK_D))](
-            out, coefficients.contiguous(), latents.contiguous(), weight.contiguous(), k, d,
-            BLOCK_K=launch.BLOCK_K, BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
+            out, coefficients.contiguous(), latents.contiguous(), weight.contiguous(), offsets,
+            k, d, RAGGED=ragged is not None, BLOCK_K=launch.BLOCK_K, BLOCK_D=launch.BLOCK_D,
+            num_warps=launch.num_warps,
         )  # fmt: skip
     return out
 
 
 @on_device_of_arguments
-def gather_dot(batch: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    n_rows, k = latents.shape
-    d = weight.shape[1]
-    out = torch.empty(n_rows, k, dtype=torch.float32, device=weight.device)
+def gather_dot(
+    batch: torch.Tensor,
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    ragged: RaggedRows | None,
+) -> torch.Tensor:
+    n_rows, k, offsets = _row_arguments(latents, ragged)
+    make = torch.empty if ragged is None else torch.zeros
+    out = make(latents.shape, dtype=torch.float32, device=weight.device)
     launch = GATHER_DOT
     if out.numel() > 0:
-        _gather_dot_kernel[(n_rows, triton.cdiv(k, launch.BLOCK_K))](
-            out, batch.contiguous(), latents.contiguous(), weight.contiguous(), k, d,
-            BLOCK_K=launch.BLOCK_K, BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
+        mean_pairs = triton.cdiv(latents.numel(), n_rows)
+        _gather_dot_kernel[(n_rows, triton.cdiv(mean_pairs, launch.BLOCK_K))](
+            out, batch.contiguous(), latents.contiguous(), weight.contiguous(), offsets, k,
+            weight.shape[1], RAGGED=ragged is not None, BLOCK_K=launch.BLOCK_K,
+            BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
         )  # fmt: skip
     return out
 
@@ -293,18 +353,43 @@ def segment_sum(
     partials = torch.empty(n_slots, d, dtype=torch.float32, device=batch.device)
     partial_totals = torch.empty(n_slots, dtype=torch.float32, device=batch.device)
     coefficients, batch = coefficients.contiguous(), batch.contiguous()
+    rows = order.pairs if order.ragged is None else order.ragged.rows
     tiles = triton.cdiv(d, launch.BLOCK_D)
-    tile = {"SPLIT": launch.SPLIT, "BLOCK_P": launch.BLOCK_P, "BLOCK_D": launch.BLOCK_D}
+    modes = {
+        "RAGGED": order.ragged is not None,
+        "SPLIT": launch.SPLIT,
+        "BLOCK_P": launch.BLOCK_P,
+        "BLOCK_D": launch.BLOCK_D,
+        "num_warps": launch.num_warps,
+    }
     if n_pairs > launch.SPLIT:
         _partial_sums_kernel[(n_slots, tiles)](
             partials, partial_totals, order.offsets, order.keys, order.pairs, coefficients,
-            batch, n_pairs, d_sae, order.k, d, **tile, num_warps=launch.num_warps,
+            batch, rows, n_pairs, d_sae, order.k, d, **modes,
         )  # fmt: skip
     _segment_sum_kernel[(d_sae, tiles)](
         out, totals, partials, partial_totals, order.offsets, order.pairs, coefficients, batch,
-        order.k, d, **tile, num_warps=launch.num_warps,
+        rows, order.k, d, **modes,
     )  # fmt: skip
     return out, totals
+
+
+@on_device_of_arguments
+def segment_totals(order: LatentOrder, values: torch.Tensor) -> torch.Tensor:
+    totals = torch.empty(order.d_sae, dtype=torch.float32, device=values.device)
+    _segment_totals_kernel[(order.d_sae,)](
+        totals, order.offsets, order.pairs, values.contiguous(), BLOCK_P=128, num_warps=1
+    )
+    return totals
+
+
+def _row_arguments(
+    latents: torch.Tensor, ragged: RaggedRows | None
+) -> tuple[int, int, torch.Tensor]:
+    """Number of rows, pairs a row, and what stands for the kernels' row_offsets."""
+    if ragged is None:
+        return latents.shape[0], latents.shape[1], latents
+    return ragged.n_rows, 0, ragged.offsets
 
 
 @on_device_of_arguments

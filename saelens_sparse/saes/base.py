@@ -1,42 +1,263 @@
-"""What every sparse training SAE shares: weight layout, hooks, choice of implementation."""
+"""What every sparse training SAE shares: configuration, weight layout, the course of a step."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from sae_lens.saes.sae import (
+    TrainStepInput,
+    TrainStepOutput,
+    _disable_hooks,  # pyright: ignore[reportPrivateUsage]
+)
+from sae_lens.util import str_to_dtype
 from torch import nn
 
-from saelens_sparse.implementation import Choice, choose_implementation
+from saelens_sparse.code import Code, DeadLatents
+from saelens_sparse.implementation import (
+    IMPLEMENTATIONS,
+    Choice,
+    Implementation,
+    choose_implementation,
+)
+from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, version_of
+from saelens_sparse.ops import HostCount, RowBlock
 from saelens_sparse.optim import mark_parameter
 
 if TYPE_CHECKING:
-    from sae_lens.saes.sae import TrainingSAE
+    from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
     _Base = TrainingSAE[Any]
+    _ConfigBase = TrainingSAEConfig
 else:
-    _Base = object
+    _Base = _ConfigBase = object
 
 # PyTorch's own registries: HookPoint.has_hooks() does not see hooks registered past it.
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
+# GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
+# Hopper's instructions and take 2.4 times as long.
+_DEAD_ALIGNMENT = 64
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _not_compiled(function: _F) -> _F:
+    """`torch.compiler.disable` with its type kept."""
+    return cast(_F, torch.compiler.disable(function))
+
+
+@dataclass
+class SparseTrainingSAEConfigMixin(_ConfigBase):
+    """The fields that every sparse architecture adds to its stock configuration.
+
+    Raises:
+        TypeError: a field has a value of a wrong type; the message names it.
+        ValueError: a field has a value out of range; the message names it.
+    """
+
+    implementation: Implementation = "auto"
+    screen_buffer_mib: int = 1024
+    fused_adam: bool = True
+
+    def __post_init__(self) -> None:
+        require_int("d_in", self.d_in, 1)
+        require_int("d_sae", self.d_sae, 1)
+        require_int("screen_buffer_mib", self.screen_buffer_mib, 1)
+        if self.decoder_init_norm is not None:
+            require_number("decoder_init_norm", self.decoder_init_norm)
+            if self.decoder_init_norm <= 0:
+                raise ValueError(
+                    f"decoder_init_norm must be positive or None; got {self.decoder_init_norm}"
+                )
+        if not isinstance(self.fused_adam, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"fused_adam must be a bool; got {self.fused_adam!r}")
+        if not str_to_dtype(self.dtype).is_floating_point:
+            raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
+        require_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        super().__post_init__()
 
 
 class SparseTrainingSAEMixin(_Base):
     """Mixed into a stock `TrainingSAE` whose forward pass it replaces by a sparse one.
 
+    In a training step `feature_acts` and `hidden_pre` are `OnDemandTensor`s; everything else
+    that SAELens's public methods return are ordinary tensors. A hook on the pre-activations,
+    the activations or the reconstruction makes that call dense, as in stock.
+
     `W_enc` keeps SAELens's shape `[d_in, d_sae]` and lies in memory as contiguous
     `[d_sae, d_in]` rows, so that each latent's encoder vector is one contiguous read.
     """
 
+    _dead_count: HostCount | None = None
+
+    @property
+    @abstractmethod
+    def implementation(self) -> Choice:
+        """What the next call runs on, and why."""
+
+    @abstractmethod
+    def make_code(
+        self,
+        x: torch.Tensor,
+        input_bias: torch.Tensor | None,
+        find_dead: Callable[[], DeadLatents | None],
+        choice: Choice,
+    ) -> Code:
+        """
+        Encode a batch.
+
+        Args:
+            x: `[n_rows, d_in]`, the centred encoder input.
+            input_bias: `[d_in]`, `b_dec` if it was subtracted to give `x` outside of the graph.
+            find_dead: gives the dead latents that the step asks for. It may wait for the device,
+                so that work should be queued before.
+            choice: what to run on.
+        """
+
     def choose(self, density: float) -> Choice:
-        """What runs for the next call, and why."""
+        """What runs for the next call if this share of the latents is active, and why."""
         for name in DENSE_HOOKS:
             if has_hooks(getattr(self, name)):
                 return Choice("dense", f"a hook on {name} needs a dense tensor")
         return choose_implementation(
             self.cfg.implementation, self.W_enc.device, self.W_enc.dtype, density
         )
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if self.implementation.name == "dense":
+            return super().training_forward_pass(step_input)
+        return self._sparse_training_forward_pass(step_input)
+
+    # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
+    @_not_compiled
+    def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        mask = step_input.dead_neuron_mask
+        # Queued first, the count has reached the host by the time that the encoder asks for it.
+        wanted = mask is not None and self.uses_dead_latents
+        self._dead_count = HostCount(mask) if wanted else None
+        try:
+            output = super().training_forward_pass(step_input)
+        finally:
+            self._dead_count = None
+        if isinstance(output.feature_acts, SparseFeatureActs):
+            output.metrics.update(output.feature_acts.code.metrics)
+        return output
+
+    @property
+    def uses_dead_latents(self) -> bool:
+        """Whether a loss of the training step needs the dead latents."""
+        return True
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature activations `[..., d_sae]` as an ordinary tensor, for any leading shape."""
+        feature_acts, _ = self.encode_with_hidden_pre(x)
+        if isinstance(feature_acts, SparseFeatureActs):
+            return feature_acts.materialized()
+        return feature_acts
+
+    def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Feature activations and pre-activations, both `[..., d_sae]`, computed on demand.
+
+        Args:
+            x: `[..., d_in]` floating point, on the SAE's device.
+
+        Raises:
+            TypeError: x is not a floating-point tensor.
+            ValueError: x has another width than d_in or is on another device.
+        """
+        self.check_input(x)
+        choice = self.implementation
+        if choice.name == "dense":
+            return super().encode_with_hidden_pre(x)
+        self.prepare_weights()
+
+        # As process_sae_in, keeping the input and the bias apart: b_dec's gradient through a
+        # constant input needs no gradient of the input.
+        normed = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        normed = self.run_time_activation_norm_fn_in(normed)
+        leading_shape = normed.shape[:-1]
+        centred = normed.reshape(-1, self.cfg.d_in)
+        input_bias = None
+        if self.cfg.apply_b_dec_to_input:
+            input_bias = None if normed.requires_grad else self.b_dec
+            with torch.set_grad_enabled(torch.is_grad_enabled() and input_bias is None):
+                centred = centred - self.b_dec
+
+        code = self.make_code(centred, input_bias, self._find_dead_latents, choice)
+        weights = (self.W_enc, self.b_enc, self.W_dec)
+        hidden_pre = DeferredPreActs(code, leading_shape, self.dense_pre_acts, weights)
+        return SparseFeatureActs(code, leading_shape), hidden_pre
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """
+        Reconstruction `[..., d_in]` from feature activations `[..., d_sae]`: sparse for the
+        activations of `encode_with_hidden_pre`, dense for ordinary tensors.
+        """
+        if not isinstance(feature_acts, SparseFeatureActs):
+            return super().decode(feature_acts)
+        code = feature_acts.code
+        weights_changed = code.decoder_version != version_of(self.W_dec)
+        has_dense_hook = any(has_hooks(getattr(self, name)) for name in DENSE_HOOKS)
+        if has_dense_hook or weights_changed or not feature_acts.is_untouched:
+            return super().decode(feature_acts.materialized())
+        dead = code.dead
+        recons, dead_W_dec = code.decode(self.W_dec, None if dead is None else dead.block)
+        if dead is not None:
+            dead.W_dec = dead_W_dec
+        sae_out_pre = (recons + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in)
+        sae_out_pre = self.hook_sae_recons(sae_out_pre)
+        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
+        return self.reshape_fn_out(sae_out_pre, self.d_head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Forward pass through the SAE, as stock's; nothing dense unless a hook asks for it."""
+        sae_out = self.decode(self.encode_with_hidden_pre(x)[0])
+        if self.use_error_term:
+            with torch.no_grad():
+                with _disable_hooks(self):
+                    clean = self.decode(self.encode_with_hidden_pre(x)[0])
+                sae_error = self.hook_sae_error(x - clean)
+            sae_out = sae_out + sae_error
+        return self.hook_sae_output(sae_out)
+
+    def _find_dead_latents(self) -> DeadLatents | None:
+        """The dead latents of the training step in progress, if one asks for them."""
+        if self._dead_count is None:
+            return None
+        mask, n_dead = self._dead_count.mask, self._dead_count.wait()
+        if n_dead == 0:
+            return DeadLatents(mask, None)
+        latents = torch.nonzero_static(mask, size=n_dead).squeeze(1)
+        width = -(-n_dead // _DEAD_ALIGNMENT) * _DEAD_ALIGNMENT
+        return DeadLatents(mask, RowBlock(latents, width))
+
+    def dead_products(
+        self, code: Code, dead: RowBlock, W_enc: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x @ W_enc` of the dead latents, `[n_rows, width]`, and their biases `[n_dead]`."""
+        bias = self.b_enc.index_select(0, dead.latents)
+        if self._input_bias_is_cut_off(code):
+            # Zero in value: gives b_dec its gradient by one matrix-vector product.
+            rows = W_enc.detach()[: dead.latents.numel()]
+            bias = bias - rows @ (self.b_dec - self.b_dec.detach())
+        return code.x @ W_enc.T, bias
+
+    def dense_pre_acts(self, code: Code) -> torch.Tensor:
+        """`hidden_pre`, `[n_rows, d_sae]`, on the graph."""
+        x = code.x
+        if self._input_bias_is_cut_off(code):
+            x = x - (self.b_dec - self.b_dec.detach())  # zero in value
+        return x @ self.W_enc + self.b_enc
+
+    def _input_bias_is_cut_off(self, code: Code) -> bool:
+        """Whether b_dec was subtracted from the encoder's input outside of the graph."""
+        return self.cfg.apply_b_dec_to_input and not code.x.requires_grad
 
     def prepare_weights(self) -> None:
         """Bring `W_enc` into latent-major layout if something replaced its storage, and say to
@@ -78,3 +299,25 @@ class SparseTrainingSAEMixin(_Base):
 def has_hooks(hook_point: nn.Module) -> bool:
     """Whether any hook is attached to a hook point (or to what stands in for it)."""
     return any(getattr(hook_point, hooks) for hooks in _HOOK_DICTS)
+
+
+def require_number(name: str, value: object) -> None:
+    """Raise unless a configuration value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
+
+
+def require_int(name: str, value: object, minimum: int) -> None:
+    """Raise unless a configuration value is an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise unless a configuration value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from sae_lens.saes.sae import (
-    SAEConfig,
-    TrainStepInput,
-    TrainStepOutput,
-    _disable_hooks,  # pyright: ignore[reportPrivateUsage]
-)
+from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.util import str_to_dtype
 from typing_extensions import override
 
-from saelens_sparse.implementation import IMPLEMENTATIONS, Choice, Implementation
-from saelens_sparse.lazy import (
-    DeadLatents,
-    DeferredPreActs,
-    SparseCode,
-    SparseFeatureActs,
-    version_of,
-)
+from saelens_sparse.code import Code, DeadLatents, SelectedCode
+from saelens_sparse.implementation import Choice
+from saelens_sparse.lazy import DeferredPreActs, version_of
 from saelens_sparse.ops import (
-    HostCount,
     LatentOrder,
     RowBlock,
-    decode_selected,
     encode_selected,
     keep_topk,
     start_select_topk,
 )
-from saelens_sparse.saes.base import SparseTrainingSAEMixin
-
-# GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
-# Hopper's instructions and take 2.4 times as long.
-_DEAD_ALIGNMENT = 64
-
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _not_compiled(function: _F) -> _F:
-    """`torch.compiler.disable` with its type kept."""
-    return cast(_F, torch.compiler.disable(function))
+from saelens_sparse.saes.base import (
+    SparseTrainingSAEConfigMixin,
+    SparseTrainingSAEMixin,
+    require_int,
+    require_number,
+)
 
 
 @dataclass
-class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
+class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEConfig):
     """
     Configuration class for training a SparseTopKTrainingSAE.
 
@@ -91,10 +69,6 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
     """  # noqa: E501
 
-    implementation: Implementation = "auto"
-    screen_buffer_mib: int = 1024
-    fused_adam: bool = True
-
     @override
     @classmethod
     def architecture(cls) -> str:
@@ -106,28 +80,11 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
-        _require_int("d_in", self.d_in, 1)
-        _require_int("d_sae", self.d_sae, 1)
-        _require_int("k", self.k, 1)
+        require_int("k", self.k, 1)
+        require_int("d_sae", self.d_sae, 1)
         if self.k > self.d_sae:
             raise ValueError(f"k must be at most d_sae={self.d_sae}; got {self.k}")
-        _require_int("screen_buffer_mib", self.screen_buffer_mib, 1)
-        _require_number("aux_loss_coefficient", self.aux_loss_coefficient)
-        if self.decoder_init_norm is not None:
-            _require_number("decoder_init_norm", self.decoder_init_norm)
-            if self.decoder_init_norm <= 0:
-                raise ValueError(
-                    f"decoder_init_norm must be positive or None; got {self.decoder_init_norm}"
-                )
-        if not isinstance(self.fused_adam, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"fused_adam must be a bool; got {self.fused_adam!r}")
-        if not str_to_dtype(self.dtype).is_floating_point:
-            raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
-        if self.implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; "
-                f"got {self.implementation!r}"
-            )
+        require_number("aux_loss_coefficient", self.aux_loss_coefficient)
         if self.use_sparse_activations:
             _say_sparse_activations_are_moot()
         super().__post_init__()
@@ -138,18 +95,13 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     Top-K SAE that trains the same model as SAELens's TopKTrainingSAE, computing only what is
     active: the top k are selected from a screen instead of a dense hidden state, decode and
     every gradient touch the active latents alone, and AuxK costs what the dead latents cost.
-
-    In a training step `feature_acts` and `hidden_pre` are `OnDemandTensor`s; everything else
-    that SAELens's public methods return are ordinary tensors. A hook on the pre-activations,
-    the activations or the reconstruction makes that call dense, as in stock.
     """
 
     cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    _dead_count: HostCount | None = None
 
     @property
+    @override
     def implementation(self) -> Choice:
-        """What the next call runs on, and why."""
         if self._topk is None:
             return Choice("dense", "activation_fn was replaced by another than SAELens's TopK")
         return self.choose(self._topk.k / self.cfg.d_sae)
@@ -164,85 +116,30 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         return TopK(self.cfg.k, use_sparse_activations=False)
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if self.implementation.name == "dense":
-            return super().training_forward_pass(step_input)
-        return self._sparse_training_forward_pass(step_input)
-
-    # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
-    @_not_compiled
-    def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        mask = step_input.dead_neuron_mask
-        # Queued first, the count has reached the host by the time that the encoder asks for it.
-        self._dead_count = None if mask is None else HostCount(mask)
-        try:
-            output = super().training_forward_pass(step_input)
-        finally:
-            self._dead_count = None
-        if isinstance(output.feature_acts, SparseFeatureActs):
-            code = output.feature_acts.code
-            output.metrics["rows_recomputed"] = code.rows_recomputed
-        return output
-
-    @override
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature activations `[..., d_sae]` as an ordinary tensor, for any leading shape."""
-        feature_acts, _ = self.encode_with_hidden_pre(x)
-        if isinstance(feature_acts, SparseFeatureActs):
-            return feature_acts.materialized()
-        return feature_acts
-
-    @override
-    def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Feature activations and pre-activations, both `[..., d_sae]`, computed on demand.
-
-        Args:
-            x: `[..., d_in]` floating point, on the SAE's device.
-
-        Raises:
-            TypeError: x is not a floating-point tensor.
-            ValueError: x has another width than d_in or is on another device.
-        """
-        self.check_input(x)
-        choice = self.implementation
-        if choice.name == "dense" or self._topk is None:
-            return super().encode_with_hidden_pre(x)
-        self.prepare_weights()
-        W_enc = self.W_enc
-
-        # As process_sae_in, keeping the input and the bias apart: b_dec's gradient through a
-        # constant input needs no gradient of the input.
-        normed = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
-        normed = self.run_time_activation_norm_fn_in(normed)
-        leading_shape = normed.shape[:-1]
-        centred = normed.reshape(-1, self.cfg.d_in)
-        input_bias = None
-        if self.cfg.apply_b_dec_to_input:
-            input_bias = None if normed.requires_grad else self.b_dec
-            with torch.set_grad_enabled(torch.is_grad_enabled() and input_bias is None):
-                centred = centred - self.b_dec
-
+    def make_code(
+        self,
+        x: torch.Tensor,
+        input_bias: torch.Tensor | None,
+        find_dead: Callable[[], DeadLatents | None],
+        choice: Choice,
+    ) -> Code:
+        assert self._topk is not None
+        W_enc, b_enc, d_sae = self.W_enc, self.b_enc, self.cfg.d_sae
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        buffer_bytes = self.cfg.screen_buffer_mib * 2**20
         pending = start_select_topk(
-            centred,
-            W_enc.T,
-            self.b_enc,
-            norms,
-            self._topk.k,
-            choice.backend,
-            self.cfg.screen_buffer_mib * 2**20,
+            x, W_enc.T, b_enc, norms, self._topk.k, choice.backend, buffer_bytes
         )
         # Sorting keeps the device busy while the host waits for the selection's check.
-        order = LatentOrder.of_keys(pending.selection.keys, self.cfg.d_sae)
+        order = LatentOrder.of_keys(pending.selection.keys, d_sae)
         selection = pending.result()
         if selection is not pending.selection:
-            order = LatentOrder.of_keys(selection.keys, self.cfg.d_sae)
-        dead = self._dead_latents()
+            order = LatentOrder.of_keys(selection.keys, d_sae)
+        dead = find_dead()
         acts, dead_W_enc = encode_selected(
-            centred,
+            x,
             W_enc,
-            self.b_enc,
+            b_enc,
             input_bias,
             selection,
             order,
@@ -251,61 +148,16 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         )
         if dead is not None:
             dead.W_enc = dead_W_enc
-        code = SparseCode(
-            x=centred,
-            latents=selection.latents,
+        return SelectedCode(
+            x=x,
             acts=acts,
-            norms=norms,
-            order=order,
             decoder_version=version_of(self.W_dec),
-            rows_recomputed=selection.rows_recomputed,
             backend=choice.backend,
             dead=dead,
+            selection=selection,
+            order=order,
+            norms=norms,
         )
-        hidden_pre = DeferredPreActs(
-            code, leading_shape, self._dense_pre_acts, (self.W_enc, self.b_enc, self.W_dec)
-        )
-        return SparseFeatureActs(code, leading_shape), hidden_pre
-
-    @override
-    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """
-        Reconstruction `[..., d_in]` from feature activations `[..., d_sae]`: sparse for the
-        activations of `encode_with_hidden_pre`, dense for ordinary tensors.
-        """
-        if not isinstance(feature_acts, SparseFeatureActs):
-            return super().decode(feature_acts)
-        code = feature_acts.code
-        weights_changed = code.decoder_version != version_of(self.W_dec)
-        if self.implementation.name == "dense" or weights_changed or not feature_acts.is_untouched:
-            return super().decode(feature_acts.materialized())
-        dead = code.dead
-        recons, dead_W_dec = decode_selected(
-            code.acts,
-            self.W_dec,
-            code.latents,
-            code.order,
-            None if dead is None else dead.block,
-            code.backend,
-        )
-        if dead is not None:
-            dead.W_dec = dead_W_dec
-        sae_out_pre = (recons + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in)
-        sae_out_pre = self.hook_sae_recons(sae_out_pre)
-        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
-        return self.reshape_fn_out(sae_out_pre, self.d_head)
-
-    @override
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Forward pass through the SAE, as stock's; nothing dense unless a hook asks for it."""
-        sae_out = self.decode(self.encode_with_hidden_pre(x)[0])
-        if self.use_error_term:
-            with torch.no_grad():
-                with _disable_hooks(self):
-                    clean = self.decode(self.encode_with_hidden_pre(x)[0])
-                sae_error = self.hook_sae_error(x - clean)
-            sae_out = sae_out + sae_error
-        return self.hook_sae_output(sae_out)
 
     @override
     def calculate_topk_aux_loss(
@@ -321,7 +173,11 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         Formula: Gao et al. 2024 (arXiv:2406.04093), appendix A.2 and B.1, as in SAELens.
         """
         code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
-        if code is None or code.dead is None or code.dead.mask is not dead_neuron_mask:
+        if (
+            not isinstance(code, SelectedCode)
+            or code.dead is None
+            or code.dead.mask is not dead_neuron_mask
+        ):
             return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
         dead = code.dead
         if dead.block is None:
@@ -347,61 +203,26 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         auxk_loss = (recons - residual).pow(2).sum(dim=-1).mean()
         return self.cfg.aux_loss_coefficient * scale * auxk_loss
 
-    def _dead_latents(self) -> DeadLatents | None:
-        """The dead latents of the training step in progress, if one is."""
-        if self._dead_count is None:
-            return None
-        mask, n_dead = self._dead_count.mask, self._dead_count.wait()
-        if n_dead == 0:
-            return DeadLatents(mask, None)
-        latents = torch.nonzero_static(mask, size=n_dead).squeeze(1)
-        width = -(-n_dead // _DEAD_ALIGNMENT) * _DEAD_ALIGNMENT
-        return DeadLatents(mask, RowBlock(latents, width))
-
     def _dead_acts(
-        self, code: SparseCode, block: RowBlock, W_enc: torch.Tensor, k_aux: int
+        self, code: SelectedCode, block: RowBlock, W_enc: torch.Tensor, k_aux: int
     ) -> torch.Tensor:
         """Values `[n_rows, width]` of the dead latents, without a ReLU, zero for all but the top
         `k_aux` of a row.
         """
         n_dead = block.latents.numel()
-        bias = self.b_enc.index_select(0, block.latents)
-        if self._input_bias_is_cut_off(code):
-            # Zero in value: gives b_dec its gradient by one matrix-vector product.
-            bias = bias - W_enc.detach()[:n_dead] @ (self.b_dec - self.b_dec.detach())
-        products = code.x @ W_enc.T
+        products, bias = self.dead_products(code, block, W_enc)
         if k_aux >= n_dead:
             return products + F.pad(bias, (0, block.width - n_dead))
         # The decoder norms steer the selection; in the reconstruction they cancel.
         norms = None if code.norms is None else code.norms.detach()[block.latents]
         return keep_topk(products, bias, norms, k_aux, code.backend)
 
-    def _input_bias_is_cut_off(self, code: SparseCode) -> bool:
-        """Whether b_dec was subtracted from the encoder's input outside of the graph."""
-        return self.cfg.apply_b_dec_to_input and not code.x.requires_grad
-
-    def _dense_pre_acts(self, code: SparseCode) -> torch.Tensor:
-        x = code.x
-        if self._input_bias_is_cut_off(code):
-            x = x - (self.b_dec - self.b_dec.detach())  # zero in value
-        hidden_pre = x @ self.W_enc + self.b_enc
+    @override
+    def dense_pre_acts(self, code: Code) -> torch.Tensor:
+        hidden_pre = super().dense_pre_acts(code)
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
         return hidden_pre
-
-
-def _require_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}")
-
-
-def _require_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}; got {value}")
 
 
 @cache

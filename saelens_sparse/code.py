@@ -1,0 +1,251 @@
+"""What encoding a batch leaves for later parts of the step: its active latents and their uses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from typing_extensions import override
+
+from saelens_sparse.implementation import Backend
+from saelens_sparse.ops import (
+    FiringCounts,
+    GatePattern,
+    LatentOrder,
+    RowBlock,
+    Selection,
+    decode_densely,
+    decode_selected,
+)
+
+
+@dataclass
+class DeadLatents:
+    """The dead latents of a training step and their weights.
+
+    Attributes:
+        mask: `[d_sae]` bool, as the trainer gave it.
+        block: the latents, and their number rounded up; None if there are none.
+        W_enc: `[width, d_in]`, on the graph of the encoder.
+        W_dec: `[width, d_in]`, on the graph of the decoder, once it has run.
+    """
+
+    mask: torch.Tensor
+    block: RowBlock | None
+    W_enc: torch.Tensor | None = None
+    W_dec: torch.Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Code(ABC):
+    """The code of a batch of `n_rows` inputs.
+
+    Attributes:
+        x: `[n_rows, d_in]`, the centred encoder input.
+        acts: activations, on the graph, in the layout of the subclass.
+        decoder_version: `version_of(W_dec)` when the code was made.
+        backend: what computes with it.
+        dead: the dead latents if a training step asked for them.
+    """
+
+    x: torch.Tensor
+    acts: torch.Tensor
+    decoder_version: int
+    backend: Backend
+    dead: DeadLatents | None = None
+
+    @property
+    @abstractmethod
+    def d_sae(self) -> int:
+        """Number of latents."""
+
+    @property
+    def reported_dtype(self) -> torch.dtype:
+        """Dtype of the activations as SAELens reports them."""
+        return self.acts.dtype
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What to log of the encoding itself."""
+        return {}
+
+    @abstractmethod
+    def dense_acts(self) -> torch.Tensor:
+        """Activations as SAELens reports them, `[n_rows, d_sae]`, on the graph."""
+
+    @abstractmethod
+    def firing(self) -> torch.Tensor:
+        """Where latents are active, `[n_rows, d_sae]` bool."""
+
+    @abstractmethod
+    def row_counts(self) -> torch.Tensor:
+        """Number of active latents of each row, `[n_rows]` integer."""
+
+    @abstractmethod
+    def latent_counts(self) -> torch.Tensor:
+        """Number of rows on which each latent is active, `[d_sae]` integer."""
+
+    @abstractmethod
+    def decode(
+        self, W_dec: torch.Tensor, block: RowBlock | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`acts @ W_dec`, `[n_rows, d_in]`, and a block of rows of `W_dec` or None."""
+
+
+@dataclass(kw_only=True)
+class SelectedCode(Code):
+    """k latents of each row, activations `[n_rows, k]`.
+
+    Attributes:
+        selection: the latents.
+        order: the active pairs by latent.
+        norms: `[d_sae]` decoder norms if the reported activations are scaled by them, on the
+            graph; else None.
+    """
+
+    selection: Selection
+    order: LatentOrder
+    norms: torch.Tensor | None
+
+    @property
+    @override
+    def d_sae(self) -> int:
+        return self.order.d_sae
+
+    @property
+    @override
+    def reported_dtype(self) -> torch.dtype:
+        if self.norms is None:
+            return self.acts.dtype
+        return torch.promote_types(self.acts.dtype, self.norms.dtype)
+
+    @property
+    @override
+    def metrics(self) -> dict[str, float]:
+        return {"rows_recomputed": self.selection.rows_recomputed}
+
+    @override
+    def dense_acts(self) -> torch.Tensor:
+        latents = self.selection.latents
+        values = self.acts if self.norms is None else self.acts * self.norms[latents]
+        return values.new_zeros(values.shape[0], self.d_sae).scatter(1, latents, values)
+
+    @override
+    def firing(self) -> torch.Tensor:
+        # Inactive pairs have the key d_sae: they land in a column of their own.
+        keys = self.selection.keys
+        dense = torch.zeros(keys.shape[0], self.d_sae + 1, dtype=torch.bool, device=keys.device)
+        return dense.scatter_(1, keys.long(), True)[:, :-1]
+
+    @override
+    def row_counts(self) -> torch.Tensor:
+        return (self.selection.keys < self.d_sae).sum(-1)
+
+    @override
+    def latent_counts(self) -> torch.Tensor:
+        return self.order.counts
+
+    @override
+    def decode(
+        self, W_dec: torch.Tensor, block: RowBlock | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        latents = self.selection.latents
+        return decode_selected(self.acts, W_dec, latents, self.order, block, self.backend)
+
+
+@dataclass(kw_only=True)
+class GatedCode(Code):
+    """The pairs of a JumpReLU's pattern, activations `[n_pairs]`.
+
+    Attributes:
+        pattern: the pairs.
+        order: the same by latent.
+        l0: `[n_rows]`, number of active latents, on the graph of the thresholds.
+    """
+
+    pattern: GatePattern
+    order: LatentOrder
+    l0: torch.Tensor
+
+    @property
+    @override
+    def d_sae(self) -> int:
+        return self.order.d_sae
+
+    @override
+    def dense_acts(self) -> torch.Tensor:
+        n_rows = self.pattern.ragged.n_rows
+        dense = self.acts.new_zeros(n_rows, self.d_sae + 1)
+        # Pairs that are not of the pattern have the key d_sae, a column of their own.
+        place = (self.pattern.ragged.rows.long(), self.pattern.keys.long())
+        return dense.index_put(place, self.acts)[:, :-1]
+
+    @override
+    def firing(self) -> torch.Tensor:
+        return self.dense_acts().bool()
+
+    @override
+    def row_counts(self) -> torch.Tensor:
+        return self.pattern.row_counts
+
+    @override
+    def latent_counts(self) -> torch.Tensor:
+        # Integers: the order of these additions does not matter.
+        counts = torch.zeros(self.d_sae, dtype=torch.int32, device=self.acts.device)
+        fired = self.acts.detach().bool().to(torch.int32)
+        return counts.scatter_add_(0, self.pattern.latents, fired)
+
+    @override
+    def decode(
+        self, W_dec: torch.Tensor, block: RowBlock | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        latents = self.pattern.latents
+        return decode_selected(self.acts, W_dec, latents, self.order, block, self.backend)
+
+
+@dataclass(kw_only=True)
+class DenselyGatedCode(Code):
+    """All latents of each row, activations `[n_rows, d_sae]`.
+
+    Attributes:
+        counts: what fired.
+        l0: `[n_rows]`, number of active latents, on the graph of the thresholds.
+        pre_acts_dtype: dtype that the dense encoder would give, and thus the activations.
+    """
+
+    counts: FiringCounts
+    l0: torch.Tensor
+    pre_acts_dtype: torch.dtype
+
+    @property
+    @override
+    def d_sae(self) -> int:
+        return self.acts.shape[1]
+
+    @property
+    @override
+    def reported_dtype(self) -> torch.dtype:
+        return self.pre_acts_dtype
+
+    @override
+    def dense_acts(self) -> torch.Tensor:
+        return self.acts.to(self.pre_acts_dtype)
+
+    @override
+    def firing(self) -> torch.Tensor:
+        return self.acts.bool()
+
+    @override
+    def row_counts(self) -> torch.Tensor:
+        return self.counts.rows
+
+    @override
+    def latent_counts(self) -> torch.Tensor:
+        return self.counts.latents
+
+    @override
+    def decode(
+        self, W_dec: torch.Tensor, block: RowBlock | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return decode_densely(self.acts, W_dec, block, self.backend)

@@ -1,0 +1,170 @@
+"""The pairs that matter to a JumpReLU, found without a full-precision `[n_rows, d_sae]` tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from saelens_sparse.implementation import Backend
+from saelens_sparse.ops.host_count import HostCopy
+from saelens_sparse.ops.ragged import RaggedRows
+
+# On a CPU: small enough for the cache, as in `select.py`.
+_CPU_CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class GatePattern:
+    """The pairs at which a JumpReLU's value or straight-through gradient can differ from zero.
+
+    These are the latents above their threshold, united with those inside its window: all with a
+    pre-activation above `threshold - bandwidth / 2`. A few others may be among them, with the key
+    d_sae. The list may have room to spare beyond the last row.
+
+    Attributes:
+        latents: `[n_pairs]` int64, ascending within a row.
+        keys: `[n_pairs]` int32, the latent, or d_sae for a pair that is not of the pattern.
+        pre_acts: `[n_pairs]`, `x @ W_enc + b_enc` in the dtype that the dense encoder would give.
+        ragged: the rows.
+        row_counts: `[n_rows]` int32, number of active latents.
+        totals: number of pairs and of active ones, on the host.
+    """
+
+    latents: torch.Tensor
+    keys: torch.Tensor
+    pre_acts: torch.Tensor
+    ragged: RaggedRows
+    row_counts: torch.Tensor
+    totals: tuple[int, int] = (0, 0)
+
+
+class PendingPattern:
+    """A pattern that is queued on the device, and its size, which is on its way.
+
+    Work queued between `start_find_pattern` and `result` hides the wait for the size.
+    """
+
+    def __init__(
+        self,
+        pattern: GatePattern,
+        totals: torch.Tensor,
+        find_again: Callable[[int], PendingPattern] | None = None,
+    ) -> None:
+        self.pattern = pattern
+        self._totals = HostCopy(totals)
+        self._find_again = find_again
+
+    def result(self) -> GatePattern:
+        """The pattern; found again with room for all pairs if there were too many."""
+        n_pairs, n_active = (int(total) for total in self._totals.values())
+        if n_pairs > self.pattern.latents.numel():
+            assert self._find_again is not None
+            return self._find_again(n_pairs).result()
+        pattern = self.pattern
+        return GatePattern(
+            pattern.latents,
+            pattern.keys,
+            pattern.pre_acts,
+            pattern.ragged,
+            pattern.row_counts,
+            (n_pairs, n_active),
+        )
+
+
+@torch.no_grad()
+def start_find_pattern(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor,
+    bandwidth: float,
+    capacity: int,
+    backend: Backend,
+    buffer_bytes: int,
+) -> PendingPattern:
+    """Find the latents with `x @ weight.T + bias > threshold - bandwidth / 2`.
+
+    Pre-activations have the precision that the caller asks for: float32 for float32 inputs, the
+    autocast dtype under autocast. Which latents are in the pattern is decided in that precision.
+
+    Args:
+        x: `[n_rows, d_in]`, centred encoder inputs.
+        weight: `[d_sae, d_in]`, one contiguous encoder vector per latent.
+        bias: `[d_sae]`.
+        threshold: `[d_sae]`.
+        bandwidth: width of the window in which a threshold gets a gradient.
+        capacity: number of pairs to make room for; more are no error, but found a second time.
+            The PyTorch path finds room by itself.
+        backend: `"triton"` screens with a low-precision product and recomputes the candidates;
+            `"torch"` computes row chunks in full.
+        buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
+    """
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x must have shape [n_rows, {weight.shape[1]}]; got {list(x.shape)}")
+    if backend == "triton":
+        from saelens_sparse.ops import gate_triton
+
+        if gate_triton.can_screen(x):
+
+            def find(capacity: int) -> PendingPattern:
+                found = gate_triton.find_pattern(
+                    x, weight, bias, threshold, bandwidth, capacity, buffer_bytes
+                )
+                return PendingPattern(*found, find)
+
+            return find(capacity)
+    return _find_by_chunks(x, weight, bias, threshold, bandwidth, buffer_bytes)
+
+
+def _find_by_chunks(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor,
+    bandwidth: float,
+    buffer_bytes: int,
+) -> PendingPattern:
+    # The dense encoder's own expression, so that autocast acts on it as it does in stock.
+    d_sae = weight.shape[0]
+    row_bytes = d_sae * torch.promote_types(x.dtype, torch.float32).itemsize
+    if x.device.type == "cpu":
+        buffer_bytes = min(buffer_bytes, _CPU_CHUNK_BYTES)
+    step = max(1, buffer_bytes // row_bytes)
+    parts: list[tuple[torch.Tensor, ...]] = []
+    for start in range(0, max(1, x.shape[0]), step):
+        pre_acts = x[start : start + step] @ weight.T
+        pre_acts = pre_acts.add_(bias) if pre_acts.dtype == bias.dtype else pre_acts + bias
+        gate, edge = gate_and_edge(threshold, bandwidth, pre_acts.dtype)
+        inside = pre_acts.lt(edge).logical_not_()  # a NaN is inside
+        rows, latents = inside.nonzero().unbind(1)
+        values = pre_acts[rows, latents]
+        row_counts = torch.zeros(pre_acts.shape[0], dtype=torch.int32, device=x.device)
+        active = values > gate[latents]
+        row_counts.index_add_(0, rows, active.to(torch.int32))
+        parts.append((latents, values, rows + start, row_counts))
+    latents, values, rows, row_counts = (torch.cat(part) for part in zip(*parts, strict=True))
+    lengths = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    lengths.index_add_(0, rows, torch.ones_like(rows))
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    pattern = GatePattern(
+        latents=latents,
+        keys=latents.to(torch.int32),
+        pre_acts=values,
+        ragged=RaggedRows(offsets, rows.to(torch.int32)),
+        row_counts=row_counts,
+    )
+    return PendingPattern(pattern, torch.stack([offsets[-1], row_counts.sum()]))
+
+
+def gate_and_edge(
+    threshold: torch.Tensor, bandwidth: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Thresholds as compared with pre-activations of a dtype, and the window's lower edges.
+
+    The edges err downwards by more than rounding, so that nothing inside falls below them.
+    """
+    gate = threshold.to(dtype)
+    slack = 2 * torch.finfo(dtype).eps * (gate.abs() + bandwidth)
+    return gate, gate - bandwidth / 2 - slack

@@ -1,0 +1,258 @@
+"""Triton search for the pairs that matter to a JumpReLU: screen, mark, list, recompute.
+
+1. A low-precision GEMM fills a `[rows, d_sae]` buffer (`screen_triton.py`).
+2. One read of the buffer marks, a bit each, the latents that may be above the lower edge of their
+   window: in float32 those whose screened pre-activation plus its proven bound is.
+3. The marked latents are listed row by row, in order, each row where the one before it ends.
+4. In float32 they are recomputed; then those truly above the edge get a key, and the active ones
+   are counted.
+
+How many there are is known only on the device: the list has a given capacity, and what does not
+fit is counted but not written.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.gate import GatePattern, gate_and_edge
+from saelens_sparse.ops.ragged import RaggedRows
+from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, screened, warps
+
+_WORD = tl.constexpr(32)
+
+
+@dataclass(frozen=True)
+class GateLaunch:
+    """Tile sizes of the search kernels, chosen at 2304 -> 65,536, batch 4096 (H200)."""
+
+    MARK_COLS: int = 256
+    MARK_ROWS: int = 16
+    RESCORE_CANDIDATES: int = 8
+    RESCORE_COLS: int = 512
+
+
+LAUNCH = GateLaunch()
+
+
+@triton.jit
+def _mark_kernel(
+    words_ptr,  # [N, W] int32, bit i of word w is latent 32 w + i
+    edges_ptr,  # [L]
+    screen_ptr,  # [N, L]
+    x_inverse_ptr,  # [N], unused if EXACT, as the next two
+    x_norms_ptr,  # [N]
+    x_residuals_ptr,  # [N]
+    bias_ptr,  # [L]
+    norms_ptr,  # unused, as HAS_NORMS
+    w_inverse_ptr,  # [L], unused if EXACT, as the next two
+    w_norms_ptr,  # [L]
+    w_residuals_ptr,  # [L]
+    accumulation,
+    N,
+    L,
+    W,
+    EXACT: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """words: pre-activation + bound reaches the edge; one read of the buffer."""
+    latent = (tl.program_id(0) * COLS + tl.arange(0, COLS))[None, :]
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < N
+    rows = rows.to(tl.int64)
+    live = latent < L
+    mask = row_mask[:, None] & live
+    x_inverse, x_norm, x_residual = 0.0, 0.0, 0.0
+    if not EXACT:
+        x_inverse = tl.load(x_inverse_ptr + rows, mask=row_mask, other=0.0)[:, None]
+        x_norm = tl.load(x_norms_ptr + rows, mask=row_mask, other=0.0)[:, None]
+        x_residual = tl.load(x_residuals_ptr + rows, mask=row_mask, other=0.0)[:, None]
+    s = tl.load(screen_ptr + rows[:, None] * L + latent, mask=mask, other=0.0).to(tl.float32)
+    _, score, bound = screened(
+        s, latent, live, x_inverse, x_norm, x_residual, bias_ptr, norms_ptr, w_inverse_ptr,
+        w_norms_ptr, w_residuals_ptr, accumulation, EXACT, HAS_NORMS,
+    )  # fmt: skip
+    edge = tl.load(edges_ptr + latent, mask=live, other=0.0)
+    # A NaN does not fall short of the edge.
+    falls_short = score + bound < edge
+    bits = tl.where(mask & (falls_short == 0), 1, 0) << (latent % _WORD)
+    WORDS: tl.constexpr = COLS // _WORD
+    words = tl.sum(tl.reshape(bits, (ROWS, WORDS, _WORD)), axis=2)
+    place = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    out = rows[:, None] * W + place[None, :]
+    tl.store(words_ptr + out, words, mask=row_mask[:, None] & (place < W)[None, :])
+
+
+@triton.jit
+def _count_bits(words):
+    """Number of bits set in each uint32."""
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    return ((words * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _count_marks_kernel(
+    counts_ptr,  # [N] int64
+    words_ptr,  # [N, W]
+    W,
+    BLOCK_W: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    w = tl.arange(0, BLOCK_W)
+    words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
+    tl.store(counts_ptr + n, tl.sum(_count_bits(words), axis=0).to(tl.int64))
+
+
+@triton.jit
+def _list_marks_kernel(
+    latents_ptr,  # [P] int64
+    rows_ptr,  # [P] int32
+    pre_acts_ptr,  # [P], written only if EXACT
+    offsets_ptr,  # [N + 1] where each row begins
+    words_ptr,  # [N, W]
+    screen_ptr,  # [N, L]
+    bias_ptr,  # [L]
+    first_row,
+    P,
+    L,
+    W,
+    EXACT: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """The marked latents of a row in order; each turn lists the lowest mark left in every word."""
+    n = tl.program_id(0).to(tl.int64)
+    w = tl.arange(0, BLOCK_W)
+    words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
+    counts = _count_bits(words)
+    position = tl.load(offsets_ptr + n) + tl.cumsum(counts, axis=0) - counts
+    for _ in range(tl.max(counts, axis=0)):
+        lowest = words & (~words + 1)
+        latent = w * _WORD + _count_bits(lowest - 1)
+        live = (words != 0) & (position < P)
+        tl.store(latents_ptr + position, latent.to(tl.int64), mask=live)
+        row = tl.full((BLOCK_W,), 0, tl.int32) + (first_row + n).to(tl.int32)
+        tl.store(rows_ptr + position, row, mask=live)
+        if EXACT:
+            s = tl.load(screen_ptr + n * L + latent, mask=live, other=0.0).to(tl.float32)
+            pre_act = s + tl.load(bias_ptr + latent, mask=live, other=0.0)
+            tl.store(pre_acts_ptr + position, pre_act.to(pre_acts_ptr.dtype.element_ty), mask=live)
+        words = words & (words - 1)
+        position += 1
+
+
+@triton.jit
+def _resolve_kernel(
+    keys_ptr,  # [P] int32
+    row_counts_ptr,  # [N] int32
+    pre_acts_ptr,  # [P], read if EXACT, else written
+    latents_ptr,  # [P]
+    offsets_ptr,  # [N + 1]
+    gates_ptr,  # [L]
+    edges_ptr,  # [L]
+    x_ptr,  # [N, D], unused if EXACT, as the next two
+    weight_ptr,  # [L, D]
+    bias_ptr,  # [L]
+    P,
+    D,
+    EXACT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Pre-activations; keys of those that reach their edge; how many are above their gate."""
+    n = tl.program_id(0).to(tl.int64)
+    end = tl.minimum(tl.load(offsets_ptr + n + 1), P)
+    first = tl.minimum(tl.load(offsets_ptr + n), end)
+    n_pairs = (end - first).to(tl.int32)
+    active = tl.zeros((BLOCK_C,), dtype=tl.int32)
+    for start in range(tl.program_id(1) * BLOCK_C, n_pairs, tl.num_programs(1) * BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        live = c < n_pairs
+        latent = tl.load(latents_ptr + first + c, mask=live, other=0)
+        if EXACT:
+            pre_act = tl.load(pre_acts_ptr + first + c, mask=live, other=0.0).to(tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
+            for start_d in range(0, D, BLOCK_D):
+                cols = start_d + tl.arange(0, BLOCK_D)
+                x = tl.load(x_ptr + n * D + cols, mask=cols < D, other=0.0)
+                tile = tl.load(
+                    weight_ptr + latent[:, None] * D + cols[None, :],
+                    mask=live[:, None] & (cols < D)[None, :],
+                    other=0.0,
+                )
+                acc += tile * x[None, :]
+            pre_act = tl.sum(acc, axis=1) + tl.load(bias_ptr + latent, mask=live, other=0.0)
+            tl.store(pre_acts_ptr + first + c, pre_act, mask=live)
+        below = pre_act < tl.load(edges_ptr + latent, mask=live, other=0.0)
+        tl.store(keys_ptr + first + c, latent.to(tl.int32), mask=live & (below == 0))
+        above = pre_act > tl.load(gates_ptr + latent, mask=live, other=0.0)
+        active += (live & above).to(tl.int32)
+    # Integers: the order of these additions does not matter.
+    tl.atomic_add(row_counts_ptr + n, tl.sum(active, axis=0))
+
+
+def can_screen(x: torch.Tensor) -> bool:
+    """Whether there are rows, of a width that one program can hold."""
+    return x.shape[0] > 0 and x.shape[1] <= MAX_D_IN
+
+
+@on_device_of_arguments
+def find_pattern(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor,
+    bandwidth: float,
+    capacity: int,
+    buffer_bytes: int,
+) -> tuple[GatePattern, torch.Tensor]:
+    """The pattern, as far as it fits, and `[2]` int64: its number of pairs and of active ones.
+
+    Arguments as `saelens_sparse.ops.start_find_pattern`'s; `can_screen` must hold.
+    """
+    device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
+    x, weight = x.contiguous(), weight.contiguous()
+    screen = Screen.of(x, weight, bias)
+    gate, edge = gate_and_edge(threshold, bandwidth, screen.pre_acts_dtype)
+    gate, edge = gate.float(), edge.float()
+
+    latents = torch.zeros(capacity, dtype=torch.int64, device=device)
+    rows_of_pairs = torch.zeros(capacity, dtype=torch.int32, device=device)
+    pre_acts = torch.zeros(capacity, dtype=screen.pre_acts_dtype, device=device)
+    keys = torch.full((capacity,), d_sae, dtype=torch.int32, device=device)
+    row_counts = torch.zeros(n_rows, dtype=torch.int32, device=device)
+    offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=device)
+    n_words = triton.cdiv(d_sae, _WORD.value)
+    block_w = triton.next_power_of_2(n_words)
+    for rows, products in screen.chunks(buffer_bytes):
+        n_chunk = products.shape[0]
+        words = torch.empty(n_chunk, n_words, dtype=torch.int32, device=device)
+        grid = (triton.cdiv(d_sae, LAUNCH.MARK_COLS), triton.cdiv(n_chunk, LAUNCH.MARK_ROWS))
+        _mark_kernel[grid](
+            words, edge, products, *screen.arguments(rows), n_chunk, d_sae, n_words,
+            **screen.modes, COLS=LAUNCH.MARK_COLS, ROWS=LAUNCH.MARK_ROWS, num_warps=4,
+        )  # fmt: skip
+        counts = torch.empty(n_chunk, dtype=torch.int64, device=device)
+        n_warps = warps(block_w, per_warp=512)
+        _count_marks_kernel[(n_chunk,)](counts, words, n_words, BLOCK_W=block_w, num_warps=n_warps)
+        offsets[rows.start + 1 : rows.stop + 1] = offsets[rows.start] + counts.cumsum(0)
+        _list_marks_kernel[(n_chunk,)](
+            latents, rows_of_pairs, pre_acts, offsets[rows.start :], words, products,
+            screen.bias, rows.start, capacity, d_sae, n_words, EXACT=screen.exact,
+            BLOCK_W=block_w, num_warps=n_warps,
+        )  # fmt: skip
+    splits = triton.cdiv(triton.cdiv(capacity, n_rows), 4 * LAUNCH.RESCORE_CANDIDATES)
+    _resolve_kernel[(n_rows, splits)](
+        keys, row_counts, pre_acts, latents, offsets, gate, edge, x, weight, screen.bias,
+        capacity, x.shape[1], EXACT=screen.exact, BLOCK_C=LAUNCH.RESCORE_CANDIDATES,
+        BLOCK_D=LAUNCH.RESCORE_COLS, num_warps=4,
+    )  # fmt: skip
+    pattern = GatePattern(latents, keys, pre_acts, RaggedRows(offsets, rows_of_pairs), row_counts)
+    return pattern, torch.stack([offsets[-1], row_counts.sum()])

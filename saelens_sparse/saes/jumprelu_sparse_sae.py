@@ -1,0 +1,407 @@
+"""JumpReLU training SAE that computes only what is active. Counterpart of SAELens's
+`jumprelu_sae.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.saes.jumprelu_sae import (
+    JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+)
+from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from typing_extensions import override
+
+from saelens_sparse.code import Code, DeadLatents, DenselyGatedCode, GatedCode
+from saelens_sparse.implementation import Choice
+from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, version_of
+from saelens_sparse.ops import (
+    Gate,
+    HostCopy,
+    LatentOrder,
+    at_latents,
+    encode_gated,
+    encode_gated_densely,
+    start_find_pattern,
+)
+from saelens_sparse.saes.base import (
+    SparseTrainingSAEConfigMixin,
+    SparseTrainingSAEMixin,
+    require_choice,
+    require_int,
+    require_number,
+)
+
+LOSS_MODES = ("step", "tanh", "quadratic")
+
+# Shares of pairs in the pattern above which dense products are faster, by backend and by whether
+# the products run in full precision.
+MAX_SPARSE_SHARE = {
+    ("triton", True): 0.06,
+    ("triton", False): 0.008,
+    ("torch", True): 0.03,
+    ("torch", False): 0.03,
+}
+# A path is left for the other only when that one is faster by this much.
+HYSTERESIS = 0.8
+# Room in the list of pairs, over what the last batch needed.
+_ROOM = 1.25
+
+# L0 is looked at once so many steps after its warm-up, when it should have settled.
+L0_CHECK_STEPS = 2000
+
+
+@dataclass
+class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrainingSAEConfig):
+    """
+    Configuration class for training a SparseJumpReLUTrainingSAE.
+
+    Every field of SAELens's JumpReLUTrainingSAEConfig has the same default and meaning. The SAE
+    that is saved for inference is a stock `jumprelu` SAE.
+
+    Args:
+        implementation (Literal["auto", "triton", "torch", "dense"]): What computes the SAE.
+            "triton" are the GPU kernels, "torch" is sparse PyTorch for any device, "dense" is
+            SAELens's own arithmetic. "auto" takes the fastest that works: dense products as long
+            as many latents are active, sparse ones from then on.
+        screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
+            of one chunk of rows while the active latents are found, in MiB.
+        fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
+            rounding, in less time and memory. Checkpoints are the same either way.
+        jumprelu_init_threshold (float): Initial threshold for the JumpReLU activation.
+            Inherited from JumpReLUTrainingSAEConfig, as all that follow.
+        jumprelu_bandwidth (float): Width of the window in which a threshold gets a gradient.
+        jumprelu_sparsity_loss_mode (Literal["step", "tanh", "quadratic"]): "step" is Google
+            DeepMind's L0 loss, "tanh" Anthropic's sparsity loss, "quadratic" Gemma Scope 2's.
+        l0_coefficient (float): Coefficient of the sparsity loss.
+        l0_warm_up_steps (int): Number of warm-up steps of the sparsity loss.
+        pre_act_loss_coefficient (float | None): Coefficient of the pre-activation loss on dead
+            latents; None turns it off.
+        jumprelu_tanh_scale (float): Scale of the tanh sparsity loss.
+        jumprelu_ste_to_input (bool): Whether the straight-through gradient also goes to the
+            pre-activations.
+        target_l0 (float | None): Target of the quadratic sparsity loss.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "jumprelu_sparse"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return JumpReLUSAEConfig
+
+    @override
+    def __post_init__(self) -> None:
+        require_choice("jumprelu_sparsity_loss_mode", self.jumprelu_sparsity_loss_mode, LOSS_MODES)
+        for name in (
+            "jumprelu_init_threshold",
+            "jumprelu_bandwidth",
+            "l0_coefficient",
+            "jumprelu_tanh_scale",
+        ):
+            require_number(name, getattr(self, name))
+        for name in ("pre_act_loss_coefficient", "target_l0"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name))
+        if self.jumprelu_bandwidth <= 0:
+            raise ValueError(f"jumprelu_bandwidth must be positive; got {self.jumprelu_bandwidth}")
+        require_int("l0_warm_up_steps", self.l0_warm_up_steps, 0)
+        super().__post_init__()
+
+
+class DensityGauge:
+    """How many pairs recent batches had, and which path that speaks for.
+
+    Numbers that are still on their way from the device are read when they are asked for.
+    """
+
+    def __init__(self) -> None:
+        self.goes_sparse = False
+        self.mean_l0: float | None = None
+        self._share: float | None = None
+        self._coming: tuple[HostCopy, int, int] | None = None
+
+    def __deepcopy__(self, _: dict[int, Any]) -> DensityGauge:
+        return DensityGauge()
+
+    __copy__ = __deepcopy__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return DensityGauge().__dict__
+
+    def expect(self, totals: HostCopy, n_rows: int, d_sae: int) -> None:
+        """The number of pairs of a batch and of active ones, when they arrive."""
+        if n_rows > 0:
+            self._coming = (totals, n_rows, d_sae)
+
+    def share(self) -> float | None:
+        """Share of all pairs that the last batch's pattern had; None before the first batch."""
+        if self._coming is not None:
+            totals, n_rows, d_sae = self._coming
+            n_pairs, n_active = (int(total) for total in totals.values())
+            self._share, self.mean_l0 = n_pairs / (n_rows * d_sae), n_active / n_rows
+            self._coming = None
+        return self._share
+
+    def prefers_sparse(self, limit: float) -> bool:
+        """Whether the sparse path is faster where it is up to a share of `limit`."""
+        share = self.share()
+        if share is None:
+            return False
+        self.goes_sparse = share < (limit if self.goes_sparse else HYSTERESIS * limit)
+        return self.goes_sparse
+
+
+class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
+    """
+    JumpReLU SAE that trains the same model as SAELens's JumpReLUTrainingSAE, computing only what
+    is active: latents above their threshold, and those inside its straight-through window.
+
+    Thousands of latents are active in the first steps of a training. As long as that is so, and
+    in the first call of all, dense products are faster: those of stock, with everything between
+    them in one pass each way.
+    """
+
+    cfg: SparseJumpReLUTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, cfg: SparseJumpReLUTrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self._gauge = DensityGauge()
+        self._l0_was_checked = False
+
+    @property
+    @override
+    def implementation(self) -> Choice:
+        choice = self.choose(density=0.0)
+        if choice.name == "dense" or self.cfg.implementation != "auto":
+            return choice
+        limit = MAX_SPARSE_SHARE[choice.backend, self._computes_in_full_precision]
+        if self._gauge.prefers_sparse(limit):
+            return choice
+        share = self._gauge.share()
+        seen = "how many latents are active is not known yet"
+        if share is not None:
+            seen = f"{share:.2%} of the latents are active or near their threshold"
+        return Choice("fused", f"{seen}; dense products are faster above {limit:.1%}",
+                      choice.backend)  # fmt: skip
+
+    @property
+    def _computes_in_full_precision(self) -> bool:
+        device = self.W_enc.device.type
+        return self.W_enc.dtype != torch.bfloat16 and not torch.is_autocast_enabled(device)
+
+    @property
+    @override
+    def uses_dead_latents(self) -> bool:
+        return self.cfg.pre_act_loss_coefficient is not None
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        output = super().training_forward_pass(step_input)
+        settled = self.cfg.l0_warm_up_steps + L0_CHECK_STEPS
+        if not self._l0_was_checked and step_input.n_training_steps >= settled:
+            self._l0_was_checked = True
+            self._gauge.share()
+            if self._gauge.mean_l0 is not None:
+                warn_of_l0(self._gauge.mean_l0, self.cfg)
+        return output
+
+    @override
+    def make_code(
+        self,
+        x: torch.Tensor,
+        input_bias: torch.Tensor | None,
+        find_dead: Callable[[], DeadLatents | None],
+        choice: Choice,
+    ) -> Code:
+        gate = Gate(self.bandwidth, self.cfg.jumprelu_ste_to_input)
+        make = self._make_dense_code if choice.name == "fused" else self._make_sparse_code
+        return make(x, input_bias, find_dead, gate, choice)
+
+    def _make_dense_code(
+        self,
+        x: torch.Tensor,
+        input_bias: torch.Tensor | None,
+        find_dead: Callable[[], DeadLatents | None],
+        gate: Gate,
+        choice: Choice,
+    ) -> DenselyGatedCode:
+        dead = find_dead()
+        pre_acts_dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            pre_acts_dtype = torch.promote_types(
+                torch.get_autocast_dtype(x.device.type), self.b_enc.dtype
+            )
+        # The tanh loss reads the activations: they keep the precision that it has in stock.
+        is_read = self.cfg.jumprelu_sparsity_loss_mode == "tanh"
+        acts, l0, dead_W_enc, counts = encode_gated_densely(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.threshold,
+            input_bias,
+            gate,
+            None if dead is None else dead.block,
+            choice.backend,
+            pre_acts_dtype if is_read else None,
+        )
+        if dead is not None:
+            dead.W_enc = dead_W_enc
+        self._gauge.expect(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae)
+        return DenselyGatedCode(
+            x=x,
+            acts=acts,
+            decoder_version=version_of(self.W_dec),
+            backend=choice.backend,
+            dead=dead,
+            counts=counts,
+            l0=l0,
+            pre_acts_dtype=pre_acts_dtype,
+        )
+
+    def _make_sparse_code(
+        self,
+        x: torch.Tensor,
+        input_bias: torch.Tensor | None,
+        find_dead: Callable[[], DeadLatents | None],
+        gate: Gate,
+        choice: Choice,
+    ) -> GatedCode:
+        d_sae = self.cfg.d_sae
+        pending = start_find_pattern(
+            x,
+            self.W_enc.T,
+            self.b_enc,
+            self.threshold,
+            gate.bandwidth,
+            self._capacity(x.shape[0]),
+            choice.backend,
+            self.cfg.screen_buffer_mib * 2**20,
+        )
+        # Sorting keeps the device busy while the host waits for the number of pairs.
+        order = LatentOrder.of_keys(pending.pattern.keys, d_sae, pending.pattern.ragged)
+        pattern = pending.result()
+        if pattern.keys is not pending.pattern.keys:
+            order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
+        self._gauge.expect(HostCopy(torch.tensor(pattern.totals)), x.shape[0], d_sae)
+        dead = find_dead()
+        acts, l0, dead_W_enc = encode_gated(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.threshold,
+            input_bias,
+            pattern,
+            order,
+            gate,
+            None if dead is None else dead.block,
+            choice.backend,
+        )
+        if dead is not None:
+            dead.W_enc = dead_W_enc
+        return GatedCode(
+            x=x,
+            acts=acts,
+            decoder_version=version_of(self.W_dec),
+            backend=choice.backend,
+            dead=dead,
+            pattern=pattern,
+            order=order,
+            l0=l0,
+        )
+
+    def _capacity(self, n_rows: int) -> int:
+        """Room for the pairs of a batch: what the last one needed and more, in coarse steps."""
+        share = self._gauge.share()
+        expected = 64 * n_rows if share is None else _ROOM * share * n_rows * self.cfg.d_sae
+        step = max(1024, 2 ** max(0, math.ceil(math.log2(max(expected, 1))) - 3))
+        return min(math.ceil((expected + 1) / step) * step, n_rows * self.cfg.d_sae)
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """SAELens's sparsity and pre-activation losses, from what is active and what is dead."""
+        code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
+        if (
+            not isinstance(code, GatedCode | DenselyGatedCode)
+            or not isinstance(feature_acts, SparseFeatureActs)
+            or not feature_acts.is_untouched
+        ):
+            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        mode, target_l0 = self.cfg.jumprelu_sparsity_loss_mode, self.cfg.target_l0
+        if mode == "tanh":
+            per_item = self._tanh_sums(code)
+        elif mode == "quadratic":
+            assert target_l0 is not None
+            per_item = 2 / target_l0 * (code.l0 - target_l0) ** 2
+        else:
+            per_item = code.l0
+        losses = {"l0_loss": (step_input.coefficients["l0"] * per_item).mean()}
+        if self.cfg.pre_act_loss_coefficient is not None:
+            losses["pre_act_loss"] = self._pre_act_loss(code)
+        return losses
+
+    def _tanh_sums(self, code: GatedCode | DenselyGatedCode) -> torch.Tensor:
+        """Sum of `tanh(scale * acts * norms)` over latents: by row, or over all rows' mean."""
+        scale, norms = self.cfg.jumprelu_tanh_scale, self.W_dec.norm(dim=1)
+        if isinstance(code, DenselyGatedCode):
+            return torch.tanh(scale * code.acts * norms).sum(dim=-1)
+        norms = at_latents(norms, code.pattern, code.order, code.backend)
+        return torch.tanh(scale * code.acts * norms).sum() / code.pattern.ragged.n_rows
+
+    def _pre_act_loss(self, code: Code) -> torch.Tensor:
+        """
+        Anthropic's pre-activation loss of the dead latents, on their rows of the weights alone.
+
+        Formula: Conerly et al. 2025 (transformer-circuits.pub/2025/january-update), as in SAELens.
+        """
+        coefficient, dead = self.cfg.pre_act_loss_coefficient, code.dead
+        if coefficient is None or dead is None or dead.block is None:
+            return code.acts.new_zeros((), dtype=code.reported_dtype)
+        assert dead.W_enc is not None and dead.W_dec is not None
+        n_dead = dead.block.latents.numel()
+        products, bias = self.dead_products(code, dead.block, dead.W_enc)
+        hidden_pre = products[:, :n_dead] + bias
+        threshold = self.threshold.index_select(0, dead.block.latents).to(hidden_pre.dtype)
+        norms = dead.W_dec[:n_dead].norm(dim=1)
+        per_item = ((threshold - hidden_pre).relu() * norms).sum(dim=-1)
+        return coefficient * per_item.mean()
+
+
+def warn_of_l0(l0: float, cfg: JumpReLUTrainingSAEConfig) -> None:
+    """Warn if the mean L0 of a settled run is where training makes no sense."""
+    advice = None
+    if cfg.jumprelu_sparsity_loss_mode == "quadratic" and cfg.target_l0 is not None:
+        if not cfg.target_l0 / 4 <= l0 <= 4 * cfg.target_l0:
+            advice = (
+                f"far from target_l0={cfg.target_l0:g}. If it does not come closer, raise "
+                "l0_coefficient, or jumprelu_bandwidth so that thresholds get gradients"
+            )
+    elif l0 > cfg.d_in / 2:
+        advice = (
+            f"more than half of d_in={cfg.d_in}, which is no sparse code. If it does not fall, "
+            "raise l0_coefficient, or jumprelu_bandwidth so that thresholds get gradients"
+        )
+    elif l0 < 1:
+        advice = "less than one latent on a row. Lower l0_coefficient, or lengthen its warm-up"
+    if advice is not None:
+        warnings.warn(
+            f"L0 is {l0:.3g} {L0_CHECK_STEPS} steps after the warm-up of the sparsity loss: "
+            f"{advice} (now l0_coefficient={cfg.l0_coefficient:g}, "
+            f"jumprelu_bandwidth={cfg.jumprelu_bandwidth:g}).",
+            stacklevel=2,
+        )
