@@ -1431,8 +1431,9 @@ class TestConfiguration:
     def test_bad_values(
         self, options: dict[str, Any], error: type[Exception], message: str
     ) -> None:
+        options = {"d_in": 8, "d_sae": 16} | options
         with pytest.raises(error, match=message):
-            SparseJumpReLUTrainingSAEConfig(**{"d_in": 8, "d_sae": 16, **options})
+            SparseJumpReLUTrainingSAEConfig(**options)
 
     @pytest.mark.parametrize("target_l0", [None, 0, -1.0, 17])
     def test_a_bad_target_l0_is_refused_as_in_stock(self, target_l0: float | None) -> None:
@@ -1440,11 +1441,12 @@ class TestConfiguration:
             "d_in": 8, "d_sae": 16, "jumprelu_sparsity_loss_mode": "quadratic",
             "target_l0": target_l0,
         }  # fmt: skip
-        messages = []
-        for sae_class, config_class in (
+        messages: list[str] = []
+        classes: list[tuple[Any, Any]] = [
             (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig),
             (SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig),
-        ):
+        ]
+        for sae_class, config_class in classes:
             with pytest.raises(ValueError, match="target_l0 must be") as raised:
                 sae_class(config_class(**options))
             messages.append(str(raised.value))

@@ -108,6 +108,7 @@ def start_find_pattern(
 
         if gate_triton.can_screen(x):
 
+            @torch.no_grad()
             def find(capacity: int) -> PendingPattern:
                 found = gate_triton.find_pattern(
                     x, weight, bias, threshold, bandwidth, capacity, buffer_bytes

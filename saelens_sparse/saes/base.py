@@ -93,6 +93,7 @@ class SparseTrainingSAEMixin(_Base):
     `[d_sae, d_in]` rows, so that each latent's encoder vector is one contiguous read.
     """
 
+    b_enc: nn.Parameter
     _dead_count: HostCount | None = None
 
     @property
@@ -138,8 +139,8 @@ class SparseTrainingSAEMixin(_Base):
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
-        wanted = mask is not None and self.uses_dead_latents
-        self._dead_count = HostCount(mask) if wanted else None
+        if mask is not None and self.uses_dead_latents:
+            self._dead_count = HostCount(mask)
         try:
             output = super().training_forward_pass(step_input)
         finally:
@@ -174,7 +175,7 @@ class SparseTrainingSAEMixin(_Base):
         self.check_input(x)
         choice = self.implementation
         if choice.name == "dense":
-            return super().encode_with_hidden_pre(x)
+            return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
         self.prepare_weights()
 
         # As process_sae_in, keeping the input and the bias apart: b_dec's gradient through a
