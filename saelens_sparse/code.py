@@ -17,6 +17,7 @@ from saelens_sparse.ops import (
     Selection,
     decode_densely,
     decode_selected,
+    segment_totals,
 )
 
 
@@ -191,10 +192,8 @@ class GatedCode(Code):
 
     @override
     def latent_counts(self) -> torch.Tensor:
-        # Integers: the order of these additions does not matter.
-        counts = torch.zeros(self.d_sae, dtype=torch.int32, device=self.acts.device)
-        fired = self.acts.detach().bool().to(torch.int32)
-        return counts.scatter_add_(0, self.pattern.latents, fired)
+        fired = self.acts.detach().bool().float()
+        return segment_totals(self.order, fired, self.backend).to(torch.int32)
 
     @override
     def decode(

@@ -429,9 +429,9 @@ def test_row_ops_name_the_argument_with_a_wrong_shape(
     with pytest.raises(ValueError, match=r"latents and weight must have two dimensions.*\[5\]"):
         gather_dot(zeros(4, 5), latents, zeros(5), backend)
     order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), 6)
-    with pytest.raises(ValueError, match=r"\[n_rows, k\] = \[4, 2\]; got \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"coefficients must have shape \[4, 2\]; got \[4, 3\]"):
         segment_sum(order, zeros(4, 3), zeros(4, 5), torch.float32, backend)
-    with pytest.raises(ValueError, match=r"\[n_rows, k\] = \[3, 2\]; got \[4, 2\]"):
+    with pytest.raises(ValueError, match=r"coefficients must have shape \[3, 2\]; got \[4, 2\]"):
         segment_sum(order, zeros(4, 2), zeros(3, 5), torch.float32, backend)
     with pytest.raises(ValueError, match=r"values must have shape \[4, 5\]; got \[4, 6\]"):
         add_rows(zeros(6, 5), latents[:, 0], zeros(4, 6), backend)

@@ -46,8 +46,9 @@ def _dense_gate_kernel(
     col_mask = cols < L
     bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     gate = tl.load(gates_ptr + cols, mask=col_mask, other=0.0)[None, :]
-    latent_counts = tl.zeros((COLS,), dtype=tl.int32)
-    pairs = tl.zeros((COLS,), dtype=tl.int32)
+    # Summed over rows once, at the end: within the loop that would make all warps wait.
+    latent_counts = tl.zeros((STEP, COLS), dtype=tl.int32)
+    pairs = tl.zeros((STEP, COLS), dtype=tl.int32)
     for step in range(ROWS // STEP):
         rows = block * ROWS + step * STEP + tl.arange(0, STEP)
         mask = (rows < N)[:, None] & col_mask[None, :]
@@ -61,10 +62,11 @@ def _dense_gate_kernel(
         tl.store(
             row_parts_ptr + rows.to(tl.int64) * T + tile, tl.sum(counted, axis=1), mask=rows < N
         )
-        latent_counts += tl.sum(counted, axis=0)
-        pairs += tl.sum((mask & (pre_act > gate - half_bandwidth)).to(tl.int32), axis=0)
-    tl.store(latent_parts_ptr + block.to(tl.int64) * L + cols, latent_counts, mask=col_mask)
-    tl.store(pair_parts_ptr + block * T + tile, tl.sum(pairs, axis=0))
+        latent_counts += counted
+        pairs += (mask & (pre_act > gate - half_bandwidth)).to(tl.int32)
+    out = block.to(tl.int64) * L + cols
+    tl.store(latent_parts_ptr + out, tl.sum(latent_counts, axis=0), mask=col_mask)
+    tl.store(pair_parts_ptr + block * T + tile, tl.sum(tl.sum(pairs, axis=1), axis=0))
 
 
 @triton.jit

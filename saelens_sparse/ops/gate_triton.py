@@ -20,6 +20,7 @@ import triton.language as tl
 from saelens_sparse.ops.device import on_device_of_arguments
 from saelens_sparse.ops.gate import GatePattern, gate_and_edge
 from saelens_sparse.ops.ragged import RaggedRows
+from saelens_sparse.ops.row_ops_triton import gather_dot
 from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, screened, warps
 
 _WORD = tl.constexpr(32)
@@ -31,8 +32,7 @@ class GateLaunch:
 
     MARK_COLS: int = 256
     MARK_ROWS: int = 16
-    RESCORE_CANDIDATES: int = 8
-    RESCORE_COLS: int = 512
+    RESOLVE_PAIRS: int = 256
 
 
 LAUNCH = GateLaunch()
@@ -151,51 +151,34 @@ def _list_marks_kernel(
 def _resolve_kernel(
     keys_ptr,  # [P] int32
     row_counts_ptr,  # [N] int32
-    pre_acts_ptr,  # [P], read if EXACT, else written
+    pre_acts_ptr,  # [P]; unless EXACT, read without the bias and written with it
     latents_ptr,  # [P]
     offsets_ptr,  # [N + 1]
     gates_ptr,  # [L]
     edges_ptr,  # [L]
-    x_ptr,  # [N, D], unused if EXACT, as the next two
-    weight_ptr,  # [L, D]
-    bias_ptr,  # [L]
-    P,
-    D,
+    bias_ptr,  # [L], unused if EXACT
     EXACT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """Pre-activations; keys of those that reach their edge; how many are above their gate."""
+    """Keys of the pairs that reach their edge; how many of a row are above their gate."""
     n = tl.program_id(0).to(tl.int64)
-    end = tl.minimum(tl.load(offsets_ptr + n + 1), P)
-    first = tl.minimum(tl.load(offsets_ptr + n), end)
-    n_pairs = (end - first).to(tl.int32)
-    active = tl.zeros((BLOCK_C,), dtype=tl.int32)
-    for start in range(tl.program_id(1) * BLOCK_C, n_pairs, tl.num_programs(1) * BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        live = c < n_pairs
-        latent = tl.load(latents_ptr + first + c, mask=live, other=0)
-        if EXACT:
-            pre_act = tl.load(pre_acts_ptr + first + c, mask=live, other=0.0).to(tl.float32)
-        else:
-            acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
-            for start_d in range(0, D, BLOCK_D):
-                cols = start_d + tl.arange(0, BLOCK_D)
-                x = tl.load(x_ptr + n * D + cols, mask=cols < D, other=0.0)
-                tile = tl.load(
-                    weight_ptr + latent[:, None] * D + cols[None, :],
-                    mask=live[:, None] & (cols < D)[None, :],
-                    other=0.0,
-                )
-                acc += tile * x[None, :]
-            pre_act = tl.sum(acc, axis=1) + tl.load(bias_ptr + latent, mask=live, other=0.0)
-            tl.store(pre_acts_ptr + first + c, pre_act, mask=live)
+    first = tl.load(offsets_ptr + n)
+    n_pairs = (tl.load(offsets_ptr + n + 1) - first).to(tl.int32)
+    active = tl.zeros((BLOCK_P,), dtype=tl.int32)
+    for start in range(0, n_pairs, BLOCK_P):
+        i = start + tl.arange(0, BLOCK_P)
+        live = i < n_pairs
+        latent = tl.load(latents_ptr + first + i, mask=live, other=0)
+        pre_act = tl.load(pre_acts_ptr + first + i, mask=live, other=0.0).to(tl.float32)
+        if not EXACT:
+            pre_act += tl.load(bias_ptr + latent, mask=live, other=0.0)
+            tl.store(pre_acts_ptr + first + i, pre_act, mask=live)
         below = pre_act < tl.load(edges_ptr + latent, mask=live, other=0.0)
-        tl.store(keys_ptr + first + c, latent.to(tl.int32), mask=live & (below == 0))
+        # A NaN does not fall short of the edge.
+        tl.store(keys_ptr + first + i, latent.to(tl.int32), mask=live & (below == 0))
         above = pre_act > tl.load(gates_ptr + latent, mask=live, other=0.0)
         active += (live & above).to(tl.int32)
-    # Integers: the order of these additions does not matter.
-    tl.atomic_add(row_counts_ptr + n, tl.sum(active, axis=0))
+    tl.store(row_counts_ptr + n, tl.sum(active, axis=0))
 
 
 def can_screen(x: torch.Tensor) -> bool:
@@ -225,9 +208,12 @@ def find_pattern(
 
     latents = torch.zeros(capacity, dtype=torch.int64, device=device)
     rows_of_pairs = torch.zeros(capacity, dtype=torch.int32, device=device)
-    pre_acts = torch.zeros(capacity, dtype=screen.pre_acts_dtype, device=device)
+    # Written while the buffer is at hand, if that is all the precision there is to be had.
+    pre_acts = torch.zeros(
+        capacity if screen.exact else 0, dtype=screen.pre_acts_dtype, device=device
+    )
     keys = torch.full((capacity,), d_sae, dtype=torch.int32, device=device)
-    row_counts = torch.zeros(n_rows, dtype=torch.int32, device=device)
+    row_counts = torch.empty(n_rows, dtype=torch.int32, device=device)
     offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=device)
     n_words = triton.cdiv(d_sae, _WORD.value)
     block_w = triton.next_power_of_2(n_words)
@@ -248,11 +234,13 @@ def find_pattern(
             screen.bias, rows.start, capacity, d_sae, n_words, EXACT=screen.exact,
             BLOCK_W=block_w, num_warps=n_warps,
         )  # fmt: skip
-    splits = triton.cdiv(triton.cdiv(capacity, n_rows), 4 * LAUNCH.RESCORE_CANDIDATES)
-    _resolve_kernel[(n_rows, splits)](
-        keys, row_counts, pre_acts, latents, offsets, gate, edge, x, weight, screen.bias,
-        capacity, x.shape[1], EXACT=screen.exact, BLOCK_C=LAUNCH.RESCORE_CANDIDATES,
-        BLOCK_D=LAUNCH.RESCORE_COLS, num_warps=4,
+    # Where there is no room, rows end early.
+    ragged = RaggedRows(offsets.clamp(max=capacity), rows_of_pairs)
+    if not screen.exact:
+        pre_acts = gather_dot(x, latents, weight, ragged)
+    _resolve_kernel[(n_rows,)](
+        keys, row_counts, pre_acts, latents, ragged.offsets, gate, edge, screen.bias,
+        EXACT=screen.exact, BLOCK_P=LAUNCH.RESOLVE_PAIRS, num_warps=4,
     )  # fmt: skip
-    pattern = GatePattern(latents, keys, pre_acts, RaggedRows(offsets, rows_of_pairs), row_counts)
+    pattern = GatePattern(latents, keys, pre_acts, ragged, row_counts)
     return pattern, torch.stack([offsets[-1], row_counts.sum()])

@@ -74,8 +74,7 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
                 raise ValueError(
                     f"decoder_init_norm must be positive or None; got {self.decoder_init_norm}"
                 )
-        if not isinstance(self.fused_adam, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"fused_adam must be a bool; got {self.fused_adam!r}")
+        require_bool("fused_adam", self.fused_adam)
         if not str_to_dtype(self.dtype).is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
         require_choice("implementation", self.implementation, IMPLEMENTATIONS)
@@ -316,6 +315,12 @@ def require_int(name: str, value: object, minimum: int) -> None:
         raise TypeError(f"{name} must be an int; got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+def require_bool(name: str, value: object) -> None:
+    """Raise unless a configuration value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool; got {value!r}")
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

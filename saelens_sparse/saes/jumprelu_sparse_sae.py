@@ -34,6 +34,7 @@ from saelens_sparse.ops import (
 from saelens_sparse.saes.base import (
     SparseTrainingSAEConfigMixin,
     SparseTrainingSAEMixin,
+    require_bool,
     require_choice,
     require_int,
     require_number,
@@ -44,8 +45,8 @@ LOSS_MODES = ("step", "tanh", "quadratic")
 # Shares of pairs in the pattern above which dense products are faster, by backend and by whether
 # the products run in full precision.
 MAX_SPARSE_SHARE = {
-    ("triton", True): 0.06,
-    ("triton", False): 0.008,
+    ("triton", True): 0.075,
+    ("triton", False): 0.0045,
     ("torch", True): 0.03,
     ("torch", False): 0.03,
 }
@@ -115,6 +116,7 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
         if self.jumprelu_bandwidth <= 0:
             raise ValueError(f"jumprelu_bandwidth must be positive; got {self.jumprelu_bandwidth}")
         require_int("l0_warm_up_steps", self.l0_warm_up_steps, 0)
+        require_bool("jumprelu_ste_to_input", self.jumprelu_ste_to_input)
         super().__post_init__()
 
 
