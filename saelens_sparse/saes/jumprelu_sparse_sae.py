@@ -45,8 +45,8 @@ LOSS_MODES = ("step", "tanh", "quadratic")
 # Shares of pairs in the pattern above which dense products are faster, by backend and by whether
 # the products run in full precision.
 MAX_SPARSE_SHARE = {
-    ("triton", True): 0.075,
-    ("triton", False): 0.0045,
+    ("triton", True): 0.09,
+    ("triton", False): 0.0038,
     ("torch", True): 0.03,
     ("torch", False): 0.03,
 }
