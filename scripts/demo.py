@@ -28,9 +28,13 @@ from tqdm import tqdm
 
 SCRIPTS = Path(__file__).parent
 ROOT = SCRIPTS.parent
-DEMO_CONFIG = ROOT / "configs" / "smollm2_demo.json"
-
-STOCK_COUNTERPARTS = {"topk_sparse": "topk"}
+# The sparse architectures and the config of each.
+DEMO_CONFIGS = {
+    "topk_sparse": ROOT / "configs" / "smollm2_demo_topk.json",
+    "jumprelu_sparse": ROOT / "configs" / "smollm2_demo_jumprelu.json",
+}
+# What sets L0, by architecture: an option of the demo and a field of the config.
+SPARSITY_FIELDS = {"topk_sparse": "k", "jumprelu_sparse": "l0_coefficient"}
 IMPLEMENTATIONS = ("auto", "triton", "torch", "dense")
 
 # The config's sizes are for a CPU; at those a GPU would mostly wait for its host.
@@ -43,7 +47,8 @@ class DemoError(Exception):
 
 def parse_options(args: Sequence[str]) -> argparse.Namespace:
     """Read the command line; a value that cannot work ends the program and names its option."""
-    config = json.loads(DEMO_CONFIG.read_text())
+    configs = {name: json.loads(path.read_text()) for name, path in DEMO_CONFIGS.items()}
+    config = configs["topk_sparse"]  # in what they share
     sae, batch_size = config["sae"], config["train_batch_size_tokens"]
     parser = argparse.ArgumentParser(
         prog="demo.sh",
@@ -59,7 +64,7 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     add(
         "--architecture",
         "the sparse architecture; its stock counterpart is the other arm",
-        choices=STOCK_COUNTERPARTS,
+        choices=DEMO_CONFIGS,
         default="topk_sparse",
     )
     add(
@@ -75,7 +80,13 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
         default=config["training_tokens"] // batch_size,
     )
     add("--d-sae", "number of latents", f"{sae['d_sae']}, on a GPU {GPU_D_SAE}", type=positive_int)
-    add("--k", "active latents per token", type=positive_int, default=sae["k"])
+    add("--k", "active latents per token of topk_sparse", str(sae["k"]), type=positive_int)
+    add(
+        "--l0-coefficient",
+        "coefficient of the sparsity loss of jumprelu_sparse",
+        str(configs["jumprelu_sparse"]["sae"]["l0_coefficient"]),
+        type=positive_float,
+    )
     add(
         "--batch-size",
         "tokens per step",
@@ -95,7 +106,14 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     options.d_sae = options.d_sae or (GPU_D_SAE if on_gpu else sae["d_sae"])
     options.batch_size = options.batch_size or (GPU_BATCH_SIZE if on_gpu else batch_size)
 
-    if options.k > options.d_sae:
+    for architecture, field in SPARSITY_FIELDS.items():
+        if architecture == options.architecture:
+            if getattr(options, field) is None:
+                setattr(options, field, configs[architecture]["sae"][field])
+        elif getattr(options, field) is not None:
+            option = field.replace("_", "-")
+            parser.error(f"argument --{option}: {options.architecture} has no such setting")
+    if options.k is not None and options.k > options.d_sae:
         parser.error(f"argument --k: {options.k} is more than the {options.d_sae} of --d-sae")
     largest_batch = config["n_batches_in_buffer"] * config["context_size"] // 2
     if options.batch_size > largest_batch:
@@ -122,6 +140,17 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
 def device_name(text: str) -> str:
     """argparse type: a device on which this PyTorch can put a tensor."""
     try:
@@ -134,14 +163,15 @@ def device_name(text: str) -> str:
 
 def arm_config(options: argparse.Namespace, architecture: str) -> dict[str, Any]:
     """The SAELens runner config of one arm: the demo's config with the options put in."""
-    config = json.loads(DEMO_CONFIG.read_text())
+    config = json.loads(DEMO_CONFIGS[options.architecture].read_text())
+    sparsity_field = SPARSITY_FIELDS[options.architecture]
     activations = "activations"
     if options.text_tokens is not None:
         activations += f"-{options.text_tokens}-tokens"
     config["sae"] |= {
         "architecture": architecture,
         "d_sae": options.d_sae,
-        "k": options.k,
+        sparsity_field: getattr(options, sparsity_field),
         "device": options.device,
         "implementation": options.implementation,
     }
@@ -330,7 +360,7 @@ def main(args: Sequence[str]) -> int:
     """Entry point; returns the exit status."""
     options = parse_options(args)
     folders: list[Path] = []
-    for architecture in (STOCK_COUNTERPARTS[options.architecture], options.architecture):
+    for architecture in (options.architecture.removesuffix("_sparse"), options.architecture):
         folders.append(options.output / architecture)
         folders[-1].mkdir(parents=True, exist_ok=True)
         config = json.dumps(arm_config(options, architecture), indent=2)

@@ -44,6 +44,8 @@ class TurnTakingTrainer(SAETrainer[Any, Any]):
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         self.batches_crc32 = zlib.crc32(batch.cpu().numpy().tobytes(), self.batches_crc32)
         self.wait_for_turn()
+        # Of a sparse SAE; what it is may change from step to step.
+        choice = getattr(self.sae, "implementation", None)
 
         self.memory.begin_step()
         self.synchronize()
@@ -65,6 +67,7 @@ class TurnTakingTrainer(SAETrainer[Any, Any]):
                     "explained_variance": metrics["metrics/explained_variance"],
                     "l0": metrics["metrics/l0"],
                     "dead_latents": metrics["sparsity/dead_features"],
+                    "implementation": None if choice is None else choice.name,
                     "peak_memory_bytes": self.memory.peak_bytes,
                     "batches_crc32": self.batches_crc32,
                     "threads": torch.get_num_threads(),

@@ -25,7 +25,7 @@ import transformers
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_demo.json"
+DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_demo_topk.json"
 
 
 def make_once(target: Path, make: Callable[[Path], None]) -> None:

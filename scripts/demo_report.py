@@ -6,6 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -29,6 +30,7 @@ class Step:
     explained_variance: float
     l0: float
     dead_latents: int
+    implementation: str | None
     peak_memory_bytes: int | None
     batches_crc32: int
     threads: int
@@ -47,6 +49,7 @@ class Summary:
     dead_latents: int
     ms_per_step: float
     ms_per_step_with_aux_loss: float | None
+    ms_per_final_step: float | None
     total_seconds: float
     tokens_per_second: float
     peak_memory_mib: float | None
@@ -72,12 +75,21 @@ def summarize(architecture: str, steps: Sequence[Step], batch_size: int) -> Summ
         dead_latents=steps[-1].dead_latents,
         ms_per_step=1e3 * median(plain or with_aux_loss),
         ms_per_step_with_aux_loss=1e3 * median(with_aux_loss) if with_aux_loss else None,
+        # Where L0 falls, so does what a step of the sparse arm costs.
+        ms_per_final_step=1e3 * median(step.seconds for step in final)
+        if l0_varies(steps)
+        else None,
         total_seconds=total_seconds,
         tokens_per_second=batch_size * len(steps) / total_seconds,
         peak_memory_mib=None if peak is None else peak / 2**20,
         batches_crc32=steps[-1].batches_crc32,
         threads=steps[-1].threads,
     )
+
+
+def l0_varies(steps: Sequence[Step]) -> bool:
+    """Whether the number of active latents is not fixed by the architecture."""
+    return max(step.l0 for step in steps) > 2 * min(step.l0 for step in steps)
 
 
 def format_table(stock: Summary, sparse: Summary) -> str:
@@ -96,6 +108,7 @@ def format_table(stock: Summary, sparse: Summary) -> str:
     add("dead latents", "dead_latents", "{:,}", lambda a, b: f"{b - a:+,}")
     add("ms per SAE step (median)", "ms_per_step", "{:.1f}", _speed)
     add("  with dead latents (AuxK)", "ms_per_step_with_aux_loss", "{:.1f}", _speed)
+    add("  at the final L0", "ms_per_final_step", "{:.1f}", _speed)
     add("all SAE steps, s", "total_seconds", "{:.1f}", _speed)
     add("tokens/s", "tokens_per_second", "{:,.0f}", lambda a, b: _speed(b, a))
     add("memory that training adds, MiB", "peak_memory_mib", "{:,.0f}", _share)
@@ -129,15 +142,17 @@ def headline(stock: Summary, sparse: Summary) -> str:
 
 
 def plot(arms: Mapping[str, Sequence[Step]], title: str, path: Path) -> None:
-    """Draw the loss over steps and over seconds, both arms in each.
+    """Draw the loss over steps and over seconds, and L0 where it varies, both arms in each.
 
     Args:
         arms: The steps of the stock arm and of the sparse arm, in this order.
         title: Stands above both panels.
         path: The PNG to write.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    by_step, by_second = figure.subplots(1, 2, sharey=True)
+    with_l0 = any(l0_varies(steps) for steps in arms.values())
+    figure = Figure(figsize=(16 if with_l0 else 11, 4.6), layout="constrained")
+    by_step, by_second, *others = figure.subplots(1, 3 if with_l0 else 2)
+    by_second.sharey(by_step)
     # A broad line for stock under a thin one: both stay visible where they coincide.
     styles = [
         {"color": STOCK_COLOR, "linewidth": 4.5, "alpha": 0.5},
@@ -148,6 +163,8 @@ def plot(arms: Mapping[str, Sequence[Step]], title: str, path: Path) -> None:
         seconds = list(accumulate(step.seconds for step in steps))
         by_step.plot([step.step for step in steps], losses, label=architecture, **style)
         by_second.plot(seconds, losses, **style)
+        for l0_by_step in others:
+            l0_by_step.plot([step.step for step in steps], [step.l0 for step in steps], **style)
         by_second.axvline(seconds[-1], color=style["color"], linestyle=":", linewidth=1)
         by_second.text(
             seconds[-1],
@@ -187,8 +204,35 @@ def plot(arms: Mapping[str, Sequence[Step]], title: str, path: Path) -> None:
     by_step.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     by_step.yaxis.set_minor_locator(NullLocator())
     by_step.legend(frameon=False, loc="upper right")
-    for axes in (by_step, by_second):
+    for l0_by_step in others:
+        l0_by_step.set(
+            title="Active latents",
+            xlabel="training step",
+            ylabel="L0 (active latents per token)",
+            yscale="log",
+        )
+        _mark_switch(l0_by_step, sparse)
+    for axes in (by_step, by_second, *others):
         axes.grid(visible=True, color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=150)
+
+
+def _mark_switch(axes: Axes, steps: Sequence[Step]) -> None:
+    """Say where the sparse arm went over from dense products to sparse ones."""
+    switch = next((step.step for step in steps if step.implementation != "fused"), None)
+    if switch is None or switch == steps[0].step:
+        return
+    axes.axvline(switch, color="0.6", linestyle=":", linewidth=1)
+    in_left_half = switch < steps[-1].step / 2
+    axes.text(
+        switch,
+        0.97 if in_left_half else 0.03,
+        " from here on only what \n is active is computed ",
+        transform=axes.get_xaxis_transform(),
+        ha="left" if in_left_half else "right",
+        va="top" if in_left_half else "bottom",
+        color="0.4",
+        fontsize="small",
+    )

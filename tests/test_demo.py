@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def steps_of_an_arm(seconds: float, loss: float = 8.0, n_steps: int = 40) -> lis
             explained_variance=1 - 1 / (index + 1),
             l0=32.0,
             dead_latents=0 if index < n_steps // 2 else 100,
+            implementation=None,
             peak_memory_bytes=2**20 * 300,
             batches_crc32=7,
             threads=2,
@@ -48,11 +50,21 @@ def steps_of_an_arm(seconds: float, loss: float = 8.0, n_steps: int = 40) -> lis
 def test_options_have_working_defaults(tmp_path: Path) -> None:
     options = demo.parse_options(["--device", "cpu", "--output", str(tmp_path)])
     assert (options.steps, options.d_sae, options.batch_size, options.k) == (160, 8192, 1024, 32)
-    for architecture in ("topk", "topk_sparse"):
-        config = demo.arm_config(options, architecture)
-        loaded = LanguageModelSAERunnerConfig.from_dict(config)
-        assert loaded.sae.architecture() == architecture
-        assert loaded.total_training_steps == 160
+    for name in demo.DEMO_CONFIGS:
+        options = demo.parse_options(["--device", "cpu", "--architecture", name])
+        for architecture in (name.removesuffix("_sparse"), name):
+            config = demo.arm_config(options, architecture)
+            loaded = LanguageModelSAERunnerConfig.from_dict(config)
+            assert loaded.sae.architecture() == architecture
+            assert loaded.total_training_steps == options.steps
+            assert loaded.sae.d_sae == 8192
+
+
+def test_jumprelu_takes_its_own_option() -> None:
+    options = demo.parse_options(["--architecture=jumprelu_sparse", "--l0-coefficient=0.25"])
+    config = demo.arm_config(options, "jumprelu")
+    assert config["sae"]["l0_coefficient"] == 0.25
+    assert "k" not in config["sae"]
 
 
 def test_the_arms_differ_in_architecture_and_output_alone(tmp_path: Path) -> None:
@@ -75,6 +87,12 @@ def test_the_arms_differ_in_architecture_and_output_alone(tmp_path: Path) -> Non
         (["--architecture", "topk"], "argument --architecture: invalid choice: 'topk'"),
         (["--implementation", "fast"], "argument --implementation: invalid choice: 'fast'"),
         (["--output", __file__], "argument --output: "),
+        (["--l0-coefficient", "2"], "argument --l0-coefficient: topk_sparse has no such setting"),
+        (["--l0-coefficient", "-1"], "argument --l0-coefficient: '-1' is not a positive number"),
+        (
+            ["--architecture", "jumprelu_sparse", "--k", "3"],
+            "argument --k: jumprelu_sparse has no such setting",
+        ),
     ],
 )
 def test_a_bad_value_names_its_option(
@@ -167,14 +185,39 @@ def test_table_has_no_row_for_what_could_not_be_measured() -> None:
     assert "AuxK" not in table
 
 
+def steps_whose_l0_falls(seconds: float) -> list[Step]:
+    """An arm that gets faster in its second half, when few latents are active."""
+    return [
+        replace(
+            step,
+            seconds=seconds * (2 if step.step <= 20 else 1),
+            aux_loss=0.0,
+            l0=4000 / step.step,
+            implementation="fused" if step.step <= 20 else "torch",
+        )
+        for step in steps_of_an_arm(seconds)
+    ]
+
+
+def test_where_l0_falls_the_table_tells_the_last_steps_apart() -> None:
+    stock = demo_report.summarize("jumprelu", steps_whose_l0_falls(0.4), batch_size=1000)
+    sparse = demo_report.summarize("jumprelu_sparse", steps_whose_l0_falls(0.1), batch_size=1000)
+    table = demo_report.format_table(stock, sparse)
+    rows = {line[:32].strip(): line[32:].split() for line in table.splitlines()[2:]}
+    assert rows["at the final L0"] == ["400.0", "100.0", "4.00x", "as", "fast"]
+
+
 def test_different_batches_are_not_compared() -> None:
     summary = demo_report.summarize("topk", steps_of_an_arm(0.1), batch_size=1000)
     assert "different batches" in demo_report.headline(summary, replace(summary, batches_crc32=8))
 
 
 @pytest.mark.parametrize("n_steps", [1, 40])
-def test_plot_is_a_png(tmp_path: Path, n_steps: int) -> None:
-    arms = {"topk": steps_of_an_arm(0.4), "topk_sparse": steps_of_an_arm(0.1)}
+@pytest.mark.parametrize("make_steps", [steps_of_an_arm, steps_whose_l0_falls])
+def test_plot_is_a_png(
+    tmp_path: Path, n_steps: int, make_steps: Callable[[float], list[Step]]
+) -> None:
+    arms = {"stock": make_steps(0.4), "sparse": make_steps(0.1)}
     arms = {name: steps[:n_steps] for name, steps in arms.items()}
     demo_report.plot(arms, "a title", tmp_path / "curves.png")
     content = (tmp_path / "curves.png").read_bytes()
@@ -201,7 +244,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_demo(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """The demo as a user starts it, at a size that takes seconds."""
+    """The demo as a user starts it, at a size that takes seconds; later options win."""
     environment = {name: value for name, value in os.environ.items() if "TRITON" not in name}
     small = {"device": "cpu", "steps": 40, "d-sae": 512, "batch-size": 256, "text-tokens": 4096}
     places = {"cache": folder / "cache", "output": folder / "output"}
@@ -236,6 +279,20 @@ def test_demo_from_beginning_to_end(demo_folder: Path) -> None:
     assert (output / "curves.png").exists()
     # The SAE's own firing statistics are saved with it.
     assert (output / "topk_sparse" / "sae" / "sparsity.safetensors").exists()
+
+
+@needs_language_model
+def test_demo_of_jumprelu(demo_folder: Path) -> None:
+    output = demo_folder / "jumprelu"
+    process = run_demo(demo_folder, "--architecture=jumprelu_sparse", f"--output={output}")
+    assert process.returncode == 0, process.stderr
+    assert "JumpReLUSAE (jumprelu), 576 -> 512" in process.stdout
+    stock, sparse = json.loads((output / "results.json").read_text())["arms"]
+    assert stock["batches_crc32"] == sparse["batches_crc32"]
+    assert sparse["first_loss"] == pytest.approx(stock["first_loss"], rel=1e-5)
+    assert sparse["final_mse_loss"] == pytest.approx(stock["final_mse_loss"], rel=0.005)
+    assert sparse["l0"] == pytest.approx(stock["l0"], rel=0.02)
+    assert stock["final_mse_loss"] < stock["first_loss"]
 
 
 def test_a_failed_arm_is_reported_with_its_reason(demo_folder: Path) -> None:
