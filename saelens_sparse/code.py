@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from typing_extensions import override
@@ -192,6 +193,10 @@ class GatedCode(Code):
 
     @override
     def latent_counts(self) -> torch.Tensor:
+        return self._latent_counts
+
+    @cached_property
+    def _latent_counts(self) -> torch.Tensor:
         fired = self.acts.detach().bool().float()
         return segment_totals(self.order, fired, self.backend).to(torch.int32)
 
