@@ -10,7 +10,7 @@ from saelens_sparse.ops.autograd import (
     encode_selected,
     keep_topk,
 )
-from saelens_sparse.ops.gate import GatePattern, start_find_pattern
+from saelens_sparse.ops.gate import GatePattern, PendingPattern, start_find_pattern
 from saelens_sparse.ops.gate_autograd import (
     FiringCounts,
     Gate,
@@ -29,7 +29,13 @@ from saelens_sparse.ops.row_ops import (
     segment_sum,
     segment_totals,
 )
-from saelens_sparse.ops.select import Selection, select_topk, start_select_topk, topk_values
+from saelens_sparse.ops.select import (
+    PendingSelection,
+    Selection,
+    select_topk,
+    start_select_topk,
+    topk_values,
+)
 
 __all__ = [
     "FiringCounts",
@@ -38,6 +44,8 @@ __all__ = [
     "HostCopy",
     "HostCount",
     "LatentOrder",
+    "PendingPattern",
+    "PendingSelection",
     "RaggedRows",
     "RowBlock",
     "Selection",

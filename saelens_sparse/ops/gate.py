@@ -44,6 +44,10 @@ class PendingPattern:
     """A pattern that is queued on the device, and its size, which is on its way.
 
     Work queued between `start_find_pattern` and `result` hides the wait for the size.
+
+    Attributes:
+        pattern: as many of the pairs as there was room for.
+        totals: number of pairs, and of active ones.
     """
 
     def __init__(
@@ -53,13 +57,17 @@ class PendingPattern:
         find_again: Callable[[int], PendingPattern] | None = None,
     ) -> None:
         self.pattern = pattern
-        self._totals = HostCopy(totals)
+        self.totals = HostCopy(totals)
         self._find_again = find_again
+
+    def holds(self) -> bool:
+        """Whether `pattern` has all pairs. Waits until the device has counted them."""
+        return int(self.totals.values()[0]) <= self.pattern.latents.numel()
 
     def result(self) -> GatePattern:
         """The pattern; found again with room for all pairs if there were too many."""
-        n_pairs, n_active = (int(total) for total in self._totals.values())
-        if n_pairs > self.pattern.latents.numel():
+        n_pairs, n_active = (int(total) for total in self.totals.values())
+        if not self.holds():
             assert self._find_again is not None
             return self._find_again(n_pairs).result()
         pattern = self.pattern

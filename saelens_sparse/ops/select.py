@@ -51,9 +51,13 @@ class PendingSelection:
         self._recompute = recompute
         self._n_uncertain = None if uncertain is None else HostCount(uncertain)
 
+    def holds(self) -> bool:
+        """Whether `selection` is right as it stands. Waits until the device has got there."""
+        return self._n_uncertain is None or self._n_uncertain.wait() == 0
+
     def result(self) -> Selection:
         """`selection` itself, or a corrected one if any of its rows was uncertain."""
-        if self._n_uncertain is None or self._n_uncertain.wait() == 0:
+        if self.holds():
             return self.selection
         assert self._uncertain is not None and self._recompute is not None
         rows = self._uncertain.nonzero().squeeze(1)

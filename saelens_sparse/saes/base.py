@@ -25,7 +25,7 @@ from saelens_sparse.implementation import (
     choose_implementation,
 )
 from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, version_of
-from saelens_sparse.ops import HostCount, RowBlock
+from saelens_sparse.ops import HostCount, PendingPattern, PendingSelection, RowBlock
 from saelens_sparse.optim import mark_parameter
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class SparseTrainingSAEMixin(_Base):
 
     b_enc: nn.Parameter
     _dead_count: HostCount | None = None
+    _unchecked: list[PendingSelection | PendingPattern] | None = None
 
     @property
     @abstractmethod
@@ -136,6 +137,31 @@ class SparseTrainingSAEMixin(_Base):
     # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
     @_not_compiled
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        output, holds = self.start_training_forward_pass(step_input)
+        return output if holds() else self._checked_forward_pass(step_input)
+
+    def start_training_forward_pass(
+        self, step_input: TrainStepInput
+    ) -> tuple[TrainStepOutput, Callable[[], bool]]:
+        """
+        A training forward pass that does not wait for the device to say whether it found all that
+        is active.
+
+        Work queued before that is asked hides the wait.
+
+        Returns:
+            The output, and a function that waits and says whether it is right. If not, which is
+            rare, the output and whatever followed from it must be dropped, and
+            `training_forward_pass` called instead.
+        """
+        self._unchecked = []
+        try:
+            output = self._checked_forward_pass(step_input)
+        finally:
+            unchecked, self._unchecked = self._unchecked, None
+        return output, lambda: all(pending.holds() for pending in unchecked)
+
+    def _checked_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
         if mask is not None and self.uses_dead_latents:
@@ -147,6 +173,13 @@ class SparseTrainingSAEMixin(_Base):
         if isinstance(output.feature_acts, SparseFeatureActs):
             output.metrics.update(output.feature_acts.code.metrics)
         return output
+
+    def leaves_unchecked(self, pending: PendingSelection | PendingPattern) -> bool:
+        """Whether the step in progress asks later if `pending` holds, and goes on as if it did."""
+        if self._unchecked is None:
+            return False
+        self._unchecked.append(pending)
+        return True
 
     @property
     def uses_dead_latents(self) -> bool:

@@ -289,12 +289,13 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
         )
-        # Sorting keeps the device busy while the host waits for the number of pairs.
-        order = LatentOrder.of_keys(pending.pattern.keys, d_sae, pending.pattern.ragged)
-        pattern = pending.result()
-        if pattern.keys is not pending.pattern.keys:
+        pattern = pending.pattern
+        # Sorting keeps the device busy if the host waits for the number of pairs.
+        order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
+        if not self.leaves_unchecked(pending) and not pending.holds():
+            pattern = pending.result()
             order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
-        self._gauge.expect(HostCopy(torch.tensor(pattern.totals)), x.shape[0], d_sae)
+        self._gauge.expect(pending.totals, x.shape[0], d_sae)
         dead = find_dead()
         acts, l0, dead_W_enc = encode_gated(
             x,

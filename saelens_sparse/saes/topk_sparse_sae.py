@@ -130,10 +130,11 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         pending = start_select_topk(
             x, W_enc.T, b_enc, norms, self._topk.k, choice.backend, buffer_bytes
         )
-        # Sorting keeps the device busy while the host waits for the selection's check.
-        order = LatentOrder.of_keys(pending.selection.keys, d_sae)
-        selection = pending.result()
-        if selection is not pending.selection:
+        selection = pending.selection
+        # Sorting keeps the device busy if the host waits for the selection's check.
+        order = LatentOrder.of_keys(selection.keys, d_sae)
+        if not self.leaves_unchecked(pending) and not pending.holds():
+            selection = pending.result()
             order = LatentOrder.of_keys(selection.keys, d_sae)
         dead = find_dead()
         acts, dead_W_enc = encode_selected(
