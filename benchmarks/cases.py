@@ -159,6 +159,8 @@ class Arm:
 
     name: str
     sparse: bool = False
+    own_trainer: bool = False
+    """Whether steps are those of `SparseTrainingRunner` instead of SAELens's runner."""
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     """Names of the precisions in which the arm means something."""
     matmul_precision: str = "highest"
@@ -175,6 +177,7 @@ STOCK = Arm("stock")
 STOCK_TF32 = Arm("stock_tf32", precisions=("float32",), matmul_precision="high")
 STOCK_COMPILE = Arm("stock_compile", precisions=("autocast",), prepare=compile_sae)
 SPARSE = Arm("sparse", sparse=True)
+SPARSE_RUNNER = Arm("sparse_runner", sparse=True, own_trainer=True)
 
 
 @dataclass(frozen=True)

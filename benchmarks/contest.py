@@ -219,8 +219,8 @@ def _parse(contest_class: type[Contest[Any]], argv: Sequence[str] | None) -> arg
     parser.add_argument(
         "--arms",
         type=names(arms),
-        default=[STOCK.name, SPARSE.name],
-        help=f"{', '.join(arms)}; by default {SPARSE.name}; {STOCK.name} is always run",
+        default=[arm.name for arm in contest_class.arms if arm.sparse],
+        help=f"{', '.join(arms)}; by default the sparse ones; {STOCK.name} is always run",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--steps", type=int, help="timed steps; by default 20, on a CPU 5")

@@ -12,6 +12,7 @@ import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from benchmarks.training import Inputs, Trainer, hold_dead, implementation_of, train_step
+from saelens_sparse.training import SparseSAETrainer
 
 UNTIMED_STEPS = 3
 PHASE_STEPS = 5
@@ -99,9 +100,10 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
     """
     Median milliseconds by phase; the phases follow each other without gaps.
 
-    "forward" ends where `training_forward_pass` returns, "statistics" where the gradient reaches
-    the loss, "backward" at the last accumulated gradient, "clip" where the optimizer's step
-    begins; "optimizer" lasts until the trainer's step returns.
+    "forward" ends where the forward pass returns, "statistics" where the gradient reaches the
+    loss, "backward" at the last accumulated gradient, "clip" where the optimizer's step begins;
+    "optimizer" lasts until the trainer's step returns. `SparseSAETrainer` takes its statistics
+    where stock clips, and clips in the optimizer.
     """
     watch = Stopwatch(trainer.cfg.device)
     ends: dict[str, Mark] = {}
@@ -110,16 +112,19 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
         ends[name] = watch.mark()
 
     sae = trainer.sae
-    forward = sae.training_forward_pass
+    starts = isinstance(trainer, SparseSAETrainer) and hasattr(sae, "start_training_forward_pass")
+    name = "start_training_forward_pass" if starts else "training_forward_pass"
+    forward = getattr(sae, name)
 
-    def marked_forward(step_input: TrainStepInput) -> TrainStepOutput:
-        output = forward(step_input=step_input)
+    def marked_forward(step_input: TrainStepInput) -> Any:
+        result = forward(step_input=step_input)
         end_phase("forward")
+        output: TrainStepOutput = result[0] if starts else result
         output.loss.register_hook(lambda _: end_phase("statistics"))
-        return output
+        return result
 
-    was_wrapped = "training_forward_pass" in vars(sae)
-    sae.training_forward_pass = marked_forward  # pyright: ignore[reportAttributeAccessIssue]
+    was_wrapped = name in vars(sae)
+    setattr(sae, name, marked_forward)
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda _: end_phase("backward"))
         for parameter in sae.parameters()
@@ -137,9 +142,9 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
         if was_wrapped:
-            sae.training_forward_pass = forward
+            setattr(sae, name, forward)
         else:
-            del sae.training_forward_pass
+            delattr(sae, name)
     return {phase: median(times[phase]) for phase in PHASES}
 
 

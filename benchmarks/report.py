@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.agreement import Differences, kind_of
-from benchmarks.cases import SPARSE, STOCK, TARGETS, Target
+from benchmarks.cases import SPARSE, SPARSE_RUNNER, STOCK, TARGETS, Target
 from benchmarks.measure import PHASES
 from benchmarks.results import RESULTS, Row, load_rows
+
+SPARSE_ARMS = (SPARSE.name, SPARSE_RUNNER.name)
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -30,7 +32,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def speed_table(rows: Sequence[Row]) -> str:
-    """Time and peak memory of the sparse arm beside each other arm's in the same run."""
+    """Time and peak memory of each sparse arm beside each stock arm's in the same run."""
     return _table(
         "case",
         "d_in -> d_sae, active, batch",
@@ -38,10 +40,11 @@ def speed_table(rows: Sequence[Row]) -> str:
         "operation",
         "against",
         "ms",
-        "sparse ms",
+        "arm",
+        "its ms",
         "faster (target)",
         "GiB",
-        "sparse GiB",
+        "its GiB",
         "memory (target)",
         lines=[
             [
@@ -51,6 +54,7 @@ def speed_table(rows: Sequence[Row]) -> str:
                 sparse["operation"],
                 other["arm"],
                 _result(other),
+                sparse["arm"],
                 _result(sparse),
                 _speedup(other, sparse),
                 _gib(other),
@@ -100,14 +104,15 @@ def phase_table(rows: Sequence[Row]) -> str:
 
 
 def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Each other arm's latest row, with the sparse arm's of the same run."""
-    sparse = {(*_contest_key(row), row["date"]): row for row in rows if row["arm"] == SPARSE.name}
-    others = _latest(
-        row
-        for row in rows
-        if row["arm"] != SPARSE.name and (*_contest_key(row), row["date"]) in sparse
-    )
-    return [(row, sparse[(*_contest_key(row), row["date"])]) for row in others]
+    """Each stock arm's latest row with each sparse arm's of the same run."""
+
+    def run_of(row: Row) -> tuple[str, ...]:
+        return (*_contest_key(row), row["date"])
+
+    sparse = [row for row in rows if row["arm"] in SPARSE_ARMS]
+    runs = {run_of(row) for row in sparse}
+    others = _latest(row for row in rows if row["arm"] not in SPARSE_ARMS and run_of(row) in runs)
+    return [(other, row) for other in others for row in sparse if run_of(row) == run_of(other)]
 
 
 def _latest(rows: Iterable[Row]) -> list[Row]:

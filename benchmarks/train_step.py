@@ -18,6 +18,7 @@ from benchmarks.agreement import Trajectory, rehearse
 from benchmarks.cases import (
     DEFAULT_STEP_CASES,
     SPARSE,
+    SPARSE_RUNNER,
     STEP_CASES,
     STOCK,
     STOCK_COMPILE,
@@ -37,7 +38,7 @@ class StepContest(Contest[Trainer]):
     operations = ("step",)
     cases = STEP_CASES
     default_cases = DEFAULT_STEP_CASES
-    arms = (STOCK, STOCK_TF32, STOCK_COMPILE, SPARSE)
+    arms = (STOCK, STOCK_TF32, STOCK_COMPILE, SPARSE, SPARSE_RUNNER)
 
     @override
     def build(self, arm: Arm, precision: Precision, heat: Heat) -> Trainer:

@@ -18,6 +18,7 @@ from benchmarks.cases import LEARNING_RATE, SPARSE, Arm, Case, Precision
 from benchmarks.data import MAX_FEATURES, ActivationStream
 from benchmarks.weights import calibrate, plant_features
 from saelens_sparse.saes.base import SparseTrainingSAEMixin  # also registers the architectures
+from saelens_sparse.training import SparseSAETrainer
 
 Trainer = SAETrainer[TrainingSAE[Any], Any]
 
@@ -84,6 +85,8 @@ def build_trainer(
         sae=sae,
         data_provider=itertools.cycle(batches),
     )
+    if arm.own_trainer:
+        trainer = SparseSAETrainer.taking_over(trainer)
     if arm.prepare is not None:
         arm.prepare(sae)
     return trainer

@@ -13,14 +13,17 @@ from saelens_sparse.saes.jumprelu_sparse_sae import (
     SparseJumpReLUTrainingSAEConfig,
 )
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saelens_sparse.training import SparseMultiSAETrainingRunner, SparseTrainingRunner
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SparseJumpReLUTrainingSAE",
     "SparseJumpReLUTrainingSAEConfig",
+    "SparseMultiSAETrainingRunner",
     "SparseTopKTrainingSAE",
     "SparseTopKTrainingSAEConfig",
+    "SparseTrainingRunner",
     "register",
 ]
 

@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import (
     _parse_cfg_args,  # pyright: ignore[reportPrivateUsage]
 )
 
 import saelens_sparse
+from saelens_sparse.training import SparseTrainingRunner
 
 USAGE = """\
 usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...]
        saelens-sparse train --config FILE.json
 
-Trains an SAE with SAELens's LanguageModelSAETrainingRunner. The flags are SAELens's own
+Trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrainingRunner with a faster
+step for sparse architectures. The flags are SAELens's own
 (`saelens-sparse train --help` lists them); FILE.json is what
 LanguageModelSAERunnerConfig.to_dict() gives.
 """
@@ -87,7 +89,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"saelens-sparse: {error}", file=sys.stderr)
         return 2
-    LanguageModelSAETrainingRunner(cfg).run()
+    SparseTrainingRunner(cfg).run()
     return 0
 
 

@@ -8,10 +8,13 @@ all optimizers; for parameter groups of sparse SAEs it
 - gives gradients and moments the strides of their weight (a stock checkpoint brings its own).
 
 What `state_dict()` returns stays what stock writes: stock's options, contiguous moments.
+
+`ClippingAdam` is that Adam with the clipping that SAELens's trainer does before it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 from weakref import WeakSet
@@ -20,6 +23,9 @@ import torch
 from torch.autograd.graph import increment_version
 from torch.optim import Adam, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from typing_extensions import override
+
+from saelens_sparse.implementation import triton_problem
 
 _MARK = "_saelens_sparse_fused_adam"
 _SWITCHED = "saelens_sparse_fused"  # key of groups that were fused here; never saved
@@ -52,7 +58,7 @@ def _prepare(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _choose_fused(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    wanted = type(optimizer) is Adam and all(
+    wanted = type(optimizer) in (Adam, ClippingAdam) and all(
         getattr(parameter, _MARK, False) for parameter in group["params"]
     )
     if group.get(_SWITCHED) and not wanted:
@@ -98,3 +104,71 @@ def _write_as_stock(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:  
         }
         for index, state in state_dict["state"].items()
     }
+
+
+class ClippingAdam(Adam):
+    """
+    `torch.nn.utils.clip_grad_norm_` and Adam in one pass over parameters, gradients and moments.
+
+    Gradients are left as they are; the update sees them scaled. Same update as one after the
+    other up to rounding, same state.
+
+    Args:
+        params: as for `torch.optim.Adam`, as all other arguments; `closure` is not supported.
+        max_norm: the norm of all gradients together is clipped to this.
+    """
+
+    def __init__(self, params: Any, *, max_norm: float, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.max_norm = max_norm
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        if closure is not None:
+            raise ValueError("closure must be None: gradients are clipped once a step")
+        gradients = [
+            parameter.grad
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not gradients:
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # The fused kernels divide by a float32.
+        in_float32 = all(gradient.dtype != torch.float64 for gradient in gradients)
+        if not in_float32 or not all(group.get(_SWITCHED) for group in self.param_groups):
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+            super().step()
+            return
+        # As clip_grad_norm_: gradients / divisor = gradients * min(1, max_norm / (norm + 1e-6)).
+        divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
+        if all(g.is_cuda and triton_problem(g.device, g.dtype) is None for g in gradients):
+            self._step_by_kernel(divisor)
+            return
+        self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
+        try:
+            super().step()
+        finally:
+            del self.grad_scale
+
+    def _step_by_kernel(self, divisor: torch.Tensor) -> None:
+        from saelens_sparse.ops.adam_triton import adam_update
+
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), device=parameter.device)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(parameter)
+                state["step"] += 1
+                adam_update(
+                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"],
+                    state["step"], divisor, group["lr"], beta1, beta2, group["eps"],
+                )  # fmt: skip

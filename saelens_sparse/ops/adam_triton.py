@@ -1,0 +1,87 @@
+"""Triton kernel of an Adam update that divides gradients on the way."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from saelens_sparse.ops.device import on_device_of_arguments
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _adam_kernel(
+    parameter_ptr,  # [n], as all but the last two
+    gradient_ptr,
+    first_moment_ptr,
+    second_moment_ptr,
+    step_ptr,  # one element, float32
+    divisor_ptr,  # one element
+    n,
+    lr,
+    log_beta1,
+    log_beta2,
+    rest1,
+    rest2,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) on gradient / divisor."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = i < n
+    step = tl.load(step_ptr).to(tl.float64)
+    correction1 = (1.0 - tl.exp(step * log_beta1)).to(tl.float32)
+    correction2 = tl.sqrt((1.0 - tl.exp(step * log_beta2)).to(tl.float32))
+    gradient = tl.load(gradient_ptr + i, mask=live, other=0.0).to(tl.float32)
+    gradient = gradient / tl.load(divisor_ptr).to(tl.float32)
+    first = tl.load(first_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
+    second = tl.load(second_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
+    first += rest1 * (gradient - first)
+    second += rest2 * (gradient * gradient - second)
+    parameter = tl.load(parameter_ptr + i, mask=live, other=0.0).to(tl.float32)
+    parameter -= (lr / correction1) * first / (tl.sqrt(second) / correction2 + eps)
+    tl.store(parameter_ptr + i, parameter.to(parameter_ptr.dtype.element_ty), mask=live)
+    tl.store(first_moment_ptr + i, first.to(first_moment_ptr.dtype.element_ty), mask=live)
+    tl.store(second_moment_ptr + i, second.to(second_moment_ptr.dtype.element_ty), mask=live)
+
+
+@on_device_of_arguments
+def adam_update(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    first_moment: torch.Tensor,
+    second_moment: torch.Tensor,
+    step: torch.Tensor,
+    divisor: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """Update a parameter and its moments in place, in one pass.
+
+    Args:
+        parameter: any shape, without gaps in memory.
+        gradient: same shape and strides, as the moments.
+        first_moment: running mean of the gradients.
+        second_moment: running mean of their squares.
+        step: one element, float32, the number of this update, counted from one.
+        divisor: one element, what the gradient is divided by first.
+        lr: learning rate.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the root of the second moment.
+    """
+    n = parameter.numel()
+    if n == 0:
+        return
+    _adam_kernel[(triton.cdiv(n, _BLOCK),)](
+        parameter, gradient, first_moment, second_moment, step, divisor, n, lr,
+        _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, eps, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf

@@ -1,0 +1,170 @@
+"""SAELens's training runners with a step of their own for sparse SAEs.
+
+Everything but the step is SAELens's: activation store, schedules, checkpoints, logging, evals.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.optim import get_lr_scheduler
+from sae_lens.training.sae_trainer import SAETrainer
+from typing_extensions import override
+
+from saelens_sparse.optim import ClippingAdam
+from saelens_sparse.saes.base import SparseTrainingSAEMixin
+
+# As in SAELens, which does not make it an option.
+MAX_GRADIENT_NORM = 1.0
+
+
+class SparseSAETrainer(SAETrainer[Any, Any]):
+    """
+    SAELens's trainer, whose step keeps the device busy and passes over the parameters once.
+
+    The host asks whether the sparse code was complete only when the whole step but the update is
+    queued; a step for which it was not is taken again. Gradients are clipped inside the update.
+    The state that it saves is SAELens's, and loads in SAELens's trainer; SAEs that are not sparse
+    are trained as there.
+    """
+
+    optimizer: torch.optim.Adam
+
+    @classmethod
+    def taking_over(cls, trainer: SAETrainer[Any, Any]) -> SparseSAETrainer:
+        """A trainer that goes on where `trainer`, new or resumed, stands; which is then done."""
+        own = cls(
+            cfg=trainer.cfg,
+            sae=trainer.sae,
+            data_provider=trainer.data_provider,
+            evaluator=trainer.evaluator,
+            save_checkpoint_fn=trainer.save_checkpoint_fn,
+        )
+        own.optimizer.load_state_dict(trainer.optimizer.state_dict())
+        own.lr_scheduler.load_state_dict(trainer.lr_scheduler.state_dict())
+        for name in (
+            "activation_scaler",
+            "n_training_steps",
+            "n_training_samples",
+            "started_fine_tuning",
+            "act_freq_scores",
+            "n_forward_passes_since_fired",
+            "n_frac_active_samples",
+            "coefficient_schedulers",
+            "checkpoint_thresholds",
+        ):
+            setattr(own, name, getattr(trainer, name))
+        return own
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.sae, SparseTrainingSAEMixin):
+            return
+        cfg = self.cfg
+        assert cfg.lr_end is not None  # set by SAELens's config
+        self.optimizer = ClippingAdam(
+            self.sae.parameters(),
+            max_norm=MAX_GRADIENT_NORM,
+            lr=cfg.lr,
+            betas=(cfg.adam_beta1, cfg.adam_beta2),
+        )
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            lr=cfg.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            training_steps=cfg.total_training_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
+
+    @override
+    def _train_step(self, sae: TrainingSAE[Any], sae_in: torch.Tensor) -> TrainStepOutput:
+        if not isinstance(sae, SparseTrainingSAEMixin):
+            return super()._train_step(sae, sae_in)
+        sae.train()
+        step_input = TrainStepInput(
+            sae_in=sae_in,
+            dead_neuron_mask=self.dead_neurons,
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
+        with self.autocast_if_enabled:
+            output, holds = sae.start_training_forward_pass(step_input)
+        output.loss.backward()
+        if not holds():
+            self.optimizer.zero_grad()
+            with self.autocast_if_enabled:
+                output = sae.training_forward_pass(step_input)
+            output.loss.backward()
+        self._count_firings(output)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        return output
+
+    @torch.no_grad()
+    def _count_firings(self, output: TrainStepOutput) -> None:
+        firing_counts = output.feature_acts.bool().float().sum(0)
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired.masked_fill_(firing_counts > 0, 0)
+        self.act_freq_scores += firing_counts
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+
+
+class SparseTrainingRunner(LanguageModelSAETrainingRunner):
+    """
+    SAELens's `LanguageModelSAETrainingRunner` with the step of `SparseSAETrainer`.
+
+    Takes the same configs, and trains architectures that are not sparse as stock does. An
+    interrupted run leaves a whole checkpoint where `checkpoint_path` says.
+    """
+
+    trainer: SparseSAETrainer
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        self.trainer = SparseSAETrainer.taking_over(trainer)
+        return super().run_trainer_with_interruption_handling(self.trainer)
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        if checkpoint_path is not None and not checkpoint_path.exists():
+            # An interruption: SAELens names a folder that nobody has made or written weights to.
+            # The trainer does, and comes back here for the rest.
+            self.trainer.save_checkpoint(checkpoint_path.name, checkpoint_path.parent)
+        else:
+            super().save_checkpoint(checkpoint_path)
+
+    @override
+    def save_final_sae(
+        self, sae: Any, output_path: str, log_feature_sparsity: torch.Tensor | None = None
+    ) -> None:
+        # The trainer that SAELens's runner asks for its statistics is not the one that trained.
+        if log_feature_sparsity is not None:
+            log_feature_sparsity = self.trainer.log_feature_sparsity
+        super().save_final_sae(sae, output_path, log_feature_sparsity)
+
+
+class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
+    """SAELens's `MultiSAETrainingRunner` with the step of `SparseSAETrainer` for each SAE."""
+
+    @override
+    def _run_with_interruption_handling(
+        self, trainer: MultiSAETrainer
+    ) -> dict[str, TrainingSAE[Any]]:
+        trainer.trainers = {
+            name: SparseSAETrainer.taking_over(single) for name, single in trainer.trainers.items()
+        }
+        return super()._run_with_interruption_handling(trainer)
