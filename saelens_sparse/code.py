@@ -181,7 +181,7 @@ class GatedCode(Code):
         dense = self.acts.new_zeros(n_rows, self.d_sae + 1)
         # Pairs that are not of the pattern have the key d_sae, a column of their own.
         place = (self.pattern.ragged.rows.long(), self.pattern.keys.long())
-        return dense.index_put(place, self.acts)[:, :-1]
+        return dense.index_put(place, self.acts)[:, :-1].contiguous()
 
     @override
     def firing(self) -> torch.Tensor:

@@ -106,7 +106,7 @@ class OnDemandTensor(torch.Tensor):
                 result = args[0].answer(func, args, kwargs)
                 if result is not NotImplemented:
                     return result
-        return func(*_ordinary(args), **_ordinary(kwargs))
+        return func(*ordinary(args), **ordinary(kwargs))
 
     @classmethod
     def __torch_dispatch__(
@@ -117,10 +117,11 @@ class OnDemandTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # Reached only by callers that bypass __torch_function__.
-        return func(*_ordinary(args), **_ordinary(kwargs or {}))
+        return func(*ordinary(args), **ordinary(kwargs or {}))
 
 
-def _ordinary(tree: Any) -> Any:
+def ordinary(tree: Any) -> Any:
+    """A tensor, or a structure of them, with those that are made on demand made."""
     return tree_map(lambda x: x.materialized() if isinstance(x, OnDemandTensor) else x, tree)
 
 

@@ -10,6 +10,7 @@ from saelens_sparse.ops.autograd import (
     encode_selected,
     keep_topk,
 )
+from saelens_sparse.ops.dense_gate import matmul_dtype
 from saelens_sparse.ops.gate import GatePattern, PendingPattern, start_find_pattern
 from saelens_sparse.ops.gate_autograd import (
     FiringCounts,
@@ -59,6 +60,7 @@ __all__ = [
     "gather_dot",
     "gather_sum",
     "keep_topk",
+    "matmul_dtype",
     "segment_sum",
     "segment_totals",
     "select_topk",

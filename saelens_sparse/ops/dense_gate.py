@@ -39,7 +39,7 @@ def dense_gate(
     active = pre_acts > gate
     row_counts = active.sum(1, dtype=torch.int32)
     latent_counts = active.sum(0, dtype=torch.int32)
-    n_pairs = (pre_acts > gate - bandwidth / 2).sum()
+    n_pairs = (pre_acts <= gate - bandwidth / 2).logical_not_().sum()  # a NaN is a pair
     acts = pre_acts.mul_(active).to(acts_dtype)
     return acts, row_counts, latent_counts, torch.stack([n_pairs, row_counts.sum()])
 
@@ -96,6 +96,14 @@ def dense_gate_gradients(
         grad_pre_acts.sum(0),
         straight_through.sum(0).neg_(),
     )
+
+
+def matmul_dtype(operand: torch.Tensor) -> torch.dtype:
+    """The dtype in which a product with this operand runs: autocast's, which spares float64."""
+    device = operand.device.type
+    if operand.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return operand.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -63,7 +63,8 @@ def _dense_gate_kernel(
             row_parts_ptr + rows.to(tl.int64) * T + tile, tl.sum(counted, axis=1), mask=rows < N
         )
         latent_counts += counted
-        pairs += (mask & (pre_act > gate - half_bandwidth)).to(tl.int32)
+        outside = pre_act <= gate - half_bandwidth  # a NaN is not
+        pairs += (mask & (outside == 0)).to(tl.int32)
     out = block.to(tl.int64) * L + cols
     tl.store(latent_parts_ptr + out, tl.sum(latent_counts, axis=0), mask=col_mask)
     tl.store(pair_parts_ptr + block * T + tile, tl.sum(tl.sum(pairs, axis=1), axis=0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,15 +70,7 @@ class PendingPattern:
         if not self.holds():
             assert self._find_again is not None
             return self._find_again(n_pairs).result()
-        pattern = self.pattern
-        return GatePattern(
-            pattern.latents,
-            pattern.keys,
-            pattern.pre_acts,
-            pattern.ragged,
-            pattern.row_counts,
-            (n_pairs, n_active),
-        )
+        return replace(self.pattern, totals=(n_pairs, n_active))
 
 
 @torch.no_grad()
@@ -115,16 +107,27 @@ def start_find_pattern(
         from saelens_sparse.ops import gate_triton
 
         if gate_triton.can_screen(x):
-
-            @torch.no_grad()
-            def find(capacity: int) -> PendingPattern:
-                found = gate_triton.find_pattern(
-                    x, weight, bias, threshold, bandwidth, capacity, buffer_bytes
-                )
-                return PendingPattern(*found, find)
-
-            return find(capacity)
+            return _find_by_screen(x, weight, bias, threshold, bandwidth, capacity, buffer_bytes)
     return _find_by_chunks(x, weight, bias, threshold, bandwidth, buffer_bytes)
+
+
+@torch.no_grad()
+def _find_by_screen(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor,
+    bandwidth: float,
+    capacity: int,
+    buffer_bytes: int,
+) -> PendingPattern:
+    from saelens_sparse.ops.gate_triton import find_pattern
+
+    arguments = (x, weight, bias, threshold, bandwidth)
+    pattern, totals = find_pattern(*arguments, capacity, buffer_bytes)
+    return PendingPattern(
+        pattern, totals, lambda room: _find_by_screen(*arguments, room, buffer_bytes)
+    )
 
 
 def _find_by_chunks(
@@ -149,13 +152,11 @@ def _find_by_chunks(
         inside = pre_acts.lt(edge).logical_not_()  # a NaN is inside
         rows, latents = inside.nonzero().unbind(1)
         values = pre_acts[rows, latents]
-        row_counts = torch.zeros(pre_acts.shape[0], dtype=torch.int32, device=x.device)
-        active = values > gate[latents]
-        row_counts.index_add_(0, rows, active.to(torch.int32))
-        parts.append((latents, values, rows + start, row_counts))
-    latents, values, rows, row_counts = (torch.cat(part) for part in zip(*parts, strict=True))
-    lengths = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    lengths.index_add_(0, rows, torch.ones_like(rows))
+        row_counts = (pre_acts > gate).sum(1, dtype=torch.int32)
+        parts.append((latents, values, rows + start, row_counts, inside.sum(1)))
+    latents, values, rows, row_counts, lengths = (
+        torch.cat(part) for part in zip(*parts, strict=True)
+    )
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     pattern = GatePattern(
         latents=latents,

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.autograd import RowBlock, add_block
-from saelens_sparse.ops.dense_gate import dense_gate, dense_gate_gradients, matmul
+from saelens_sparse.ops.dense_gate import dense_gate, dense_gate_gradients, matmul, matmul_dtype
 from saelens_sparse.ops.gate import GatePattern
 from saelens_sparse.ops.latent_order import LatentOrder
 from saelens_sparse.ops.row_ops import gather_sum, segment_sum, segment_totals
@@ -116,9 +116,7 @@ def encode_gated_densely(
     Returns:
         Activations `[n_rows, d_sae]`, L0 `[n_rows]`, the block or None, and the counts.
     """
-    compute_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        compute_dtype = torch.get_autocast_dtype(x.device.type)
+    compute_dtype = matmul_dtype(x)
     acts, l0, rows, *counts = _EncodeGatedDensely.apply(  # pyright: ignore[reportGeneralTypeIssues]
         x, weight, bias, threshold, input_bias, gate, block, backend, compute_dtype,
         acts_dtype or compute_dtype,
@@ -140,11 +138,8 @@ def decode_densely(
     Returns:
         The product, `[n_rows, d_in]` in the dtype of `weight`, and the block or None.
     """
-    compute_dtype = weight.dtype
-    if torch.is_autocast_enabled(weight.device.type):
-        compute_dtype = torch.get_autocast_dtype(weight.device.type)
     return _DecodeDensely.apply(  # pyright: ignore[reportReturnType]
-        acts, weight, block, backend, compute_dtype
+        acts, weight, block, backend, matmul_dtype(weight)
     )
 
 
@@ -194,7 +189,7 @@ class _EncodeGated(torch.autograd.Function):
         if grads[0] is not None:
             grad_acts = grads[0].to(sum_dtype)
         distance = (pattern.pre_acts - gates).to(sum_dtype) / gate.bandwidth
-        # Of a pattern, and of these only: keys beyond d_sae are not summed.
+        # Pairs that are not of the pattern get values too, but sums over latents skip them.
         straight_through = gates * grad_acts
         if grads[1] is not None:
             straight_through = straight_through + grads[1].to(sum_dtype)[pattern.ragged.rows]

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from saelens_sparse.ops.dense_gate import matmul_dtype
+
 # Rows up to this width are held in one program's registers.
 MAX_D_IN = 32768
 # Beyond this a launch grid would exceed CUDA's limit.
@@ -133,9 +135,7 @@ class Screen:
         norms: torch.Tensor | None = None,
     ) -> Screen:
         """The screen of an encoder's operands, which are contiguous; obeys autocast."""
-        compute_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            compute_dtype = torch.get_autocast_dtype(x.device.type)
+        compute_dtype = matmul_dtype(x)
         exact = compute_dtype != torch.float32
         bias32 = bias.float().contiguous()
         if exact:

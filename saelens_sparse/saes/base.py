@@ -75,6 +75,7 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
                     f"decoder_init_norm must be positive or None; got {self.decoder_init_norm}"
                 )
         require_bool("fused_adam", self.fused_adam)
+        require_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
         if not str_to_dtype(self.dtype).is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
         require_choice("implementation", self.implementation, IMPLEMENTATIONS)
@@ -95,6 +96,11 @@ class SparseTrainingSAEMixin(_Base):
     b_enc: nn.Parameter
     _dead_count: HostCount | None = None
     _unchecked: list[PendingSelection | PendingPattern] | None = None
+    _in_training_step = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_state_dict_post_hook(_write_as_stock)
 
     @property
     @abstractmethod
@@ -166,9 +172,11 @@ class SparseTrainingSAEMixin(_Base):
         # Queued first, the count has reached the host by the time that the encoder asks for it.
         if mask is not None and self.uses_dead_latents:
             self._dead_count = HostCount(mask)
+        self._in_training_step = True
         try:
             output = super().training_forward_pass(step_input)
         finally:
+            self._in_training_step = False
             self._dead_count = None
         if isinstance(output.feature_acts, SparseFeatureActs):
             output.metrics.update(output.feature_acts.code.metrics)
@@ -250,6 +258,8 @@ class SparseTrainingSAEMixin(_Base):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Forward pass through the SAE, as stock's; nothing dense unless a hook asks for it."""
+        if self.implementation.name == "dense":
+            return super().forward(x)
         sae_out = self.decode(self.encode_with_hidden_pre(x)[0])
         if self.use_error_term:
             with torch.no_grad():
@@ -323,10 +333,11 @@ class SparseTrainingSAEMixin(_Base):
                 f"x must have d_in={self.cfg.d_in} as its width; got shape {list(x.shape)}"
             )
 
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        # safetensors takes contiguous tensors only, and stock's layout is what others expect.
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+def _write_as_stock(sae: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:  # noqa: ARG001
+    """Stock's layout, which is what others expect; safetensors takes no other."""
+    for name, value in state_dict.items():
+        state_dict[name] = value.contiguous()
 
 
 def has_hooks(hook_point: nn.Module) -> bool:

@@ -15,13 +15,14 @@ from sae_lens.saes.jumprelu_sae import (
     JumpReLUSAEConfig,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
+    _validate_jumprelu_config,  # pyright: ignore[reportPrivateUsage]
 )
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from saelens_sparse.code import Code, DeadLatents, DenselyGatedCode, GatedCode
 from saelens_sparse.implementation import Choice
-from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, version_of
+from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, ordinary, version_of
 from saelens_sparse.ops import (
     Gate,
     HostCopy,
@@ -29,6 +30,7 @@ from saelens_sparse.ops import (
     at_latents,
     encode_gated,
     encode_gated_densely,
+    matmul_dtype,
     start_find_pattern,
 )
 from saelens_sparse.saes.base import (
@@ -118,6 +120,7 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
         require_int("l0_warm_up_steps", self.l0_warm_up_steps, 0)
         require_bool("jumprelu_ste_to_input", self.jumprelu_ste_to_input)
         super().__post_init__()
+        _validate_jumprelu_config(self)
 
 
 class DensityGauge:
@@ -137,9 +140,6 @@ class DensityGauge:
 
     __copy__ = __deepcopy__
 
-    def __getstate__(self) -> dict[str, Any]:
-        return DensityGauge().__dict__
-
     def expect(self, totals: HostCopy, n_rows: int, d_sae: int) -> None:
         """The number of pairs of a batch and of active ones, when they arrive."""
         if n_rows > 0:
@@ -147,11 +147,11 @@ class DensityGauge:
 
     def share(self) -> float | None:
         """Share of all pairs that the last batch's pattern had; None before the first batch."""
-        if self._coming is not None:
-            totals, n_rows, d_sae = self._coming
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            totals, n_rows, d_sae = coming
             n_pairs, n_active = (int(total) for total in totals.values())
             self._share, self.mean_l0 = n_pairs / (n_rows * d_sae), n_active / n_rows
-            self._coming = None
         return self._share
 
     def prefers_sparse(self, limit: float) -> bool:
@@ -177,8 +177,13 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
 
     def __init__(self, cfg: SparseJumpReLUTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        self._gauge = DensityGauge()
+        self._gauges = {True: DensityGauge(), False: DensityGauge()}
         self._l0_was_checked = False
+
+    @property
+    def _gauge(self) -> DensityGauge:
+        """Evaluations in between do not disturb the training: each measures for itself."""
+        return self._gauges[self.training and torch.is_grad_enabled()]
 
     @property
     @override
@@ -209,13 +214,24 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         output = super().training_forward_pass(step_input)
-        settled = self.cfg.l0_warm_up_steps + L0_CHECK_STEPS
-        if not self._l0_was_checked and step_input.n_training_steps >= settled:
-            self._l0_was_checked = True
-            self._gauge.share()
-            if self._gauge.mean_l0 is not None:
-                warn_of_l0(self._gauge.mean_l0, self.cfg)
+        self._check_l0(step_input.n_training_steps)
         return output
+
+    @override
+    def start_training_forward_pass(
+        self, step_input: TrainStepInput
+    ) -> tuple[TrainStepOutput, Callable[[], bool]]:
+        self._check_l0(step_input.n_training_steps)
+        return super().start_training_forward_pass(step_input)
+
+    def _check_l0(self, n_training_steps: int) -> None:
+        settled = self.cfg.l0_warm_up_steps + L0_CHECK_STEPS
+        if self._l0_was_checked or n_training_steps < settled:
+            return
+        self._gauge.share()
+        if self._gauge.mean_l0 is not None:
+            self._l0_was_checked = True
+            warn_of_l0(self._gauge.mean_l0, n_training_steps, self.cfg)
 
     @override
     def make_code(
@@ -238,13 +254,9 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         choice: Choice,
     ) -> DenselyGatedCode:
         dead = find_dead()
-        pre_acts_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            pre_acts_dtype = torch.promote_types(
-                torch.get_autocast_dtype(x.device.type), self.b_enc.dtype
-            )
-        # The tanh loss reads the activations: they keep the precision that it has in stock.
-        is_read = self.cfg.jumprelu_sparsity_loss_mode == "tanh"
+        pre_acts_dtype = torch.promote_types(matmul_dtype(x), self.b_enc.dtype)
+        # Where nothing but the decoder reads the activations, they are rounded as it does.
+        is_read = not self._in_training_step or self.cfg.jumprelu_sparsity_loss_mode == "tanh"
         acts, l0, dead_W_enc, counts = encode_gated_densely(
             x,
             self.W_enc,
@@ -339,32 +351,49 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
     ) -> dict[str, torch.Tensor]:
         """SAELens's sparsity and pre-activation losses, from what is active and what is dead."""
         code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
+        mode, target_l0 = self.cfg.jumprelu_sparsity_loss_mode, self.cfg.target_l0
         if (
             not isinstance(code, GatedCode | DenselyGatedCode)
             or not isinstance(feature_acts, SparseFeatureActs)
             or not feature_acts.is_untouched
+            or not self._has_dead_latents(code, step_input.dead_neuron_mask)
+            or mode not in LOSS_MODES
+            or (mode == "quadratic" and target_l0 is None)
         ):
+            # SAELens's autograd functions do not see through tensors that are made on demand.
+            feature_acts, hidden_pre = ordinary(feature_acts), ordinary(hidden_pre)
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
-        mode, target_l0 = self.cfg.jumprelu_sparsity_loss_mode, self.cfg.target_l0
         if mode == "tanh":
-            per_item = self._tanh_sums(code)
-        elif mode == "quadratic":
-            assert target_l0 is not None
-            per_item = 2 / target_l0 * (code.l0 - target_l0) ** 2
+            mean = self._mean_tanh(code)
+        elif mode == "quadratic" and target_l0 is not None:
+            mean = (2 / target_l0 * (code.l0 - target_l0) ** 2).mean()
         else:
-            per_item = code.l0
-        losses = {"l0_loss": (step_input.coefficients["l0"] * per_item).mean()}
+            mean = code.l0.mean()
+        losses = {"l0_loss": step_input.coefficients["l0"] * mean}
         if self.cfg.pre_act_loss_coefficient is not None:
             losses["pre_act_loss"] = self._pre_act_loss(code)
         return losses
 
-    def _tanh_sums(self, code: GatedCode | DenselyGatedCode) -> torch.Tensor:
-        """Sum of `tanh(scale * acts * norms)` over latents: by row, or over all rows' mean."""
+    def _has_dead_latents(self, code: Code, mask: torch.Tensor | None) -> bool:
+        """Whether the code has what the pre-activation loss, if it is on, needs of these."""
+        if mask is None or self.cfg.pre_act_loss_coefficient is None:
+            return True
+        dead = code.dead
+        return (
+            dead is not None
+            and dead.mask is mask
+            and (dead.block is None or dead.W_dec is not None)
+        )
+
+    def _mean_tanh(self, code: GatedCode | DenselyGatedCode) -> torch.Tensor:
+        """Mean over rows of the sum over latents of `tanh(scale * acts * norms)`."""
         scale, norms = self.cfg.jumprelu_tanh_scale, self.W_dec.norm(dim=1)
         if isinstance(code, DenselyGatedCode):
-            return torch.tanh(scale * code.acts * norms).sum(dim=-1)
+            return torch.tanh(scale * code.acts * norms).sum(dim=-1).mean()
         norms = at_latents(norms, code.pattern, code.order, code.backend)
-        return torch.tanh(scale * code.acts * norms).sum() / code.pattern.ragged.n_rows
+        values = torch.tanh(scale * code.acts * norms)
+        sum_dtype = torch.promote_types(values.dtype, torch.float32)
+        return (values.sum(dtype=sum_dtype) / code.pattern.ragged.n_rows).to(values.dtype)
 
     def _pre_act_loss(self, code: Code) -> torch.Tensor:
         """
@@ -385,7 +414,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         return coefficient * per_item.mean()
 
 
-def warn_of_l0(l0: float, cfg: JumpReLUTrainingSAEConfig) -> None:
+def warn_of_l0(l0: float, n_training_steps: int, cfg: JumpReLUTrainingSAEConfig) -> None:
     """Warn if the mean L0 of a settled run is where training makes no sense."""
     advice = None
     if cfg.jumprelu_sparsity_loss_mode == "quadratic" and cfg.target_l0 is not None:
@@ -403,8 +432,8 @@ def warn_of_l0(l0: float, cfg: JumpReLUTrainingSAEConfig) -> None:
         advice = "less than one latent on a row. Lower l0_coefficient, or lengthen its warm-up"
     if advice is not None:
         warnings.warn(
-            f"L0 is {l0:.3g} {L0_CHECK_STEPS} steps after the warm-up of the sparsity loss: "
-            f"{advice} (now l0_coefficient={cfg.l0_coefficient:g}, "
+            f"L0 of the SAE on {cfg.metadata.hook_name or 'its inputs'} is {l0:.3g} after "
+            f"{n_training_steps:,} steps, {advice} (now l0_coefficient={cfg.l0_coefficient:g}, "
             f"jumprelu_bandwidth={cfg.jumprelu_bandwidth:g}).",
             stacklevel=2,
         )
