@@ -18,7 +18,7 @@ import pytest
 import torch
 from sae_lens import SAE, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, TrainingSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from safetensors.torch import load_file, save_file
 
 from saelens_sparse import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
@@ -47,6 +47,7 @@ from tests.sae_helpers import (
     LargestTensor,
     Precision,
     Values,
+    coefficients,
     compare_steps,
     dead_mask,
     error,
@@ -1662,3 +1663,118 @@ class TestTransformations:
             assert sparse.threshold is parameter
             assert sparse.threshold.dtype == torch.float32
         assert sparse_jumprelu(make_jumprelu(dtype=torch.bfloat16)).threshold.dtype == torch.float32
+
+
+class TestOutsideOfATrainingStep:
+    """What a subclass, an evaluation or a custom loop does with the public methods."""
+
+    @not_interpreted
+    def test_a_subclass_may_read_activations_in_its_losses(self, target: Target) -> None:
+        stock, x = make_case(target, jumprelu_ste_to_input=True)
+        sparse = sparse_jumprelu(stock, target.backend)
+
+        def with_penalty(sae: JumpReLUTrainingSAE) -> type[JumpReLUTrainingSAE]:
+            class WithPenalty(type(sae)):
+                def calculate_aux_loss(
+                    self,
+                    step_input: Any,
+                    feature_acts: torch.Tensor,
+                    hidden_pre: torch.Tensor,
+                    sae_out: torch.Tensor,
+                ) -> dict[str, torch.Tensor]:
+                    penalty = 0.01 * feature_acts.abs().sum()
+                    losses = super().calculate_aux_loss(
+                        step_input, feature_acts, hidden_pre, sae_out
+                    )
+                    return {**losses, "penalty": penalty}
+
+            return WithPenalty
+
+        saes: list[Any] = [stock, sparse]
+        for sae in saes:
+            sae.__class__ = with_penalty(sae)
+        expected, actual = (step_values(sae, x) for sae in (stock, sparse))
+        for name, value in expected.items():
+            assert error(actual[name], value) <= 1e-5 * value.norm() + 1e-6, name
+
+    @pytest.mark.parametrize("implementation", ["torch", "fused"])
+    def test_losses_of_a_custom_loop(self, implementation: str) -> None:
+        stock = make_jumprelu(pre_act_loss_coefficient=0.3)
+        x, dead = superposed_rows(stock, 20), dead_mask(stock, 20)
+        losses = []
+        for sae in (stock, sparse_jumprelu(stock, implementation)):
+            feature_acts, hidden_pre = sae.encode_with_hidden_pre(x)
+            step_input = TrainStepInput(x, coefficients(sae), dead, 0, is_logging_step=False)
+            terms = sae.calculate_aux_loss(
+                step_input, feature_acts, hidden_pre, sae.decode(feature_acts)
+            )
+            losses.append({name: term.item() for name, term in terms.items()})
+        assert losses[0]["pre_act_loss"] > 0
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+    def test_float64_stays_float64_under_autocast(self) -> None:
+        stock = make_jumprelu(dtype=torch.float64)
+        x = superposed_rows(stock, 20)
+        expected = step_values(stock, x, autocast=True)
+        for implementation in ("torch", "fused"):
+            actual = step_values(sparse_jumprelu(stock, implementation), x, autocast=True)
+            for name, value in expected.items():
+                assert error(actual[name], value) <= 1e-6 * value.norm(), name
+
+    @pytest.mark.parametrize("implementation", ["torch", "fused"])
+    def test_the_tanh_loss_of_many_rows_does_not_overflow_float16(
+        self, implementation: str
+    ) -> None:
+        stock = make_jumprelu(dtype=torch.float16, jumprelu_sparsity_loss_mode="tanh")
+        x = superposed_rows(stock, 8192)
+        expected, actual = (
+            forward_pass(sae, x).losses["l0_loss"].item()
+            for sae in (stock, sparse_jumprelu(stock, implementation))
+        )
+        assert actual == pytest.approx(expected, rel=0.01)
+
+    @pytest.mark.parametrize("implementation", ["torch", "fused"])
+    def test_encode_is_as_precise_as_stock_s_under_autocast(self, implementation: str) -> None:
+        stock = make_jumprelu()
+        x = superposed_rows(stock, 20)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = stock.encode(x)
+            actual = sparse_jumprelu(stock, implementation).encode(x)
+        assert actual.dtype == expected.dtype
+        assert actual.is_contiguous()
+        torch.testing.assert_close(actual, expected)
+
+    def test_an_evaluation_does_not_disturb_the_training(self) -> None:
+        sae = sparse_jumprelu(make_jumprelu(d_sae=1000), "auto")
+        with_density(sae, 0.002)
+        for _ in range(3):
+            forward_pass(sae, torch.randn(16, D_IN))
+        assert sae.implementation.name == "torch"
+        with_density(sae, 0.9)
+        with torch.no_grad():
+            sae.encode(torch.randn(16, D_IN))
+        sae.eval()
+        sae(torch.randn(16, D_IN))
+        sae.train()
+        assert sae.implementation.name == "torch"
+
+    def test_batches_of_nan_stay_dense(self) -> None:
+        sae = sparse_jumprelu(make_jumprelu(d_sae=1000), "auto")
+        for _ in range(4):
+            assert sae.implementation.name == "fused"
+            assert forward_pass(sae, torch.full((16, D_IN), float("nan"))).loss.isnan()
+
+    def test_a_state_dict_can_be_saved_by_safetensors(self, tmp_path: Path) -> None:
+        stock = make_jumprelu()
+        sparse = sparse_jumprelu(stock)
+        forward_pass(sparse, superposed_rows(stock, 4))
+        save_file(sparse.state_dict(), tmp_path / "weights.safetensors")
+        for name, value in load_file(tmp_path / "weights.safetensors").items():
+            assert torch.equal(value, stock.state_dict()[name]), name
+
+    def test_a_loss_mode_that_was_changed_later_is_refused_as_in_stock(self) -> None:
+        stock = make_jumprelu()
+        for sae in (stock, sparse_jumprelu(stock)):
+            sae.cfg.jumprelu_sparsity_loss_mode = "bogus"  # pyright: ignore[reportAttributeAccessIssue]
+            with pytest.raises(ValueError, match="bogus"):
+                forward_pass(sae, superposed_rows(stock, 4))
