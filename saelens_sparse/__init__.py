@@ -1,7 +1,7 @@
 """saelens_sparse: sparse-autoencoder training in SAELens that computes only what is active.
 
 Importing the package registers its architectures in SAELens's training registry, so that
-`architecture="topk_sparse"` works wherever SAELens takes an architecture.
+`architecture="topk_sparse"` and `"jumprelu_sparse"` work wherever SAELens takes an architecture.
 """
 
 from sae_lens import register_sae_training_class

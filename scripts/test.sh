@@ -6,4 +6,4 @@ cd "$root"
 ruff check .
 ruff format --check .
 pyright
-pytest "$@"
+pytest --numprocesses auto --maxprocesses 8 --dist worksteal "$@"

@@ -49,7 +49,7 @@ def broken_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_auto_takes_triton_on_cuda(dtype: torch.dtype) -> None:
     choice = choose_implementation("auto", CUDA, dtype, SPARSE)
-    assert choice == Choice("triton", "CUDA device with a working Triton")
+    assert choice == Choice("triton", "CUDA device with a working Triton", "triton")
     assert choice.backend == "triton"
 
 
@@ -137,7 +137,7 @@ def test_a_request_is_obeyed(name: str, device: torch.device, density: float) ->
 @pytest.mark.parametrize("density", [SPARSE, 0.9])
 def test_a_request_for_triton_is_obeyed(density: float) -> None:
     choice = choose_implementation("triton", CUDA, torch.bfloat16, density)
-    assert choice == Choice("triton", "implementation='triton' was requested")
+    assert choice == Choice("triton", "implementation='triton' was requested", "triton")
 
 
 @pytest.mark.usefixtures("broken_triton")
