@@ -114,6 +114,24 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what no target has: a dtype of another one, a path of another backend."""
+
+    def exists(item: pytest.Item) -> bool:
+        params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+        target = params.get("target")
+        if not isinstance(target, Target):
+            return True
+        if params.get("torch_path", "as it is") != "as it is" and target.backend != "torch":
+            return False
+        return params.get("dtype", target.dtypes[0]) in target.dtypes
+
+    left_out = [item for item in items if not exists(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if exists(item)]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     for marker in (
