@@ -1,12 +1,11 @@
-"""`saelens-sparse train`: SAELens's training command line, with the sparse architectures."""
+"""`saelens-sparse`: one command line for training, comparing, profiling and benchmarking."""
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
@@ -15,21 +14,34 @@ from sae_lens.llm_sae_training_runner import (
 )
 
 import saelens_sparse
+from saelens_sparse.runner_config import UsageError, load_config
 from saelens_sparse.training import SparseTrainingRunner
 
 USAGE = """\
 usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...]
        saelens-sparse train --config FILE.json
+       saelens-sparse compare [FILE.json] [options]
+       saelens-sparse profile FILE.json | --shape D_IN,D_SAE,K,BATCH [options]
+       saelens-sparse bench [options]
 
-Trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrainingRunner with a faster
-step for sparse architectures. The flags are SAELens's own
-(`saelens-sparse train --help` lists them); FILE.json is what
-LanguageModelSAERunnerConfig.to_dict() gives.
+train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrainingRunner with a
+         faster step for sparse architectures. The flags are SAELens's own (`saelens-sparse train
+         --help` lists them); FILE.json is what LanguageModelSAERunnerConfig.to_dict() gives.
+compare  trains a stock and a sparse SAE from one config, and reports whether they are the same
+         and what each costs.
+profile  takes one training step of each apart: where its time and memory go.
+bench    measures registered problem sizes against stock SAELens.
+
+`saelens-sparse COMMAND --help` lists a command's options.
 """
 
-
-class UsageError(Exception):
-    """The command line or the config file cannot be used; the message says why."""
+# Modules with a `main` that takes the arguments and returns the exit status; imported when asked
+# for, since they bring what training does not need.
+_COMMANDS = {
+    "compare": "saelens_sparse.evaluation.compare.command",
+    "profile": "saelens_sparse.evaluation.profile.command",
+    "bench": "saelens_sparse.evaluation.bench.command",
+}
 
 
 def parse_train_args(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
@@ -51,22 +63,6 @@ def parse_train_args(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         raise UsageError(f"these settings cannot be used: {error}") from error
 
 
-def load_config(path: str | Path) -> LanguageModelSAERunnerConfig[Any]:
-    """A runner config from a JSON file in the form of `LanguageModelSAERunnerConfig.to_dict`."""
-    try:
-        cfg_dict = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"the config file {path} is not valid JSON: {error}") from error
-    try:
-        return LanguageModelSAERunnerConfig.from_dict(cfg_dict)
-    except KeyError as error:
-        raise UsageError(f"the config file {path} names no known architecture: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the config file {path} is not a valid runner config: {error}") from error
-
-
 def _split_config_flag(args: Sequence[str]) -> tuple[str, list[str]]:
     if args[0].startswith("--config="):
         return args[0].removeprefix("--config="), list(args[1:])
@@ -75,22 +71,28 @@ def _split_config_flag(args: Sequence[str]) -> tuple[str, list[str]]:
     return args[1], list(args[2:])
 
 
+def train(args: Sequence[str]) -> int:
+    """`saelens-sparse train ARGS`."""
+    SparseTrainingRunner(parse_train_args(args)).run()
+    return 0
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    if args[0] != "train":
-        print(f"saelens-sparse: unknown command {args[0]!r}\n{USAGE}", file=sys.stderr, end="")
+    name = args[0]
+    if name != "train" and name not in _COMMANDS:
+        print(f"saelens-sparse: unknown command {name!r}\n{USAGE}", file=sys.stderr, end="")
         return 2
+    command = train if name == "train" else import_module(_COMMANDS[name]).main
     try:
-        cfg = parse_train_args(args[1:])
+        return command(args[1:])
     except UsageError as error:
         print(f"saelens-sparse: {error}", file=sys.stderr)
         return 2
-    SparseTrainingRunner(cfg).run()
-    return 0
 
 
 if __name__ == "__main__":

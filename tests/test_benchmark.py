@@ -9,13 +9,13 @@ import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
-from benchmarks import forward, report, train_step
-from benchmarks.cases import FLOAT32, SPARSE, STEP_CASES, STOCK, Arm, Case
-from benchmarks.data import ActivationStream
-from benchmarks.measure import PHASES
-from benchmarks.results import ResultsFile, Row, environment
-from benchmarks.training import build_sae
-from benchmarks.weights import calibrate, plant_features
+from saelens_sparse.evaluation.bench import forward, report, train_step
+from saelens_sparse.evaluation.cases import FLOAT32, SPARSE, STEP_CASES, STOCK, Arm, Case
+from saelens_sparse.evaluation.data import ActivationStream
+from saelens_sparse.evaluation.measure import PHASES
+from saelens_sparse.evaluation.results import ResultsFile, Row, environment
+from saelens_sparse.evaluation.training import build_sae
+from saelens_sparse.evaluation.weights import calibrate, plant_features
 
 SIZES = {"architecture", "d_in", "d_sae", "k", "l0", "batch", "dead_fraction"}
 KEYS = {"case", "precision", "operation", "arm"} | SIZES

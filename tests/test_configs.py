@@ -10,7 +10,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import get_sae_training_class
 from transformer_lens import loading_from_pretrained
 
-from saelens_sparse.cli import load_config
+from saelens_sparse.runner_config import load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 

@@ -1,7 +1,7 @@
 """
 Markdown tables from the rows that the benchmarks have appended.
 
-    python -m benchmarks.report [FILE.jsonl ...]
+    python -m saelens_sparse.evaluation.bench.report [FILE.jsonl ...]
 
 Ratios are taken between arms of one run only; of several runs the latest counts.
 """
@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.agreement import Differences, kind_of
-from benchmarks.cases import SPARSE, SPARSE_RUNNER, STOCK, TARGETS, Target
-from benchmarks.measure import PHASES
-from benchmarks.results import RESULTS, Row, load_rows
+from saelens_sparse.evaluation.bench.agreement import Differences, kind_of
+from saelens_sparse.evaluation.cases import SPARSE, SPARSE_RUNNER, STOCK, TARGETS, Target
+from saelens_sparse.evaluation.measure import PHASES
+from saelens_sparse.evaluation.results import RESULTS, Row, load_rows
 
 SPARSE_ARMS = (SPARSE.name, SPARSE_RUNNER.name)
 
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("files", nargs="*", type=Path, help="by default all in benchmarks/results")
     files = parser.parse_args(argv).files or sorted(RESULTS.glob("*.jsonl"))
-    # Rows of benchmarks.kernels have no arms.
+    # Rows of saelens_sparse.evaluation.bench.kernels have no arms.
     print(tables([row for row in load_rows(files) if "arm" in row]))
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.agreement import DisagreementError
+from saelens_sparse.evaluation.bench.agreement import DisagreementError
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 Row = dict[str, Any]
 

@@ -13,8 +13,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from benchmarks.agreement import Differences, Trajectory, differences, require_agreement
-from benchmarks.cases import (
+from saelens_sparse.evaluation.bench.agreement import (
+    Differences,
+    Trajectory,
+    differences,
+    require_agreement,
+)
+from saelens_sparse.evaluation.bench.report import tables
+from saelens_sparse.evaluation.cases import (
     PRECISIONS,
     REFERENCE_PRECISION,
     SPARSE,
@@ -23,9 +29,8 @@ from benchmarks.cases import (
     Case,
     Precision,
 )
-from benchmarks.report import tables
-from benchmarks.results import ResultsFile, Row, describe_failure, environment
-from benchmarks.training import Inputs, prepare_inputs, release_memory
+from saelens_sparse.evaluation.results import ResultsFile, Row, describe_failure, environment
+from saelens_sparse.evaluation.training import Inputs, prepare_inputs, release_memory
 
 Contender = TypeVar("Contender")
 

@@ -1,11 +1,11 @@
 """
 Time `SAETrainer.step` of the sparse architectures against SAELens's own.
 
-    python -m benchmarks.train_step --cases gemma2b,jumprelu_l0_64 --precision float32,autocast
+    saelens-sparse bench step --cases gemma2b,jumprelu_l0_64 --precision float32,autocast
 
 For each case and precision, every arm in turn starts from the same trained-like weights, is
-checked to train the same model as stock (see `benchmarks.agreement`), is timed, and is freed
-before the next. Rows go to `benchmarks/results` as they come; tables are printed last.
+checked to train the same model as stock (see `agreement.py`), is timed, and is freed before the
+next. Rows go to `benchmarks/results` as they come; tables are printed last.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from benchmarks.agreement import Trajectory, rehearse
-from benchmarks.cases import (
+from saelens_sparse.evaluation.bench.agreement import Trajectory, rehearse
+from saelens_sparse.evaluation.bench.contest import Contest, Heat, run_contest
+from saelens_sparse.evaluation.cases import (
     DEFAULT_STEP_CASES,
     SPARSE,
     SPARSE_RUNNER,
@@ -26,10 +27,9 @@ from benchmarks.cases import (
     Arm,
     Precision,
 )
-from benchmarks.contest import Contest, Heat, run_contest
-from benchmarks.measure import measure_steps
-from benchmarks.results import Row
-from benchmarks.training import Trainer, build_trainer
+from saelens_sparse.evaluation.measure import measure_steps
+from saelens_sparse.evaluation.results import Row
+from saelens_sparse.evaluation.training import Trainer, build_trainer
 
 
 class StepContest(Contest[Trainer]):

@@ -10,7 +10,7 @@ import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 
-from benchmarks.data import ActivationStream
+from saelens_sparse.evaluation.data import ActivationStream
 
 CALIBRATION_ROWS = 1024
 """Their pre-activations are held at once: 256 MiB of float32 for 65,536 latents."""

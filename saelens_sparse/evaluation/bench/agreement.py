@@ -16,8 +16,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.training import Inputs, Trainer, hold_dead, train_step
+from saelens_sparse.evaluation.cases import Case
+from saelens_sparse.evaluation.training import Inputs, Trainer, hold_dead, train_step
 
 CHECK_STEPS = 3
 """More than one, for a sparse SAE that has yet to measure its density takes a dense step first."""

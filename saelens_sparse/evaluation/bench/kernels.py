@@ -1,6 +1,6 @@
 """Times each kernel of a step at one shape, beside the bytes it moves at the measured bandwidth.
 
-    python -m benchmarks.kernels --shape 2304,65536,64,4096 --dtype float32
+    python -m saelens_sparse.evaluation.bench.kernels --shape 2304,65536,64,4096 --dtype float32
 
 Latents are selected from activation-like data by encoder vectors of unequal norm, so that they
 fire with heavy tails.
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.testing
 
-from benchmarks.data import ActivationStream
+from saelens_sparse.evaluation.data import ActivationStream
 from saelens_sparse.ops import LatentOrder, gather_dot, gather_sum, segment_sum, select_topk
 from saelens_sparse.ops import select_triton as selection
 

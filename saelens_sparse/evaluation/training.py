@@ -14,9 +14,9 @@ from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
-from benchmarks.cases import LEARNING_RATE, SPARSE, Arm, Case, Precision
-from benchmarks.data import MAX_FEATURES, ActivationStream
-from benchmarks.weights import calibrate, plant_features
+from saelens_sparse.evaluation.cases import LEARNING_RATE, SPARSE, Arm, Case, Precision
+from saelens_sparse.evaluation.data import MAX_FEATURES, ActivationStream
+from saelens_sparse.evaluation.weights import calibrate, plant_features
 from saelens_sparse.saes.base import SparseTrainingSAEMixin  # also registers the architectures
 from saelens_sparse.training import SparseSAETrainer
 

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-from benchmarks.training import Inputs, Trainer, hold_dead, implementation_of, train_step
+from saelens_sparse.evaluation.training import (
+    Inputs,
+    Trainer,
+    hold_dead,
+    implementation_of,
+    train_step,
+)
 from saelens_sparse.training import SparseSAETrainer
 
 UNTIMED_STEPS = 3

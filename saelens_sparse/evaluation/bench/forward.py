@@ -1,11 +1,11 @@
 """
 Time the parts of a sparse SAE that published kernels report, against SAELens's own.
 
-    python -m benchmarks.forward --cases flash_sae
+    python -m saelens_sparse.evaluation.bench.forward --cases flash_sae
 
 `decode` is `sae.decode(feature_acts)` on activations encoded beforehand, `forward` is `sae(x)`,
 both without gradients; `forward_backward` adds the backward of a mean squared error, and no
-optimizer. Arms are checked, timed and recorded as in `benchmarks.train_step`.
+optimizer. Arms are checked, timed and recorded as in `saelens_sparse.evaluation.bench.train_step`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from sae_lens.saes.sae import TrainingSAE
 from typing_extensions import override
 
-from benchmarks.agreement import Trajectory, sample_latents
-from benchmarks.cases import (
+from saelens_sparse.evaluation.bench.agreement import Trajectory, sample_latents
+from saelens_sparse.evaluation.bench.contest import Contest, Heat, run_contest
+from saelens_sparse.evaluation.cases import (
     DEFAULT_FORWARD_CASES,
     FORWARD_CASES,
     SPARSE,
@@ -29,10 +30,9 @@ from benchmarks.cases import (
     Arm,
     Precision,
 )
-from benchmarks.contest import Contest, Heat, run_contest
-from benchmarks.measure import measure_calls
-from benchmarks.results import Row
-from benchmarks.training import build_sae, implementation_of
+from saelens_sparse.evaluation.measure import measure_calls
+from saelens_sparse.evaluation.results import Row
+from saelens_sparse.evaluation.training import build_sae, implementation_of
 
 
 @dataclass

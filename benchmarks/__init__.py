@@ -1,1 +1,0 @@
-"""Benchmarks of the sparse architectures against SAELens's own."""

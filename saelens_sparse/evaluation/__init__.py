@@ -1,0 +1,1 @@
+"""Comparing, profiling and benchmarking the sparse architectures: what the commands share."""

@@ -1,0 +1,1 @@
+"""`saelens-sparse bench`: registered cases, each arm checked before it is timed."""
