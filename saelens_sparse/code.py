@@ -15,11 +15,17 @@ from saelens_sparse.ops import (
     GatePattern,
     LatentOrder,
     RowBlock,
+    RowGradient,
     Selection,
     decode_densely,
     decode_selected,
     segment_totals,
 )
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Autograd's count of in-place changes; tensors made in inference mode have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass
@@ -57,6 +63,17 @@ class Code(ABC):
     backend: Backend
     dead: DeadLatents | None = None
 
+    def __post_init__(self) -> None:
+        self._acts_version = version_of(self.acts)
+
+    def require_current(self) -> None:
+        """Raise if the tensors of this code have been overwritten by those of a later step."""
+        if version_of(self.acts) != self._acts_version:
+            raise RuntimeError(
+                "feature_acts of this training step were not kept: a later step has reused their "
+                "memory. Read them before the next step, or set cuda_graph=False."
+            )
+
     @property
     @abstractmethod
     def d_sae(self) -> int:
@@ -90,9 +107,12 @@ class Code(ABC):
 
     @abstractmethod
     def decode(
-        self, W_dec: torch.Tensor, block: RowBlock | None
+        self, W_dec: torch.Tensor, block: RowBlock | None, sink: list[RowGradient] | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`acts @ W_dec`, `[n_rows, d_in]`, and a block of rows of `W_dec` or None."""
+        """`acts @ W_dec`, `[n_rows, d_in]`, and a block of rows of `W_dec` or None.
+
+        `sink` gets the gradient of `W_dec` where it is a sum over active pairs.
+        """
 
 
 @dataclass(kw_only=True)
@@ -150,10 +170,10 @@ class SelectedCode(Code):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, block: RowBlock | None
+        self, W_dec: torch.Tensor, block: RowBlock | None, sink: list[RowGradient] | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         latents = self.selection.latents
-        return decode_selected(self.acts, W_dec, latents, self.order, block, self.backend)
+        return decode_selected(self.acts, W_dec, latents, self.order, block, self.backend, sink)
 
 
 @dataclass(kw_only=True)
@@ -202,10 +222,10 @@ class GatedCode(Code):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, block: RowBlock | None
+        self, W_dec: torch.Tensor, block: RowBlock | None, sink: list[RowGradient] | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         latents = self.pattern.latents
-        return decode_selected(self.acts, W_dec, latents, self.order, block, self.backend)
+        return decode_selected(self.acts, W_dec, latents, self.order, block, self.backend, sink)
 
 
 @dataclass(kw_only=True)
@@ -250,6 +270,6 @@ class DenselyGatedCode(Code):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, block: RowBlock | None
+        self, W_dec: torch.Tensor, block: RowBlock | None, sink: list[RowGradient] | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return decode_densely(self.acts, W_dec, block, self.backend)

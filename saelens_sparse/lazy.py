@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from saelens_sparse.code import Code
+from saelens_sparse.code import Code, version_of
 
 
 def _getter(name: str) -> Callable[..., Any]:
@@ -139,6 +139,7 @@ class SparseFeatureActs(OnDemandTensor):
 
     @override
     def compute(self) -> torch.Tensor:
+        self.code.require_current()
         return self.code.dense_acts().view(self.size())
 
     @override
@@ -148,6 +149,7 @@ class SparseFeatureActs(OnDemandTensor):
         if func == _REQUIRES_GRAD:
             return self.code.acts.requires_grad
         if func is torch.Tensor.bool and len(args) == 1 and not kwargs:
+            self.code.require_current()
             return FiringPattern(self.code, self.size(), torch.bool)
         return NotImplemented
 
@@ -227,8 +229,3 @@ class DeferredPreActs(OnDemandTensor):
         if func == _REQUIRES_GRAD:
             return self.code.acts.requires_grad
         return NotImplemented
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Autograd's count of in-place changes; tensors made in inference mode have none."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -26,6 +26,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
 from saelens_sparse.implementation import triton_problem
+from saelens_sparse.ops import RoundedRows, RowGradient
+
+if TYPE_CHECKING:
+    from saelens_sparse.ops.row_gradient_triton import RowGradientSums
 
 _MARK = "_saelens_sparse_fused_adam"
 _SWITCHED = "saelens_sparse_fused"  # key of groups that were fused here; never saved
@@ -116,37 +120,43 @@ class ClippingAdam(Adam):
     Args:
         params: as for `torch.optim.Adam`, as all other arguments; `closure` is not supported.
         max_norm: the norm of all gradients together is clipped to this.
+
+    Attributes:
+        row_gradients: gradients that no parameter holds, for the next step; added to those that
+            are held.
+        rounded: copies of parameters that the update writes wherever it takes a row gradient.
     """
 
     def __init__(self, params: Any, *, max_norm: float, **settings: Any) -> None:
         super().__init__(params, **settings)
         self.max_norm = max_norm
+        self.row_gradients: dict[torch.nn.Parameter, list[RowGradient]] = {}
+        self.rounded: dict[torch.nn.Parameter, RoundedRows] = {}
 
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         if closure is not None:
             raise ValueError("closure must be None: gradients are clipped once a step")
-        gradients = [
-            parameter.grad
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        if not gradients:
+        row_gradients = self._take_row_gradients()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients and not row_gradients:
             return
-        norm = torch.nn.utils.get_total_norm(gradients)
+        sums = {p: _start_sums(gradient) for p, gradient in row_gradients.items()}
+        norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
+        norms += [part.square_sum().sqrt() for part in sums.values()]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         # The fused kernels divide by a float32.
         in_float32 = all(gradient.dtype != torch.float64 for gradient in gradients)
         if not in_float32 or not all(group.get(_SWITCHED) for group in self.param_groups):
-            parameters = [p for group in self.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
             super().step()
             return
         # As clip_grad_norm_: gradients / divisor = gradients * min(1, max_norm / (norm + 1e-6)).
         divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
-        if all(g.is_cuda and triton_problem(g.device, g.dtype) is None for g in gradients):
-            self._step_by_kernel(divisor)
+        if sums or all(_runs_kernels(gradient) for gradient in gradients):
+            self._step_by_kernel(divisor, row_gradients, sums)
             return
         self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
         try:
@@ -154,13 +164,33 @@ class ClippingAdam(Adam):
         finally:
             del self.grad_scale
 
-    def _step_by_kernel(self, divisor: torch.Tensor) -> None:
-        from saelens_sparse.ops.adam_triton import adam_update
+    def _take_row_gradients(self) -> dict[torch.nn.Parameter, RowGradient]:
+        """The row gradients that the update can take; others become gradients that are held."""
+        given, self.row_gradients = self.row_gradients, {}
+        switched = all(group.get(_SWITCHED) for group in self.param_groups)
+        taken: dict[torch.nn.Parameter, RowGradient] = {}
+        for parameter, parts in given.items():
+            if switched and parameter.grad is None and len(parts) == 1:
+                taken[parameter] = parts[0]
+                continue
+            for part in parts:
+                dense, _ = part.dense(parameter.dtype, "triton")
+                parameter.grad = dense if parameter.grad is None else parameter.grad + dense
+        return taken
+
+    def _step_by_kernel(
+        self,
+        divisor: torch.Tensor,
+        row_gradients: dict[torch.nn.Parameter, RowGradient],
+        sums: dict[torch.nn.Parameter, RowGradientSums],
+    ) -> None:
+        from saelens_sparse.ops.adam_triton import AdamSettings, adam_update
 
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
+            settings = AdamSettings(float(group["lr"]), beta1, beta2, group["eps"])
             for parameter in group["params"]:
-                if parameter.grad is None:
+                if parameter.grad is None and parameter not in sums:
                     continue
                 state = self.state[parameter]
                 if not state:
@@ -168,7 +198,28 @@ class ClippingAdam(Adam):
                     for name in ("exp_avg", "exp_avg_sq"):
                         state[name] = torch.zeros_like(parameter)
                 state["step"] += 1
-                adam_update(
-                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"],
-                    state["step"], divisor, group["lr"], beta1, beta2, group["eps"],
-                )  # fmt: skip
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                if parameter in sums:
+                    rows_of = row_gradients[parameter].rows_of
+                    rounded = self.rounded.get(parameter)
+                    sums[parameter].update(
+                        rows_of(parameter), rows_of(moments[0]), rows_of(moments[1]),
+                        state["step"], divisor, settings, rounded,
+                    )  # fmt: skip
+                    if rounded is not None:
+                        # The step's hook counts this change too.
+                        rounded.version = parameter._version + 1
+                elif parameter.grad is not None:
+                    adam_update(
+                        parameter, parameter.grad, *moments, state["step"], divisor, settings
+                    )
+
+
+def _runs_kernels(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and triton_problem(tensor.device, tensor.dtype) is None
+
+
+def _start_sums(gradient: RowGradient) -> RowGradientSums:
+    from saelens_sparse.ops.row_gradient_triton import start_sums
+
+    return start_sums(gradient.batch, gradient)

@@ -5,6 +5,7 @@ Everything but the step is SAELens's: activation store, schedules, checkpoints, 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,20 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from saelens_sparse.graph import (
+    STEPS_BEFORE,
+    Conditions,
+    GraphedPass,
+    can_record,
+    gains,
+    try_to_record,
+)
+from saelens_sparse.ops import HostCount, RoundedRows, RowGradient, rounded_dtype
 from saelens_sparse.optim import ClippingAdam
 from saelens_sparse.saes.base import SparseTrainingSAEMixin
+from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE
+
+RowGradients = dict[str, list[RowGradient]]
 
 # As in SAELens, which does not make it an option.
 MAX_GRADIENT_NORM = 1.0
@@ -34,7 +47,10 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     are trained as there.
     """
 
-    optimizer: torch.optim.Adam
+    optimizer: ClippingAdam
+    _graph: GraphedPass | None = None
+    _steps_before_graph = STEPS_BEFORE
+    _dead_count: tuple[HostCount, torch.Tensor, int] | None = None
 
     @classmethod
     def taking_over(cls, trainer: SAETrainer[Any, Any]) -> SparseSAETrainer:
@@ -91,6 +107,26 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         if not isinstance(sae, SparseTrainingSAEMixin):
             return super()._train_step(sae, sae_in)
         sae.train()
+        output, row_gradients = self._forward_and_backward(sae, sae_in)
+        self._count_firings(output)
+        self.optimizer.row_gradients = {
+            getattr(sae, name): parts for name, parts in row_gradients.items() if parts
+        }
+        self._make_room_for_rounding(sae)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        return output
+
+    def _forward_and_backward(
+        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
+    ) -> tuple[TrainStepOutput, RowGradients]:
+        """The output, and the gradients that no parameter holds."""
+        replayed = self._replay(sae, sae_in)
+        if replayed is not None:
+            return replayed
         step_input = TrainStepInput(
             sae_in=sae_in,
             dead_neuron_mask=self.dead_neurons,
@@ -98,21 +134,68 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
         )
-        with self.autocast_if_enabled:
-            output, holds = sae.start_training_forward_pass(step_input)
-        output.loss.backward()
-        if not holds():
-            self.optimizer.zero_grad()
+        try:
+            sae.row_gradients = None if sae.cfg.gradient_buffers else {}
             with self.autocast_if_enabled:
-                output = sae.training_forward_pass(step_input)
+                output, pending = sae.start_training_forward_pass(step_input)
             output.loss.backward()
-        self._count_firings(output)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
-        return output
+            if not all(part.holds() for part in pending):
+                self.optimizer.zero_grad()
+                sae.row_gradients = None if sae.cfg.gradient_buffers else {}
+                with self.autocast_if_enabled:
+                    output = sae.training_forward_pass(step_input)
+                output.loss.backward()
+            return output, sae.row_gradients or {}
+        finally:
+            sae.row_gradients = None
+
+    def _replay(
+        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
+    ) -> tuple[TrainStepOutput, RowGradients] | None:
+        """The step's passes as a CUDA graph; None if they are not one, or must be taken again."""
+        if (
+            not gains(sae)
+            or not isinstance(sae, SparseTopKTrainingSAE)
+            or not can_record(sae, sae_in)
+            or not self._knows_that_none_is_dead()
+        ):
+            return None
+        if self._graph is None or self._graph.conditions != Conditions.of(sae, sae_in):
+            self._graph = None
+            if self._steps_before_graph > 0:
+                self._steps_before_graph -= 1
+                return None
+            self._graph = try_to_record(sae, sae_in, self.autocast_if_enabled)
+            self._steps_before_graph = STEPS_BEFORE
+            if self._graph is None:
+                self._steps_before_graph = sys.maxsize
+                return None
+        output, pending, row_gradients = self._graph.replay(sae_in)
+        if not all(part.holds() for part in pending):
+            self.optimizer.zero_grad()
+            return None
+        return output, row_gradients
+
+    def _knows_that_none_is_dead(self) -> bool:
+        """Whether the last step found no dead latents, and nobody has changed that since."""
+        if self._dead_count is None:
+            return False
+        count, passes, version = self._dead_count
+        if passes is not self.n_forward_passes_since_fired or passes._version != version:
+            return False
+        return count.wait() == 0
+
+    def _make_room_for_rounding(self, sae: SparseTrainingSAEMixin) -> None:
+        """Let the update write the copy of `W_enc` that the next step's screen multiplies."""
+        with self.autocast_if_enabled:
+            dtype = rounded_dtype(sae.W_enc)
+        rounded, rows = sae.rounded, sae.W_enc.T
+        if dtype is None or sae.W_enc not in self.optimizer.row_gradients:
+            rounded = None
+        elif rounded is None or rounded.rows.dtype != dtype or not rounded.is_for(rows):
+            rounded = RoundedRows.empty(rows, dtype)
+        sae.rounded = rounded
+        self.optimizer.rounded = {} if rounded is None else {sae.W_enc: rounded}
 
     @torch.no_grad()
     def _count_firings(self, output: TrainStepOutput) -> None:
@@ -121,6 +204,10 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self.n_forward_passes_since_fired.masked_fill_(firing_counts > 0, 0)
         self.act_freq_scores += firing_counts
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        if gains(self.sae):
+            # On its way to the host while the weights are updated.
+            passes = self.n_forward_passes_since_fired
+            self._dead_count = HostCount(self.dead_neurons), passes, passes._version
 
 
 class SparseTrainingRunner(LanguageModelSAETrainingRunner):

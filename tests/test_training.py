@@ -13,7 +13,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch.optim import Adam
 
-from saelens_sparse.ops.adam_triton import adam_update
+from saelens_sparse.ops.adam_triton import AdamSettings, adam_update
 from saelens_sparse.optim import ClippingAdam, mark_parameter, prepare_optimizers
 from saelens_sparse.training import SparseSAETrainer
 from tests.conftest import Target, target_parameters
@@ -211,10 +211,14 @@ class TestTrainer:
         sparse.load_state_dict(start)
         original: Callable[[TrainStepInput], Any] = sparse.start_training_forward_pass
 
-        def incomplete(step_input: TrainStepInput) -> tuple[TrainStepOutput, Callable[[], bool]]:
+        class Missing:
+            def holds(self) -> bool:
+                return False
+
+        def incomplete(step_input: TrainStepInput) -> tuple[TrainStepOutput, list[Missing]]:
             output, _ = original(step_input)
             output.loss = output.loss * 1e6
-            return output, lambda: False
+            return output, [Missing()]
 
         sparse.start_training_forward_pass = incomplete
         trainer = own_trainer(sparse)
@@ -333,7 +337,7 @@ def test_adam_update(target: Target, n: int) -> None:
         change = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + eps)
         expected = (p.double() - lr * change, first, second)
         scalars = [torch.tensor(value, device=target.device) for value in (float(step), divisor)]
-        adam_update(p, g, m, v, scalars[0], scalars[1], lr=lr, beta1=beta1, beta2=beta2, eps=eps)
+        adam_update(p, g, m, v, scalars[0], scalars[1], AdamSettings(lr, beta1, beta2, eps))
         for actual, value in zip((p, m, v), expected, strict=True):
             distance = (actual.double() - value).norm()
             assert distance <= 8 * torch.finfo(dtype).eps * value.norm(), (dtype, betas)

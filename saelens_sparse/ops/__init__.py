@@ -4,12 +4,8 @@ Each public function validates its arguments and picks the PyTorch or the Triton
 implementation; the two never import each other.
 """
 
-from saelens_sparse.ops.autograd import (
-    RowBlock,
-    decode_selected,
-    encode_selected,
-    keep_topk,
-)
+from saelens_sparse.ops.autograd import decode_selected, encode_selected, keep_topk
+from saelens_sparse.ops.block import RowBlock
 from saelens_sparse.ops.dense_gate import matmul_dtype
 from saelens_sparse.ops.gate import GatePattern, PendingPattern, start_find_pattern
 from saelens_sparse.ops.gate_autograd import (
@@ -23,6 +19,8 @@ from saelens_sparse.ops.gate_autograd import (
 from saelens_sparse.ops.host_count import HostCopy, HostCount
 from saelens_sparse.ops.latent_order import LatentOrder
 from saelens_sparse.ops.ragged import RaggedRows
+from saelens_sparse.ops.rounded_rows import RoundedRows, rounded_dtype
+from saelens_sparse.ops.row_gradient import RowGradient
 from saelens_sparse.ops.row_ops import (
     add_rows,
     gather_dot,
@@ -48,7 +46,9 @@ __all__ = [
     "PendingPattern",
     "PendingSelection",
     "RaggedRows",
+    "RoundedRows",
     "RowBlock",
+    "RowGradient",
     "Selection",
     "add_rows",
     "at_latents",
@@ -61,6 +61,7 @@ __all__ = [
     "gather_sum",
     "keep_topk",
     "matmul_dtype",
+    "rounded_dtype",
     "segment_sum",
     "segment_totals",
     "select_topk",

@@ -1,6 +1,7 @@
 """Triton kernel of an Adam update that divides gradients on the way."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -9,6 +10,51 @@ import triton.language as tl
 from saelens_sparse.ops.device import on_device_of_arguments
 
 _BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """Adam's constants: learning rate, decay rates of the moments, and what keeps it from dividing
+    by zero.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+
+    @property
+    def arguments(self) -> tuple[float, ...]:
+        """What `adam_rule` takes from `lr` to `eps`."""
+        return (
+            self.lr, _log(self.beta1), _log(self.beta2), 1 - self.beta1, 1 - self.beta2, self.eps,
+        )  # fmt: skip
+
+
+@triton.jit
+def adam_rule(
+    parameter,
+    gradient,
+    first,
+    second,
+    step_ptr,  # one element, float32
+    divisor_ptr,  # one element
+    lr,
+    log_beta1,
+    log_beta2,
+    rest1,
+    rest2,
+    eps,
+):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) on gradient / divisor."""
+    step = tl.load(step_ptr).to(tl.float64)
+    correction1 = (1.0 - tl.exp(step * log_beta1)).to(tl.float32)
+    correction2 = tl.sqrt((1.0 - tl.exp(step * log_beta2)).to(tl.float32))
+    gradient = gradient / tl.load(divisor_ptr).to(tl.float32)
+    first += rest1 * (gradient - first)
+    second += rest2 * (gradient * gradient - second)
+    parameter -= (lr / correction1) * first / (tl.sqrt(second) / correction2 + eps)
+    return parameter, first, second
 
 
 @triton.jit
@@ -28,20 +74,16 @@ def _adam_kernel(
     eps,
     BLOCK: tl.constexpr,
 ):
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) on gradient / divisor."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < n
-    step = tl.load(step_ptr).to(tl.float64)
-    correction1 = (1.0 - tl.exp(step * log_beta1)).to(tl.float32)
-    correction2 = tl.sqrt((1.0 - tl.exp(step * log_beta2)).to(tl.float32))
     gradient = tl.load(gradient_ptr + i, mask=live, other=0.0).to(tl.float32)
-    gradient = gradient / tl.load(divisor_ptr).to(tl.float32)
     first = tl.load(first_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
     second = tl.load(second_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
-    first += rest1 * (gradient - first)
-    second += rest2 * (gradient * gradient - second)
     parameter = tl.load(parameter_ptr + i, mask=live, other=0.0).to(tl.float32)
-    parameter -= (lr / correction1) * first / (tl.sqrt(second) / correction2 + eps)
+    parameter, first, second = adam_rule(
+        parameter, gradient, first, second, step_ptr, divisor_ptr, lr, log_beta1, log_beta2,
+        rest1, rest2, eps,
+    )  # fmt: skip
     tl.store(parameter_ptr + i, parameter.to(parameter_ptr.dtype.element_ty), mask=live)
     tl.store(first_moment_ptr + i, first.to(first_moment_ptr.dtype.element_ty), mask=live)
     tl.store(second_moment_ptr + i, second.to(second_moment_ptr.dtype.element_ty), mask=live)
@@ -55,10 +97,7 @@ def adam_update(
     second_moment: torch.Tensor,
     step: torch.Tensor,
     divisor: torch.Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    settings: AdamSettings,
 ) -> None:
     """Update a parameter and its moments in place, in one pass.
 
@@ -69,17 +108,14 @@ def adam_update(
         second_moment: running mean of their squares.
         step: one element, float32, the number of this update, counted from one.
         divisor: one element, what the gradient is divided by first.
-        lr: learning rate.
-        beta1: decay rate of the first moment.
-        beta2: decay rate of the second moment.
-        eps: added to the root of the second moment.
+        settings: the rest of what Adam needs.
     """
     n = parameter.numel()
     if n == 0:
         return
     _adam_kernel[(triton.cdiv(n, _BLOCK),)](
-        parameter, gradient, first_moment, second_moment, step, divisor, n, lr,
-        _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, eps, BLOCK=_BLOCK, num_warps=4,
+        parameter, gradient, first_moment, second_moment, step, divisor, n, *settings.arguments,
+        BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,36 +1,16 @@
 """Differentiable encode and decode at selected latents, and dense use of a few weight rows."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from saelens_sparse.implementation import Backend
+from saelens_sparse.ops.block import RowBlock
 from saelens_sparse.ops.latent_order import LatentOrder
-from saelens_sparse.ops.row_ops import add_rows, gather_dot, gather_sum, segment_sum
+from saelens_sparse.ops.row_gradient import RowGradient
+from saelens_sparse.ops.row_ops import gather_dot, gather_sum, segment_totals
 from saelens_sparse.ops.select import Selection, topk_values
-
-
-@dataclass(frozen=True)
-class RowBlock:
-    """Latents whose weight rows are wanted as one dense block, padded with zero rows.
-
-    A weight that is used both sparsely and through `weight[latents]` would get two dense
-    `[d_sae, d_in]` gradients, added by autograd. So `encode_selected` and `decode_selected` hand
-    out the block themselves, and their backward adds its few rows to the gradient that it builds.
-    """
-
-    latents: torch.Tensor  # [n] int64, distinct
-    width: int  # rows of the block, at least n
-
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """The block of a weight given as `[d_sae, d]` rows, `[width, d]`."""
-        n = self.latents.numel()
-        block = rows.new_empty(self.width, rows.shape[1])
-        torch.index_select(rows, 0, self.latents, out=block[:n])
-        block[n:].zero_()
-        return block
 
 
 def encode_selected(
@@ -42,6 +22,7 @@ def encode_selected(
     order: LatentOrder,
     block: RowBlock | None,
     backend: Backend,
+    sink: list[RowGradient] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`relu(x @ weight + bias)` at the selected latents, `[n_rows, k]`, and a block of rows.
 
@@ -58,12 +39,14 @@ def encode_selected(
         order: the same pairs by latent, without those clipped by the ReLU.
         block: rows of `weight.T` to return too, or None.
         backend: `"triton"` or `"torch"`.
+        sink: gets the weight's gradient in the backward pass, and autograd none; None for the
+            other way round.
 
     Returns:
         The activations, and the block (`[block.width, d_in]`) or None.
     """
     return _EncodeSelected.apply(  # pyright: ignore[reportReturnType]
-        x, weight, bias, input_bias, selection, order, block, backend
+        x, weight, bias, input_bias, selection, order, block, backend, sink
     )
 
 
@@ -74,6 +57,7 @@ def decode_selected(
     order: LatentOrder,
     block: RowBlock | None,
     backend: Backend,
+    sink: list[RowGradient] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`acts @ weight` for activations at selected latents, `[n_rows, d_in]`, and a block of rows.
 
@@ -85,12 +69,14 @@ def decode_selected(
         order: the active pairs by latent.
         block: rows of `weight` to return too, or None.
         backend: `"triton"` or `"torch"`.
+        sink: gets the weight's gradient in the backward pass, and autograd none; None for the
+            other way round.
 
     Returns:
         The product, and the block (`[block.width, d_in]`) or None.
     """
     return _DecodeSelected.apply(  # pyright: ignore[reportReturnType]
-        acts, weight, latents, order, block, backend
+        acts, weight, latents, order, block, backend, sink
     )
 
 
@@ -117,10 +103,11 @@ class _EncodeSelected(torch.autograd.Function):
         order: LatentOrder,
         block: RowBlock | None,
         backend: Backend,
+        sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         acts = selection.pre_acts.relu()
         ctx.save_for_backward(x, weight, acts, selection.latents)
-        ctx.order, ctx.block, ctx.backend = order, block, backend
+        ctx.order, ctx.block, ctx.backend, ctx.sink = order, block, backend, sink
         ctx.set_materialize_grads(False)
         return acts, None if block is None else block.of(weight.T)
 
@@ -136,17 +123,16 @@ class _EncodeSelected(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = grad_input_bias = None
         rows = weight.T
         if need_weight or need_bias or need_input_bias:
-            grad_rows, grad_bias = segment_sum(ctx.order, grad_acts, x, weight.dtype, ctx.backend)
+            gradient = RowGradient(ctx.order, grad_acts, x, ctx.block, grads[1], True)
+            grad_weight, grad_bias = deliver(gradient, weight.dtype, ctx.backend, ctx.sink)
             if need_input_bias:
                 with torch.autocast(rows.device.type, enabled=False):
                     grad_input_bias = -(grad_bias @ rows)
-            add_block(grad_rows, ctx.block, grads[1], ctx.backend)
-            grad_weight = grad_rows.T
         if need_x:
             # A NaN activation passes its gradient on, as a ReLU does.
             grad_pre_acts = grad_acts.masked_fill(acts <= 0, 0)
             grad_x = gather_sum(grad_pre_acts, latents, rows, ctx.backend).to(x.dtype)
-        return grad_x, grad_weight, grad_bias, grad_input_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_input_bias, None, None, None, None, None
 
 
 class _DecodeSelected(torch.autograd.Function):
@@ -159,9 +145,10 @@ class _DecodeSelected(torch.autograd.Function):
         order: LatentOrder,
         block: RowBlock | None,
         backend: Backend,
+        sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.save_for_backward(acts, weight, latents)
-        ctx.order, ctx.block, ctx.backend = order, block, backend
+        ctx.order, ctx.block, ctx.backend, ctx.sink = order, block, backend, sink
         ctx.set_materialize_grads(False)
         recons = gather_sum(acts, latents, weight, backend, order.ragged)
         return recons, None if block is None else block.of(weight)
@@ -183,21 +170,26 @@ class _DecodeSelected(torch.autograd.Function):
             grad_acts = gather_dot(grad_output, latents, weight, backend, order.ragged)
             grad_acts = grad_acts.to(acts.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight, _ = segment_sum(order, acts, grad_output, weight.dtype, backend)
-            add_block(grad_weight, ctx.block, grads[1], ctx.backend)
-        return grad_acts, grad_weight, None, None, None, None
+            gradient = RowGradient(order, acts, grad_output, ctx.block, grads[1], False)
+            if ctx.sink is None:
+                grad_weight, _ = gradient.dense(weight.dtype, backend)
+            else:
+                ctx.sink.append(gradient)
+        return grad_acts, grad_weight, None, None, None, None, None
 
 
-def add_block(
-    gradient: torch.Tensor,
-    block: RowBlock | None,
-    block_gradient: torch.Tensor | None,
-    backend: Backend,
-) -> None:
-    """Add the gradient of a block to `gradient`, `[d_sae, d]`, in place."""
-    if block is not None and block_gradient is not None:
-        n = block.latents.numel()
-        add_rows(gradient, block.latents, block_gradient[:n], backend)
+def deliver(
+    gradient: RowGradient, dtype: torch.dtype, backend: Backend, sink: list[RowGradient] | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Put an encoder's gradient into the sink, or make it if there is none.
+
+    Returns:
+        The gradient if it was made, and each latent's sum of coefficients, `[d_sae]`.
+    """
+    if sink is None:
+        return gradient.dense(dtype, backend)
+    sink.append(gradient)
+    return None, segment_totals(gradient.order, gradient.coefficients, backend).to(dtype)
 
 
 class _KeepTopK(torch.autograd.Function):

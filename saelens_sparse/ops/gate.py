@@ -10,6 +10,7 @@ import torch
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.host_count import HostCopy
 from saelens_sparse.ops.ragged import RaggedRows
+from saelens_sparse.ops.rounded_rows import RoundedRows
 
 # On a CPU: small enough for the cache, as in `select.py`.
 _CPU_CHUNK_BYTES = 32 * 2**20
@@ -83,6 +84,7 @@ def start_find_pattern(
     capacity: int,
     backend: Backend,
     buffer_bytes: int,
+    rounded: RoundedRows | None = None,
 ) -> PendingPattern:
     """Find the latents with `x @ weight.T + bias > threshold - bandwidth / 2`.
 
@@ -100,6 +102,7 @@ def start_find_pattern(
         backend: `"triton"` screens with a low-precision product and recomputes the candidates;
             `"torch"` computes row chunks in full.
         buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
+        rounded: a copy of `weight` in the dtype of the screen, which is then not made; or None.
     """
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must have shape [n_rows, {weight.shape[1]}]; got {list(x.shape)}")
@@ -107,7 +110,9 @@ def start_find_pattern(
         from saelens_sparse.ops import gate_triton
 
         if gate_triton.can_screen(x):
-            return _find_by_screen(x, weight, bias, threshold, bandwidth, capacity, buffer_bytes)
+            return _find_by_screen(
+                x, weight, bias, threshold, bandwidth, capacity, buffer_bytes, rounded
+            )
     return _find_by_chunks(x, weight, bias, threshold, bandwidth, buffer_bytes)
 
 
@@ -120,13 +125,14 @@ def _find_by_screen(
     bandwidth: float,
     capacity: int,
     buffer_bytes: int,
+    rounded: RoundedRows | None,
 ) -> PendingPattern:
     from saelens_sparse.ops.gate_triton import find_pattern
 
     arguments = (x, weight, bias, threshold, bandwidth)
-    pattern, totals = find_pattern(*arguments, capacity, buffer_bytes)
+    pattern, totals = find_pattern(*arguments, capacity, buffer_bytes, rounded)
     return PendingPattern(
-        pattern, totals, lambda room: _find_by_screen(*arguments, room, buffer_bytes)
+        pattern, totals, lambda room: _find_by_screen(*arguments, room, buffer_bytes, rounded)
     )
 
 

@@ -20,11 +20,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from saelens_sparse.implementation import Backend
-from saelens_sparse.ops.autograd import RowBlock, add_block
+from saelens_sparse.ops.autograd import deliver
+from saelens_sparse.ops.block import RowBlock, add_block
 from saelens_sparse.ops.dense_gate import dense_gate, dense_gate_gradients, matmul, matmul_dtype
 from saelens_sparse.ops.gate import GatePattern
 from saelens_sparse.ops.latent_order import LatentOrder
-from saelens_sparse.ops.row_ops import gather_sum, segment_sum, segment_totals
+from saelens_sparse.ops.row_gradient import RowGradient
+from saelens_sparse.ops.row_ops import gather_sum, segment_totals
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def encode_gated(
     gate: Gate,
     block: RowBlock | None,
     backend: Backend,
+    sink: list[RowGradient] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """JumpReLU activations at the pairs of a pattern, L0 of each row, and a block of rows.
 
@@ -79,12 +82,13 @@ def encode_gated(
         gate: how gradients are passed on.
         block: rows of `weight.T` to return too, or None.
         backend: `"triton"` or `"torch"`.
+        sink: as for `encode_selected`.
 
     Returns:
         Activations `[n_pairs]`, L0 `[n_rows]` in the same dtype, and the block or None.
     """
     return _EncodeGated.apply(  # pyright: ignore[reportReturnType]
-        x, weight, bias, threshold, input_bias, pattern, order, gate, block, backend
+        x, weight, bias, threshold, input_bias, pattern, order, gate, block, backend, sink
     )
 
 
@@ -164,6 +168,7 @@ class _EncodeGated(torch.autograd.Function):
         gate: Gate,
         block: RowBlock | None,
         backend: Backend,
+        sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         pre_acts = pattern.pre_acts
         gates = threshold.to(pre_acts.dtype)[pattern.latents]
@@ -171,7 +176,7 @@ class _EncodeGated(torch.autograd.Function):
         acts = pre_acts * (pre_acts > gates)
         ctx.save_for_backward(x, weight, gates)
         ctx.pattern, ctx.order, ctx.gate = pattern, order, gate
-        ctx.block, ctx.backend = block, backend
+        ctx.block, ctx.backend, ctx.sink = block, backend, sink
         ctx.set_materialize_grads(False)
         l0 = pattern.row_counts.to(acts.dtype)
         return acts, l0, None if block is None else block.of(weight.T)
@@ -202,12 +207,11 @@ class _EncodeGated(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = grad_threshold = grad_input_bias = None
         rows = weight.T
         if need_weight or need_bias or need_input_bias:
-            grad_rows, grad_bias = segment_sum(order, grad_pre_acts, x, weight.dtype, backend)
+            gradient = RowGradient(order, grad_pre_acts, x, ctx.block, grads[2], True)
+            grad_weight, grad_bias = deliver(gradient, weight.dtype, backend, ctx.sink)
             if need_input_bias:
                 with torch.autocast(rows.device.type, enabled=False):
                     grad_input_bias = -(grad_bias @ rows)
-            add_block(grad_rows, ctx.block, grads[2], backend)
-            grad_weight = grad_rows.T
         if need_threshold:
             grad_threshold = segment_totals(order, -straight_through, backend)
         if need_x:
@@ -216,7 +220,7 @@ class _EncodeGated(torch.autograd.Function):
             )
         return (
             grad_x, grad_weight, grad_bias, grad_threshold, grad_input_bias,
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 

@@ -20,8 +20,9 @@ import triton.language as tl
 from saelens_sparse.ops.device import on_device_of_arguments
 from saelens_sparse.ops.gate import GatePattern, gate_and_edge
 from saelens_sparse.ops.ragged import RaggedRows
+from saelens_sparse.ops.rounded_rows import RoundedRows
 from saelens_sparse.ops.row_ops_triton import gather_dot
-from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, screened, warps
+from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, row_terms, screened, warps
 
 _WORD = tl.constexpr(32)
 
@@ -43,14 +44,9 @@ def _mark_kernel(
     words_ptr,  # [N, W] int32, bit i of word w is latent 32 w + i
     edges_ptr,  # [L]
     screen_ptr,  # [N, L]
-    x_inverse_ptr,  # [N], unused if EXACT, as the next two
-    x_norms_ptr,  # [N]
-    x_residuals_ptr,  # [N]
-    bias_ptr,  # [L]
-    norms_ptr,  # unused, as HAS_NORMS
-    w_inverse_ptr,  # [L], unused if EXACT, as the next two
-    w_norms_ptr,  # [L]
-    w_residuals_ptr,  # [L]
+    x_error_ptr,  # this and the next three: see row_terms and screened
+    x_stride,
+    terms_ptr,
     accumulation,
     N,
     L,
@@ -67,16 +63,13 @@ def _mark_kernel(
     rows = rows.to(tl.int64)
     live = latent < L
     mask = row_mask[:, None] & live
-    x_inverse, x_norm, x_residual = 0.0, 0.0, 0.0
-    if not EXACT:
-        x_inverse = tl.load(x_inverse_ptr + rows, mask=row_mask, other=0.0)[:, None]
-        x_norm = tl.load(x_norms_ptr + rows, mask=row_mask, other=0.0)[:, None]
-        x_residual = tl.load(x_residuals_ptr + rows, mask=row_mask, other=0.0)[:, None]
+    inverse, weight_norm, weight_residual = row_terms(
+        x_error_ptr, x_stride, rows[:, None], row_mask[:, None], accumulation, EXACT
+    )
     s = tl.load(screen_ptr + rows[:, None] * L + latent, mask=mask, other=0.0).to(tl.float32)
     _, score, bound = screened(
-        s, latent, live, x_inverse, x_norm, x_residual, bias_ptr, norms_ptr, w_inverse_ptr,
-        w_norms_ptr, w_residuals_ptr, accumulation, EXACT, HAS_NORMS,
-    )  # fmt: skip
+        s, latent, live, inverse, weight_norm, weight_residual, terms_ptr, L, EXACT, HAS_NORMS
+    )
     edge = tl.load(edges_ptr + latent, mask=live, other=0.0)
     # A NaN does not fall short of the edge.
     falls_short = score + bound < edge
@@ -195,6 +188,7 @@ def find_pattern(
     bandwidth: float,
     capacity: int,
     buffer_bytes: int,
+    rounded: RoundedRows | None = None,
 ) -> tuple[GatePattern, torch.Tensor]:
     """The pattern, as far as it fits, and `[2]` int64: its number of pairs and of active ones.
 
@@ -202,7 +196,7 @@ def find_pattern(
     """
     device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
     x, weight = x.contiguous(), weight.contiguous()
-    screen = Screen.of(x, weight, bias)
+    screen = Screen.of(x, weight, bias, rounded=rounded)
     gate, edge = gate_and_edge(threshold, bandwidth, screen.pre_acts_dtype)
     gate, edge = gate.float(), edge.float()
 

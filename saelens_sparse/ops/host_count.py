@@ -7,13 +7,14 @@ class HostCopy:
     """A small tensor, copied to the host in the background.
 
     On a GPU the copy is queued at once, and `wait` blocks only until the device has reached that
-    point of its queue, not until it has finished what was queued since.
+    point of its queue, not until it has finished what was queued since. While a CUDA graph is
+    recorded there is nothing to copy yet.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
         self._values = values
         self._event: torch.cuda.Event | None = None
-        if values.is_cuda:
+        if values.is_cuda and not torch.cuda.is_current_stream_capturing():
             on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values = on_host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()

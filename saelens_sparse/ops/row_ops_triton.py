@@ -1,6 +1,7 @@
 """Triton kernels of the row operations; `row_ops.py` says what they compute."""
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import triton
@@ -215,6 +216,48 @@ def _partial_sums_kernel(
 
 
 @triton.jit
+def sum_segment(
+    j,
+    cols,
+    col_mask,
+    partials_ptr,  # [S, D]
+    partial_totals_ptr,  # [S]
+    offsets_ptr,  # [L + 1]
+    pairs_ptr,  # [P]
+    coefficients_ptr,  # [P]
+    batch_ptr,  # [N, D]
+    rows_ptr,  # [P], unused unless RAGGED
+    K,
+    D,
+    RAGGED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum over the pairs p of segment j of coefficients[p] * batch[row of p, cols], and of the
+    coefficients; of a long segment from its partial sums.
+    """
+    first = tl.load(offsets_ptr + j)
+    n_pairs = (tl.load(offsets_ptr + j + 1) - first).to(tl.int32)
+    if n_pairs <= SPLIT:
+        acc, total = _sum_pairs(
+            pairs_ptr, coefficients_ptr, batch_ptr, first, n_pairs, cols, col_mask, rows_ptr,
+            K, D, RAGGED, BLOCK_P, BLOCK_D,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        total = 0.0
+        first_block = first // SPLIT
+        n_blocks = ((first + n_pairs - 1) // SPLIT - first_block + 1).to(tl.int32)
+        for i in range(n_blocks):
+            block = first_block + i
+            slot = 2 * block + (first > block * SPLIT).to(tl.int64)
+            acc += tl.load(partials_ptr + slot * D + cols, mask=col_mask, other=0.0)
+            total += tl.load(partial_totals_ptr + slot)
+    return acc, total
+
+
+@triton.jit
 def _segment_sum_kernel(
     out_ptr,  # [L, D]
     totals_ptr,  # [L]
@@ -234,25 +277,12 @@ def _segment_sum_kernel(
 ):
     """out[j, :] = sum over the pairs p of segment j of coefficients[p] * batch[row of p, :]"""
     j = tl.program_id(0).to(tl.int64)
-    first = tl.load(offsets_ptr + j)
-    n_pairs = (tl.load(offsets_ptr + j + 1) - first).to(tl.int32)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
-    if n_pairs <= SPLIT:
-        acc, total = _sum_pairs(
-            pairs_ptr, coefficients_ptr, batch_ptr, first, n_pairs, cols, col_mask, rows_ptr,
-            K, D, RAGGED, BLOCK_P, BLOCK_D,
-        )  # fmt: skip
-    else:
-        acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        total = 0.0
-        first_block = first // SPLIT
-        n_blocks = ((first + n_pairs - 1) // SPLIT - first_block + 1).to(tl.int32)
-        for i in range(n_blocks):
-            block = first_block + i
-            slot = 2 * block + (first > block * SPLIT).to(tl.int64)
-            acc += tl.load(partials_ptr + slot * D + cols, mask=col_mask, other=0.0)
-            total += tl.load(partial_totals_ptr + slot)
+    acc, total = sum_segment(
+        j, cols, col_mask, partials_ptr, partial_totals_ptr, offsets_ptr, pairs_ptr,
+        coefficients_ptr, batch_ptr, rows_ptr, K, D, RAGGED, SPLIT, BLOCK_P, BLOCK_D,
+    )  # fmt: skip
     tl.store(out_ptr + j * D + cols, acc.to(out_ptr.dtype.element_ty), mask=col_mask)
     if tl.program_id(1) == 0:
         tl.store(totals_ptr + j, total.to(totals_ptr.dtype.element_ty))
@@ -341,35 +371,53 @@ def gather_dot(
     return out
 
 
+@dataclass(frozen=True)
+class Segments:
+    """The sums that make a weight's gradient, with those over long segments begun.
+
+    Attributes:
+        arguments: what `sum_segment` takes from `partials_ptr` to `D`.
+        modes: its compile-time arguments but for its tile.
+    """
+
+    arguments: tuple[Any, ...]
+    modes: dict[str, Any]
+
+    @classmethod
+    def of(cls, order: LatentOrder, coefficients: torch.Tensor, batch: torch.Tensor) -> Self:
+        """Arguments as `segment_sum`'s."""
+        launch = SEGMENT_SUM
+        d, n_pairs = batch.shape[1], order.pairs.numel()
+        n_slots = 2 * triton.cdiv(n_pairs, launch.SPLIT)
+        partials = torch.empty(n_slots, d, dtype=torch.float32, device=batch.device)
+        partial_totals = torch.empty(n_slots, dtype=torch.float32, device=batch.device)
+        coefficients, batch = coefficients.contiguous(), batch.contiguous()
+        rows = order.pairs if order.ragged is None else order.ragged.rows
+        modes = {"RAGGED": order.ragged is not None, "SPLIT": launch.SPLIT}
+        if n_pairs > launch.SPLIT:
+            _partial_sums_kernel[(n_slots, triton.cdiv(d, launch.BLOCK_D))](
+                partials, partial_totals, order.offsets, order.keys, order.pairs, coefficients,
+                batch, rows, n_pairs, order.d_sae, order.k, d, **modes, BLOCK_P=launch.BLOCK_P,
+                BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
+            )  # fmt: skip
+        arguments = (
+            partials, partial_totals, order.offsets, order.pairs, coefficients, batch, rows,
+            order.k, d,
+        )  # fmt: skip
+        return cls(arguments, modes)
+
+
 @on_device_of_arguments
 def segment_sum(
     order: LatentOrder, coefficients: torch.Tensor, batch: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     d, d_sae, launch = batch.shape[1], order.d_sae, SEGMENT_SUM
-    n_pairs = order.pairs.numel()
     out = torch.empty(d_sae, d, dtype=dtype, device=batch.device)
     totals = torch.empty(d_sae, dtype=dtype, device=batch.device)
-    n_slots = 2 * triton.cdiv(n_pairs, launch.SPLIT)
-    partials = torch.empty(n_slots, d, dtype=torch.float32, device=batch.device)
-    partial_totals = torch.empty(n_slots, dtype=torch.float32, device=batch.device)
-    coefficients, batch = coefficients.contiguous(), batch.contiguous()
-    rows = order.pairs if order.ragged is None else order.ragged.rows
-    tiles = triton.cdiv(d, launch.BLOCK_D)
-    modes = {
-        "RAGGED": order.ragged is not None,
-        "SPLIT": launch.SPLIT,
-        "BLOCK_P": launch.BLOCK_P,
-        "BLOCK_D": launch.BLOCK_D,
-        "num_warps": launch.num_warps,
-    }
-    if n_pairs > launch.SPLIT:
-        _partial_sums_kernel[(n_slots, tiles)](
-            partials, partial_totals, order.offsets, order.keys, order.pairs, coefficients,
-            batch, rows, n_pairs, d_sae, order.k, d, **modes,
-        )  # fmt: skip
-    _segment_sum_kernel[(d_sae, tiles)](
-        out, totals, partials, partial_totals, order.offsets, order.pairs, coefficients, batch,
-        rows, order.k, d, **modes,
+    segments = Segments.of(order, coefficients, batch)
+    _segment_sum_kernel[(d_sae, triton.cdiv(d, launch.BLOCK_D))](
+        out, totals, *segments.arguments, **segments.modes, BLOCK_P=launch.BLOCK_P,
+        BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
     )  # fmt: skip
     return out, totals
 

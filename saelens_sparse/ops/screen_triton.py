@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.dense_gate import matmul_dtype
+from saelens_sparse.ops.rounded_rows import RoundedRows
 
 # Rows up to this width are held in one program's registers.
 MAX_D_IN = 32768
@@ -33,14 +34,13 @@ _MAX_CHUNK_ROWS = 2**20
 @triton.jit
 def _round_rows_kernel(
     rounded_ptr,  # [R, D] float16
-    inverse_scales_ptr,  # [R]
-    norms_ptr,  # [R]
-    residuals_ptr,  # [R]
+    errors_ptr,  # [3, R]: what undoes the scale, |row|, |row - rounded / 2^e|
     rows_ptr,  # [R, D] float32
+    R,
     D,
     BLOCK_D: tl.constexpr,
 ):
-    """rounded = fp16(row * 2^e), of norm 64 to 128; |row| and |row - rounded / 2^e|"""
+    """rounded = fp16(row * 2^e), of norm 64 to 128"""
     r = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     x = tl.load(rows_ptr + r * D + cols, mask=cols < D, other=0.0)
@@ -55,9 +55,57 @@ def _round_rows_kernel(
     error = x - rounded.to(tl.float32)
     tl.store(rounded_ptr + r * D + cols, rounded, mask=cols < D)
     inverse = tl.exp2(exponent) / shrink
-    tl.store(inverse_scales_ptr + r, inverse)
-    tl.store(norms_ptr + r, norm * tl.exp2(exponent))
-    tl.store(residuals_ptr + r, tl.sqrt(tl.sum(error * error, axis=0)) * inverse)
+    tl.store(errors_ptr + r, inverse)
+    tl.store(errors_ptr + R + r, norm * tl.exp2(exponent))
+    tl.store(errors_ptr + 2 * R + r, tl.sqrt(tl.sum(error * error, axis=0)) * inverse)
+
+
+@triton.jit
+def _latent_terms_kernel(
+    terms_ptr,  # [5, L]: inverse scale, bias, norm, residual, rest; each times the decoder norm
+    errors_ptr,  # [3, L]
+    bias_ptr,  # [L]
+    norms_ptr,  # [L] or unused
+    L,
+    HAS_NORMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What of the score and its bound depends on the latent alone."""
+    latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = latent < L
+    factor = tl.full((BLOCK,), 1.0, tl.float32)
+    if HAS_NORMS:
+        factor = tl.load(norms_ptr + latent, mask=live, other=0.0)
+    bias = tl.load(bias_ptr + latent, mask=live, other=0.0) * factor
+    tl.store(terms_ptr + L + latent, bias, mask=live)
+    inverse = tl.load(errors_ptr + latent, mask=live, other=0.0) * factor
+    tl.store(terms_ptr + latent, inverse, mask=live)
+    norm = tl.load(errors_ptr + L + latent, mask=live, other=0.0) * factor
+    tl.store(terms_ptr + 2 * L + latent, norm, mask=live)
+    residual = tl.load(errors_ptr + 2 * L + latent, mask=live, other=0.0) * factor
+    tl.store(terms_ptr + 3 * L + latent, residual, mask=live)
+    # Additions of the bias in float32, here and in the recomputation.
+    tl.store(terms_ptr + 4 * L + latent, 4.0e-7 * tl.abs(bias), mask=live)
+
+
+@triton.jit
+def row_terms(
+    errors_ptr,  # [3, *], unused if EXACT
+    stride,
+    rows,
+    mask,
+    accumulation,
+    EXACT: tl.constexpr,
+):
+    """What of a score and its bound depends on the row alone: three factors for `screened`."""
+    inverse, weight_norm, weight_residual = 0.0, 0.0, 0.0
+    if not EXACT:
+        inverse = tl.load(errors_ptr + rows, mask=mask, other=0.0)
+        norm = tl.load(errors_ptr + stride + rows, mask=mask, other=0.0)
+        residual = tl.load(errors_ptr + 2 * stride + rows, mask=mask, other=0.0)
+        weight_norm = 1.001 * residual + accumulation * norm
+        weight_residual = 1.001 * (norm + residual)
+    return inverse, weight_norm, weight_residual
 
 
 @triton.jit
@@ -65,39 +113,35 @@ def screened(
     s,
     latent,
     mask,
-    x_inverse,
-    x_norm,
-    x_residual,
-    bias_ptr,  # [L]
-    norms_ptr,  # [L] or unused
-    w_inverse_ptr,  # [L], unused if EXACT, as the next two
-    w_norms_ptr,  # [L]
-    w_residuals_ptr,  # [L]
-    accumulation,
+    row_inverse,
+    row_weight_norm,
+    row_weight_residual,
+    terms_ptr,  # [5, L]; if EXACT: bias and norm, [2, L]
+    L,
     EXACT: tl.constexpr,
     HAS_NORMS: tl.constexpr,
 ):
-    """Pre-activation, score and bound on the score's error of screened products s.
+    """Score of screened products s, bound on its error, and if EXACT the pre-activation.
 
-    This module's docstring has the formula of the bound.
+    This module's docstring has the formula of the bound. Where `mask` is False the score is minus
+    infinity and the bound zero, provided that s is zero.
     """
-    bias = tl.load(bias_ptr + latent, mask=mask, other=0.0)
-    bound = tl.zeros_like(s)
-    if not EXACT:
-        inverse = x_inverse * tl.load(w_inverse_ptr + latent, mask=mask, other=0.0)
-        w_norm = tl.load(w_norms_ptr + latent, mask=mask, other=0.0)
-        w_residual = tl.load(w_residuals_ptr + latent, mask=mask, other=0.0)
-        s = s * inverse
+    if EXACT:
+        pre_act = s + tl.load(terms_ptr + latent, mask=mask, other=float("-inf"))
+        score = pre_act
+        if HAS_NORMS:
+            score = pre_act * tl.load(terms_ptr + L + latent, mask=mask, other=1.0)
+        bound = tl.zeros_like(s)
+    else:
+        scale = row_inverse * tl.load(terms_ptr + latent, mask=mask, other=0.0)
+        scaled = s * scale
+        score = scaled + tl.load(terms_ptr + L + latent, mask=mask, other=float("-inf"))
+        pre_act = score
         # 2^-11 of s for its rounding to float16, 2^-25 for subnormals, the rest for float32.
-        bound = (1.001 * x_residual + accumulation * x_norm) * w_norm
-        bound += 1.001 * (x_norm + x_residual) * w_residual
-        bound += 4.887e-4 * tl.abs(s) + (2.98e-8 * inverse + 4.0e-7 * tl.abs(bias))
-    pre_act = s + bias
-    score = pre_act
-    if HAS_NORMS:
-        norm = tl.load(norms_ptr + latent, mask=mask, other=0.0)
-        score = pre_act * norm
-        bound = bound * norm
+        bound = tl.load(terms_ptr + 4 * L + latent, mask=mask, other=0.0)
+        bound += row_weight_norm * tl.load(terms_ptr + 2 * L + latent, mask=mask, other=0.0)
+        bound += row_weight_residual * tl.load(terms_ptr + 3 * L + latent, mask=mask, other=0.0)
+        bound += 4.887e-4 * tl.abs(scaled) + 2.98e-8 * scale
     return pre_act, score, bound
 
 
@@ -108,9 +152,10 @@ class Screen:
     Attributes:
         x: `[n_rows, d_in]` in the dtype of the screen.
         weight: `[d_sae, d_in]`, likewise.
-        x_error: scales to undo, norms and residuals of the rows of x, each `[n_rows]` float32;
+        x_error: scales to undo, norms and residuals of the rows of x, `[3, n_rows]` float32;
             anything if `exact`.
-        w_error: the same of the rows of weight, each `[d_sae]`.
+        terms: what `screened` takes of the latents, `[5, d_sae]` float32; if `exact`, bias and
+            norms, `[2, d_sae]`, or the bias alone.
         bias: `[d_sae]` float32.
         norms: `[d_sae]` float32, or None.
         exact: whether the screen is the computation that the caller asks for.
@@ -119,8 +164,8 @@ class Screen:
 
     x: torch.Tensor
     weight: torch.Tensor
-    x_error: tuple[torch.Tensor, ...]
-    w_error: tuple[torch.Tensor, ...]
+    x_error: torch.Tensor
+    terms: torch.Tensor
     bias: torch.Tensor
     norms: torch.Tensor | None
     exact: bool
@@ -133,24 +178,32 @@ class Screen:
         weight: torch.Tensor,
         bias: torch.Tensor,
         norms: torch.Tensor | None = None,
+        rounded: RoundedRows | None = None,
     ) -> Screen:
-        """The screen of an encoder's operands, which are contiguous; obeys autocast."""
+        """The screen of an encoder's operands, which are contiguous; obeys autocast.
+
+        `rounded` may be a copy of the weight in the dtype of the screen.
+        """
         compute_dtype = matmul_dtype(x)
         exact = compute_dtype != torch.float32
         bias32 = bias.float().contiguous()
+        norms32 = None if norms is None else norms.float().contiguous()
         if exact:
-            screen_x, screen_weight = x.to(compute_dtype), weight.to(compute_dtype)
-            x_error = w_error = (bias32,) * 3
+            screen_x = x.to(compute_dtype)
+            is_copy = rounded is not None and rounded.rows.dtype == compute_dtype
+            screen_weight = rounded.rows if is_copy else weight.to(compute_dtype)
+            x_error = terms = bias32 if norms32 is None else torch.stack([bias32, norms32])
         else:
-            screen_x, *x_error = _round_rows(x)
-            screen_weight, *w_error = _round_rows(weight)
+            screen_x, x_error = _round_rows(x)
+            screen_weight, w_error = _round_rows(weight)
+            terms = _latent_terms(w_error, bias32, norms32)
         return cls(
             screen_x,
             screen_weight,
-            tuple(x_error),
-            tuple(w_error),
+            x_error,
+            terms,
             bias32,
-            None if norms is None else norms.float().contiguous(),
+            norms32,
             exact,
             torch.promote_types(compute_dtype, bias.dtype),
         )
@@ -170,13 +223,14 @@ class Screen:
             yield rows, chunk
 
     def arguments(self, rows: slice) -> tuple[Any, ...]:
-        """What `screened` takes of a chunk, from x_inverse to accumulation, as pointers."""
-        x_error = self.x_error if self.exact else [part[rows] for part in self.x_error]
+        """What kernels over a chunk take for `row_terms` and `screened`: rows' errors and their
+        stride, terms of the latents, and the relative error of accumulation.
+        """
+        x_error = self.x_error if self.exact else self.x_error[:, rows.start :]
         # Tensor cores add sums of at least 8 products one after the other, each time off by at
         # most 2^-22 of the partial sum.
         accumulation = (self.x.shape[1] / 8 + 16) * 2.0**-22
-        norms = self.bias if self.norms is None else self.norms
-        return (*x_error, self.bias, norms, *self.w_error, accumulation)
+        return x_error, self.x_error.shape[-1], self.terms, accumulation
 
     @property
     def modes(self) -> dict[str, bool]:
@@ -199,18 +253,28 @@ def _float32_accumulation(device: torch.device) -> Iterator[None]:
         matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = settings
 
 
-def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float16 rows, each scaled by a power of two, and their errors (`Screen.x_error`)."""
     n_rows, d = rows.shape
     rounded = torch.empty(n_rows, d, dtype=torch.float16, device=rows.device)
-    inverse_scales, norms, residuals = torch.empty(
-        3, n_rows, dtype=torch.float32, device=rows.device
-    )
+    errors = torch.empty(3, n_rows, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(d)
     _round_rows_kernel[(n_rows,)](
-        rounded, inverse_scales, norms, residuals, rows, d,
-        BLOCK_D=block, num_warps=warps(block, per_warp=512),
+        rounded, errors, rows, n_rows, d, BLOCK_D=block, num_warps=warps(block, per_warp=512)
+    )
+    return rounded, errors
+
+
+def _latent_terms(
+    errors: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None
+) -> torch.Tensor:
+    d_sae = bias.numel()
+    terms = torch.empty(5, d_sae, dtype=torch.float32, device=bias.device)
+    _latent_terms_kernel[(triton.cdiv(d_sae, 1024),)](
+        terms, errors, bias, bias if norms is None else norms, d_sae,
+        HAS_NORMS=norms is not None, BLOCK=1024, num_warps=4,
     )  # fmt: skip
-    return rounded, inverse_scales, norms, residuals
+    return terms
 
 
 def warps(elements: int, per_warp: int) -> int:

@@ -1,5 +1,7 @@
 """Selection of each row's top k latents, without a full-precision `[n_rows, d_sae]` tensor."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,6 +9,7 @@ import torch
 
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.host_count import HostCount
+from saelens_sparse.ops.rounded_rows import RoundedRows
 
 # On 2 CPU cores, 512 -> 16,384, 1024 rows: 150 ms with this, 190 to 200 with 8, 16 or 1024 MiB.
 _CPU_CHUNK_BYTES = 32 * 2**20
@@ -54,6 +57,10 @@ class PendingSelection:
     def holds(self) -> bool:
         """Whether `selection` is right as it stands. Waits until the device has got there."""
         return self._n_uncertain is None or self._n_uncertain.wait() == 0
+
+    def again(self) -> PendingSelection:
+        """The same tensors, which the replay of a CUDA graph has written anew, and their check."""
+        return PendingSelection(self.selection, self._uncertain, self._recompute)
 
     def result(self) -> Selection:
         """`selection` itself, or a corrected one if any of its rows was uncertain."""
@@ -106,8 +113,12 @@ def start_select_topk(
     k: int,
     backend: Backend,
     buffer_bytes: int,
+    rounded: RoundedRows | None = None,
 ) -> PendingSelection:
-    """`select_topk` without waiting for the device to say whether a row must be recomputed."""
+    """`select_topk` without waiting for the device to say whether a row must be recomputed.
+
+    `rounded` may be a copy of `weight` in the dtype of the screen, which is then not made.
+    """
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must have shape [n_rows, {weight.shape[1]}]; got {list(x.shape)}")
     if not 1 <= k <= weight.shape[0]:
@@ -117,7 +128,7 @@ def start_select_topk(
 
         if select_triton.can_screen(x, weight, k):
             selection, uncertain = select_triton.select_topk(
-                x, weight, bias, norms, k, buffer_bytes
+                x, weight, bias, norms, k, buffer_bytes, rounded
             )
             return PendingSelection(
                 selection,

@@ -7,8 +7,9 @@
 4. Candidates are recomputed in float32, and the top k of them selected.
 
 In float32 each screened score carries a proven bound on its error, and "reaches T" means that
-score plus bound does, where T is the k-th largest of score minus bound. So a true top-k latent is
-always a candidate. Where the screen is the computation itself, step 4 recomputes nothing.
+score plus bound does, where T is the k-th largest of score minus bound: first of groups, then of
+the candidates themselves, which leaves fewer. So a true top-k latent is always a candidate. Where
+the screen is the computation itself, step 4 recomputes nothing.
 
 A row is flagged, to be computed in full by the caller, when its candidates outgrow their list
 or a recomputed score exceeds its bound.
@@ -26,7 +27,8 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.device import on_device_of_arguments
-from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, screened, warps
+from saelens_sparse.ops.rounded_rows import RoundedRows
+from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, row_terms, screened, warps
 from saelens_sparse.ops.select import Selection
 
 # Rows up to this width are held in one program's registers.
@@ -98,14 +100,9 @@ def _group_bounds_kernel(
     lower_ptr,  # [N, G] largest (score - bound) of each group
     upper_ptr,  # [N, G] largest (score + bound) of each group; not written if EXACT
     screen_ptr,  # [N, L]
-    x_inverse_ptr,  # [N], unused if EXACT, as the next two
-    x_norms_ptr,  # [N]
-    x_residuals_ptr,  # [N]
-    bias_ptr,  # [L]
-    norms_ptr,  # [L] or unused
-    w_inverse_ptr,  # [L], unused if EXACT, as the next two
-    w_norms_ptr,  # [L]
-    w_residuals_ptr,  # [L]
+    x_error_ptr,  # this and the next three: see row_terms and screened
+    x_stride,
+    terms_ptr,
     accumulation,
     N,
     L,
@@ -121,11 +118,9 @@ def _group_bounds_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
     rows = rows.to(tl.int64)
-    x_inverse, x_norm, x_residual = 0.0, 0.0, 0.0
-    if not EXACT:
-        x_inverse = tl.load(x_inverse_ptr + rows, mask=row_mask, other=0.0)[:, None]
-        x_norm = tl.load(x_norms_ptr + rows, mask=row_mask, other=0.0)[:, None]
-        x_residual = tl.load(x_residuals_ptr + rows, mask=row_mask, other=0.0)[:, None]
+    inverse, weight_norm, weight_residual = row_terms(
+        x_error_ptr, x_stride, rows[:, None], row_mask[:, None], accumulation, EXACT
+    )
     lower = tl.full((ROWS, COLS), float("-inf"), tl.float32)
     upper = tl.full((ROWS, COLS), float("-inf"), tl.float32)
     for slab in range(0, L, G * RUN):
@@ -134,16 +129,14 @@ def _group_bounds_kernel(
         mask = row_mask[:, None] & live
         s = tl.load(screen_ptr + rows[:, None] * L + latent, mask=mask, other=0.0)
         _, score, bound = screened(
-            s.to(tl.float32), latent, live, x_inverse, x_norm, x_residual, bias_ptr, norms_ptr,
-            w_inverse_ptr, w_norms_ptr, w_residuals_ptr, accumulation, EXACT, HAS_NORMS,
+            s.to(tl.float32), latent, live, inverse, weight_norm, weight_residual, terms_ptr, L,
+            EXACT, HAS_NORMS,
         )  # fmt: skip
         # A score that is NaN, or has no bound, may be anything: its group reaches T, and unless
         # it is final it does not raise T.
-        most = tl.where(live, score + bound, float("-inf"))
-        upper = tl.maximum(upper, most, propagate_nan=tl.PropagateNan.ALL)
+        upper = tl.maximum(upper, score + bound, propagate_nan=tl.PropagateNan.ALL)
         if not EXACT:
-            least = tl.where(live, score - bound, float("-inf"))
-            lower = tl.maximum(lower, least, propagate_nan=tl.PropagateNan.NONE)
+            lower = tl.maximum(lower, score - bound, propagate_nan=tl.PropagateNan.NONE)
     upper = tl.where(upper == upper, upper, float("inf"))
     if EXACT:
         lower = upper
@@ -189,22 +182,17 @@ def _reaching_groups_kernel(
 @triton.jit
 def _candidates_kernel(
     latents_ptr,  # [N, C] int32
-    pre_acts_ptr,  # [N, C], written only if EXACT
-    scores_ptr,  # [N, C], score + bound: the most that a recomputation may give
+    pre_acts_ptr,  # [N, C]; unless EXACT score - bound: the least that a recomputation may give
+    scores_ptr,  # [N, C], score + bound: the most
     counts_ptr,  # [N] int32
     flags_ptr,  # [N] int8
     groups_ptr,  # [N, CAPACITY]
     n_groups_ptr,  # [N]
     thresholds_ptr,  # [N]
     screen_ptr,  # [N, L]
-    x_inverse_ptr,  # [N], unused if EXACT, as the next two
-    x_norms_ptr,  # [N]
-    x_residuals_ptr,  # [N]
-    bias_ptr,  # [L]
-    norms_ptr,  # [L] or unused
-    w_inverse_ptr,  # [L], unused if EXACT, as the next two
-    w_norms_ptr,  # [L]
-    w_residuals_ptr,  # [L]
+    x_error_ptr,  # this and the next three: see row_terms and screened
+    x_stride,
+    terms_ptr,
     accumulation,
     L,
     G,
@@ -221,11 +209,9 @@ def _candidates_kernel(
     n = tl.program_id(0).to(tl.int64)
     n_groups = tl.load(n_groups_ptr + n)
     threshold = tl.load(thresholds_ptr + n)
-    x_inverse, x_norm, x_residual = 0.0, 0.0, 0.0
-    if not EXACT:
-        x_inverse = tl.load(x_inverse_ptr + n)
-        x_norm = tl.load(x_norms_ptr + n)
-        x_residual = tl.load(x_residuals_ptr + n)
+    inverse, weight_norm, weight_residual = row_terms(
+        x_error_ptr, x_stride, n, True, accumulation, EXACT
+    )
     n_elements = tl.minimum(n_groups, CAPACITY) * GROUP_WIDTH
     count = 0
     for start in range(0, n_elements, TILE):
@@ -237,8 +223,7 @@ def _candidates_kernel(
         live = live & (latent < L)
         s = tl.load(screen_ptr + n * L + latent, mask=live, other=0.0).to(tl.float32)
         pre_act, score, bound = screened(
-            s, latent, live, x_inverse, x_norm, x_residual, bias_ptr, norms_ptr,
-            w_inverse_ptr, w_norms_ptr, w_residuals_ptr, accumulation, EXACT, HAS_NORMS,
+            s, latent, live, inverse, weight_norm, weight_residual, terms_ptr, L, EXACT, HAS_NORMS,
         )  # fmt: skip
         upper = score + bound
         # A NaN does not fall short of T.
@@ -247,12 +232,43 @@ def _candidates_kernel(
         kept = reaches & (position < C)
         tl.store(latents_ptr + n * C + position, latent, mask=kept)
         tl.store(scores_ptr + n * C + position, upper, mask=kept)
-        if EXACT:
-            tl.store(pre_acts_ptr + n * C + position, pre_act, mask=kept)
+        # A place that the recomputation fills is put to use before.
+        lower = pre_act if EXACT else score - bound
+        tl.store(pre_acts_ptr + n * C + position, lower, mask=kept)
         count += tl.sum(reaches.to(tl.int32), axis=0)
     tl.store(counts_ptr + n, tl.minimum(count, C))
     missed = (n_groups > CAPACITY) | (count > C) | (count < k)
     tl.store(flags_ptr + n, missed.to(tl.int8))
+
+
+@triton.jit
+def _refine_kernel(
+    latents_ptr,  # [N, C]
+    scores_ptr,  # [N, C], the most that a recomputation may give
+    pre_acts_ptr,  # [N, C], the least
+    counts_ptr,  # [N]
+    k,
+    C: tl.constexpr,
+):
+    """Keep the candidates that reach the k-th largest of what candidates have at least.
+
+    That is more than T, which counts one latent a group.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, C)
+    live = c < tl.load(counts_ptr + n)
+    latent = tl.load(latents_ptr + n * C + c, mask=live, other=0)
+    upper = tl.load(scores_ptr + n * C + c, mask=live, other=0.0)
+    lower = tl.load(pre_acts_ptr + n * C + c, mask=live, other=0.0)
+    # What has no bound raises nothing.
+    bounded = live & (lower == lower)
+    key = _kth_largest_key(tl.where(bounded, _ordered_key(lower), -2147483648), k)
+    kept = live & ((_ordered_key(upper) >= key) | (upper != upper))
+    position = tl.cumsum(kept.to(tl.int32), axis=0) - 1
+    tl.debug_barrier()  # all has been read
+    tl.store(latents_ptr + n * C + position, latent, mask=kept)
+    tl.store(scores_ptr + n * C + position, upper, mask=kept)
+    tl.store(counts_ptr + n, tl.sum(kept.to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -387,14 +403,15 @@ def select_topk(
     norms: torch.Tensor | None,
     k: int,
     buffer_bytes: int,
+    rounded: RoundedRows | None = None,
 ) -> tuple[Selection, torch.Tensor]:
     """The selection, and `[n_rows]` bool: the rows that it cannot vouch for.
 
-    Arguments as `saelens_sparse.ops.select_topk`'s; `can_screen` must hold.
+    Arguments as `saelens_sparse.ops.start_select_topk`'s; `can_screen` must hold.
     """
     device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
     x, weight = x.contiguous(), weight.contiguous()
-    screen = Screen.of(x, weight, bias, norms)
+    screen = Screen.of(x, weight, bias, norms, rounded)
     capacity = list_capacity(k)
     found = _Candidates(
         latents=torch.empty(n_rows, capacity, dtype=torch.int32, device=device),
@@ -406,6 +423,10 @@ def select_topk(
     for rows, products in screen.chunks(buffer_bytes):
         _find_candidates(found, screen, rows, products, k)
     if not screen.exact:
+        _refine_kernel[(n_rows,)](
+            found.latents, found.scores, found.pre_acts, found.counts, k, C=capacity,
+            num_warps=warps(capacity, per_warp=256),
+        )  # fmt: skip
         block_c = LAUNCH.RESCORE_CANDIDATES
         _rescore_kernel[(n_rows, triton.cdiv(capacity, block_c))](
             found.pre_acts, found.scores, found.flags, found.latents, found.counts, x, weight,

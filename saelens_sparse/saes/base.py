@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,15 +17,23 @@ from sae_lens.saes.sae import (
 from sae_lens.util import str_to_dtype
 from torch import nn
 
-from saelens_sparse.code import Code, DeadLatents
+from saelens_sparse.code import Code, DeadLatents, version_of
 from saelens_sparse.implementation import (
     IMPLEMENTATIONS,
+    Backend,
     Choice,
     Implementation,
     choose_implementation,
 )
-from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, version_of
-from saelens_sparse.ops import HostCount, PendingPattern, PendingSelection, RowBlock
+from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs
+from saelens_sparse.ops import (
+    HostCount,
+    PendingPattern,
+    PendingSelection,
+    RoundedRows,
+    RowBlock,
+    RowGradient,
+)
 from saelens_sparse.optim import mark_parameter
 
 if TYPE_CHECKING:
@@ -38,10 +46,13 @@ else:
 
 # PyTorch's own registries: HookPoint.has_hooks() does not see hooks registered past it.
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSOR_HOOK_DICTS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 # GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
 # Hopper's instructions and take 2.4 times as long.
 _DEAD_ALIGNMENT = 64
+
+Pending = PendingSelection | PendingPattern
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -63,6 +74,8 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
     implementation: Implementation = "auto"
     screen_buffer_mib: int = 1024
     fused_adam: bool = True
+    gradient_buffers: bool = False
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         require_int("d_in", self.d_in, 1)
@@ -75,6 +88,8 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
                     f"decoder_init_norm must be positive or None; got {self.decoder_init_norm}"
                 )
         require_bool("fused_adam", self.fused_adam)
+        require_bool("gradient_buffers", self.gradient_buffers)
+        require_bool("cuda_graph", self.cuda_graph)
         require_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
         if not str_to_dtype(self.dtype).is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
@@ -95,8 +110,12 @@ class SparseTrainingSAEMixin(_Base):
 
     b_enc: nn.Parameter
     _dead_count: HostCount | None = None
-    _unchecked: list[PendingSelection | PendingPattern] | None = None
+    _unchecked: list[Pending] | None = None
     _in_training_step = False
+    # Set by a trainer whose optimizer takes them: gradients as sums over active pairs, by
+    # parameter, and a copy of W_enc that the last update has written.
+    row_gradients: dict[str, list[RowGradient]] | None = None
+    rounded: RoundedRows | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -143,12 +162,14 @@ class SparseTrainingSAEMixin(_Base):
     # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
     @_not_compiled
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        output, holds = self.start_training_forward_pass(step_input)
-        return output if holds() else self._checked_forward_pass(step_input)
+        output, pending = self.start_training_forward_pass(step_input)
+        if all(part.holds() for part in pending):
+            return output
+        return self._checked_forward_pass(step_input)
 
     def start_training_forward_pass(
         self, step_input: TrainStepInput
-    ) -> tuple[TrainStepOutput, Callable[[], bool]]:
+    ) -> tuple[TrainStepOutput, Sequence[Pending]]:
         """
         A training forward pass that does not wait for the device to say whether it found all that
         is active.
@@ -156,16 +177,16 @@ class SparseTrainingSAEMixin(_Base):
         Work queued before that is asked hides the wait.
 
         Returns:
-            The output, and a function that waits and says whether it is right. If not, which is
-            rare, the output and whatever followed from it must be dropped, and
-            `training_forward_pass` called instead.
+            The output, and what it relies on. If one of these does not hold, which is rare, the
+            output and whatever followed from it must be dropped, and `training_forward_pass`
+            called instead.
         """
         self._unchecked = []
         try:
             output = self._checked_forward_pass(step_input)
         finally:
             unchecked, self._unchecked = self._unchecked, None
-        return output, lambda: all(pending.holds() for pending in unchecked)
+        return output, unchecked
 
     def _checked_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         mask = step_input.dead_neuron_mask
@@ -182,7 +203,7 @@ class SparseTrainingSAEMixin(_Base):
             output.metrics.update(output.feature_acts.code.metrics)
         return output
 
-    def leaves_unchecked(self, pending: PendingSelection | PendingPattern) -> bool:
+    def leaves_unchecked(self, pending: Pending) -> bool:
         """Whether the step in progress asks later if `pending` holds, and goes on as if it did."""
         if self._unchecked is None:
             return False
@@ -248,7 +269,9 @@ class SparseTrainingSAEMixin(_Base):
         if has_dense_hook or weights_changed or not feature_acts.is_untouched:
             return super().decode(feature_acts.materialized())
         dead = code.dead
-        recons, dead_W_dec = code.decode(self.W_dec, None if dead is None else dead.block)
+        block = None if dead is None else dead.block
+        sink = self.sink_of("W_dec", code.backend)
+        recons, dead_W_dec = code.decode(self.W_dec, block, sink)
         if dead is not None:
             dead.W_dec = dead_W_dec
         sae_out_pre = (recons + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in)
@@ -268,6 +291,24 @@ class SparseTrainingSAEMixin(_Base):
                 sae_error = self.hook_sae_error(x - clean)
             sae_out = sae_out + sae_error
         return self.hook_sae_output(sae_out)
+
+    def sink_of(self, name: str, backend: Backend) -> list[RowGradient] | None:
+        """Where the step's gradient of a weight goes instead of its `.grad`; None if it does not.
+
+        Hooks on a parameter expect a gradient that is a tensor.
+        """
+        if self.row_gradients is None or backend != "triton":
+            return None
+        parameter = getattr(self, name)
+        if any(getattr(parameter, hooks) for hooks in _TENSOR_HOOK_DICTS):
+            return None
+        return self.row_gradients.setdefault(name, [])
+
+    def rounded_W_enc(self) -> RoundedRows | None:
+        """The copy of `W_enc` that the last update has written, if it still is one."""
+        if self.rounded is None or not self.rounded.is_of(self.W_enc.T):
+            return None
+        return self.rounded
 
     def _find_dead_latents(self) -> DeadLatents | None:
         """The dead latents of the training step in progress, if one asks for them."""
@@ -343,6 +384,13 @@ def _write_as_stock(sae: nn.Module, state_dict: dict[str, Any], *_: Any) -> None
 def has_hooks(hook_point: nn.Module) -> bool:
     """Whether any hook is attached to a hook point (or to what stands in for it)."""
     return any(getattr(hook_point, hooks) for hooks in _HOOK_DICTS)
+
+
+def any_hooks(sae: nn.Module) -> bool:
+    """Whether any hook is attached to a module or a parameter of an SAE."""
+    return any(has_hooks(module) for module in sae.modules()) or any(
+        getattr(parameter, hooks) for parameter in sae.parameters() for hooks in _TENSOR_HOOK_DICTS
+    )
 
 
 def require_number(name: str, value: object) -> None:

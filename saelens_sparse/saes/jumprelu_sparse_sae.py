@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from sae_lens.saes.jumprelu_sae import (
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from saelens_sparse.code import Code, DeadLatents, DenselyGatedCode, GatedCode
+from saelens_sparse.code import Code, DeadLatents, DenselyGatedCode, GatedCode, version_of
 from saelens_sparse.implementation import Choice
-from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, ordinary, version_of
+from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, ordinary
 from saelens_sparse.ops import (
     Gate,
     HostCopy,
@@ -34,6 +34,7 @@ from saelens_sparse.ops import (
     start_find_pattern,
 )
 from saelens_sparse.saes.base import (
+    Pending,
     SparseTrainingSAEConfigMixin,
     SparseTrainingSAEMixin,
     require_bool,
@@ -78,6 +79,11 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             of one chunk of rows while the active latents are found, in MiB.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
             rounding, in less time and memory. Checkpoints are the same either way.
+        gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
+            SparseTrainingRunner too. Without, its update sums them from the active latents where it
+            needs them, in less time and memory, and their `.grad` stays None.
+        cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
+            SAE as a CUDA graph, where launching its kernels would take longer than running them.
         jumprelu_init_threshold (float): Initial threshold for the JumpReLU activation.
             Inherited from JumpReLUTrainingSAEConfig, as all that follow.
         jumprelu_bandwidth (float): Width of the window in which a threshold gets a gradient.
@@ -220,7 +226,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
     @override
     def start_training_forward_pass(
         self, step_input: TrainStepInput
-    ) -> tuple[TrainStepOutput, Callable[[], bool]]:
+    ) -> tuple[TrainStepOutput, Sequence[Pending]]:
         self._check_l0(step_input.n_training_steps)
         return super().start_training_forward_pass(step_input)
 
@@ -300,6 +306,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             self._capacity(x.shape[0]),
             choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
+            self.rounded_W_enc(),
         )
         pattern = pending.pattern
         # Sorting keeps the device busy if the host waits for the number of pairs.
@@ -320,6 +327,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             gate,
             None if dead is None else dead.block,
             choice.backend,
+            self.sink_of("W_enc", choice.backend),
         )
         if dead is not None:
             dead.W_enc = dead_W_enc

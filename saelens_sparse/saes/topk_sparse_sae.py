@@ -13,9 +13,9 @@ from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from typing_extensions import override
 
-from saelens_sparse.code import Code, DeadLatents, SelectedCode
+from saelens_sparse.code import Code, DeadLatents, SelectedCode, version_of
 from saelens_sparse.implementation import Choice
-from saelens_sparse.lazy import DeferredPreActs, version_of
+from saelens_sparse.lazy import DeferredPreActs
 from saelens_sparse.ops import (
     LatentOrder,
     RowBlock,
@@ -47,6 +47,11 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
             of one chunk of rows while their top k are selected, in MiB.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
             rounding, in less time and memory. Checkpoints are the same either way.
+        gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
+            SparseTrainingRunner too. Without, its update sums them from the active latents where it
+            needs them, in less time and memory, and their `.grad` stays None.
+        cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
+            SAE as a CUDA graph, where launching its kernels would take longer than running them.
         use_sparse_activations (bool): Accepted for compatibility. The plugin never holds dense
             activations, so that there is nothing left for it to do.
         k (int): Number of top latents to keep active. Inherited from TopKTrainingSAEConfig.
@@ -128,7 +133,14 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         buffer_bytes = self.cfg.screen_buffer_mib * 2**20
         pending = start_select_topk(
-            x, W_enc.T, b_enc, norms, self._topk.k, choice.backend, buffer_bytes
+            x,
+            W_enc.T,
+            b_enc,
+            norms,
+            self._topk.k,
+            choice.backend,
+            buffer_bytes,
+            self.rounded_W_enc(),
         )
         selection = pending.selection
         # Sorting keeps the device busy if the host waits for the selection's check.
@@ -146,6 +158,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             order,
             None if dead is None else dead.block,
             choice.backend,
+            self.sink_of("W_enc", choice.backend),
         )
         if dead is not None:
             dead.W_enc = dead_W_enc
@@ -173,6 +186,8 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
 
         Formula: Gao et al. 2024 (arXiv:2406.04093), appendix A.2 and B.1, as in SAELens.
         """
+        if dead_neuron_mask is None:
+            return sae_out.new_zeros(())
         code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
         if (
             not isinstance(code, SelectedCode)

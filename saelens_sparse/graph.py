@@ -1,0 +1,208 @@
+"""The forward and backward pass of a Top-K training step as one CUDA graph.
+
+At small sizes a GPU is faster than the host that launches its kernels. A graph is launched as one.
+It repeats the recorded kernels on the recorded memory, so it stands for a step only as long as
+that is the same work: same weights in the same place, same batch size, no dead latents (their
+number sets shapes), nobody who hooks into the pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import nn
+from torch.autograd.graph import increment_version
+
+from saelens_sparse.code import SelectedCode
+from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs
+from saelens_sparse.ops import PendingSelection, RowGradient
+from saelens_sparse.saes.base import Pending, any_hooks
+from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE
+
+# Weights up to this size are small: see "CUDA graph" in docs/performance.md.
+MAX_WEIGHT_ELEMENTS = 2**26
+# Steps taken without a graph first, in which kernels are compiled and memory is reserved.
+STEPS_BEFORE = 3
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a recording depends on, besides what `can_record` asks for at each step."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    weights: tuple[int, ...]
+    k: int
+    with_buffers: bool
+    rounded: int | None
+
+    @classmethod
+    def of(cls, sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> Conditions:
+        weights = tuple(parameter.data_ptr() for parameter in sae.parameters())
+        k = getattr(sae.activation_fn, "k", 0)
+        copy = sae.rounded_W_enc()
+        rounded = None if copy is None else copy.rows.data_ptr()
+        return cls(sae_in.shape, sae_in.dtype, weights, k, sae.cfg.gradient_buffers, rounded)
+
+
+def gains(sae: Any) -> bool:
+    """Whether steps of this SAE are shorter as a graph."""
+    return (
+        type(sae) is SparseTopKTrainingSAE
+        and sae.cfg.cuda_graph
+        and sae.W_enc.is_cuda
+        and sae.W_enc.numel() <= MAX_WEIGHT_ELEMENTS
+    )
+
+
+def can_record(sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> bool:
+    """Whether a step of this SAE, without dead latents, can be a graph."""
+    return (
+        not sae_in.requires_grad
+        and sae.implementation.name == "triton"
+        and not any_hooks(sae)
+        and not {"training_forward_pass", "start_training_forward_pass"} & vars(sae).keys()
+    )
+
+
+class GraphedPass:
+    """A recorded forward and backward pass.
+
+    Args:
+        sae: `can_record` must hold for it.
+        sae_in: a batch as it will be replayed with.
+        autocast: entered around the forward pass.
+    """
+
+    def __init__(
+        self,
+        sae: SparseTopKTrainingSAE,
+        sae_in: torch.Tensor,
+        autocast: AbstractContextManager[Any],
+    ) -> None:
+        self.conditions = Conditions.of(sae, sae_in)
+        self._sae, self._autocast = sae, autocast
+        self._sae_in = sae_in.detach().clone()
+        # PyTorch asks for a pass on a side stream first.
+        stream = torch.cuda.Stream(sae_in.device)
+        stream.wait_stream(torch.cuda.current_stream(sae_in.device))
+        with torch.cuda.stream(stream):
+            self._run()
+        torch.cuda.current_stream(sae_in.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads, which may be preparing activations, go on as they like.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            recorded = self._run()
+        self._output, self._pending, self._row_gradients, self._gradients = recorded
+
+    def _run(
+        self,
+    ) -> tuple[
+        TrainStepOutput,
+        list[PendingSelection],
+        dict[str, list[RowGradient]],
+        tuple[torch.Tensor | None, ...],
+    ]:
+        sae = self._sae
+        step_input = TrainStepInput(
+            sae_in=self._sae_in,
+            coefficients={},
+            dead_neuron_mask=None,
+            n_training_steps=0,
+            is_logging_step=False,
+        )
+        sae.row_gradients = None if self.conditions.with_buffers else {}
+        try:
+            with _fresh_parameters(sae) as parameters, self._autocast:
+                output, pending = sae.start_training_forward_pass(step_input)
+            gradients = torch.autograd.grad(output.loss, parameters, allow_unused=True)
+            row_gradients = sae.row_gradients or {}
+        finally:
+            sae.row_gradients = None
+        assert isinstance(output.feature_acts, SparseFeatureActs)
+        output.feature_acts.code.latent_counts()  # made here, or it would be made once for all
+        selections = [part for part in pending if isinstance(part, PendingSelection)]
+        return output, selections, row_gradients, gradients
+
+    def replay(
+        self, sae_in: torch.Tensor
+    ) -> tuple[TrainStepOutput, list[Pending], dict[str, list[RowGradient]]]:
+        """
+        The pass on another batch, with the parameters' `.grad` set.
+
+        Returns:
+            The output, of which `feature_acts` can be read until the next replay; what it relies
+            on; and the gradients that no parameter holds. See `start_training_forward_pass`.
+        """
+        self._sae_in.copy_(sae_in)
+        self._graph.replay()
+        recorded = self._output
+        assert isinstance(recorded.feature_acts, SparseFeatureActs)
+        code = recorded.feature_acts.code
+        assert isinstance(code, SelectedCode)
+        increment_version([code.acts])
+        code = replace(code)
+        sae = self._sae
+        weights = (sae.W_enc, sae.b_enc, sae.W_dec)
+        shape = sae_in.shape[:-1]
+        output = TrainStepOutput(
+            sae_in=sae_in,
+            sae_out=recorded.sae_out.detach().clone(),
+            feature_acts=SparseFeatureActs(code, shape),
+            hidden_pre=DeferredPreActs(code, shape, sae.dense_pre_acts, weights),
+            loss=recorded.loss.detach().clone(),
+            losses={name: _copy(value) for name, value in recorded.losses.items()},
+            metrics=dict(recorded.metrics),
+        )
+        for parameter, gradient in zip(sae.parameters(), self._gradients, strict=True):
+            parameter.grad = gradient
+        return output, [pending.again() for pending in self._pending], self._row_gradients
+
+
+@contextmanager
+def _fresh_parameters(sae: SparseTopKTrainingSAE) -> Generator[list[nn.Parameter]]:
+    """Parameters that share the memory of those of the SAE and nothing else.
+
+    Autograd's nodes for the SAE's own may live on from an earlier step and run on its stream.
+    """
+    own = dict(sae.named_parameters(recurse=False))
+    try:
+        for name, parameter in own.items():
+            setattr(sae, name, nn.Parameter(parameter.detach()))
+        yield [getattr(sae, name) for name in own]
+    finally:
+        for name, parameter in own.items():
+            setattr(sae, name, parameter)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def try_to_record(
+    sae: SparseTopKTrainingSAE, sae_in: torch.Tensor, autocast: AbstractContextManager[Any]
+) -> GraphedPass | None:
+    """A recording; None, and a warning, if PyTorch cannot make one here."""
+    try:
+        return GraphedPass(sae, sae_in, autocast)
+    except RuntimeError as error:
+        # PyTorch's generator believes that the recording goes on.
+        generator = torch.cuda.default_generators[sae_in.get_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        _warn_once(str(error).split("\n")[0])
+        return None
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"saelens_sparse trains without a CUDA graph, which could not be recorded: {reason}",
+        stacklevel=4,
+    )
