@@ -122,13 +122,14 @@ class SelectedCode(Code):
     Attributes:
         selection: the latents.
         order: the active pairs by latent.
-        norms: `[d_sae]` decoder norms if the reported activations are scaled by them, on the
-            graph; else None.
+        norms: `[d_sae]` decoder norms if the reported activations are scaled by them; else None.
+        W_dec: whose norms they are.
     """
 
     selection: Selection
     order: LatentOrder
     norms: torch.Tensor | None
+    W_dec: torch.Tensor
 
     @property
     @override
@@ -150,7 +151,12 @@ class SelectedCode(Code):
     @override
     def dense_acts(self) -> torch.Tensor:
         latents = self.selection.latents
-        values = self.acts if self.norms is None else self.acts * self.norms[latents]
+        values = self.acts
+        if self.norms is not None:
+            norms = self.norms
+            if self.W_dec.requires_grad and version_of(self.W_dec) == self.decoder_version:
+                norms = self.W_dec.norm(dim=-1)  # on the graph
+            values = values * norms[latents]
         return values.new_zeros(values.shape[0], self.d_sae).scatter(1, latents, values)
 
     @override

@@ -41,15 +41,20 @@ class Conditions:
     weights: tuple[int, ...]
     k: int
     with_buffers: bool
-    rounded: int | None
+    copies: tuple[int | None, ...]
 
     @classmethod
     def of(cls, sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> Conditions:
         weights = tuple(parameter.data_ptr() for parameter in sae.parameters())
         k = getattr(sae.activation_fn, "k", 0)
-        copy = sae.rounded_W_enc()
-        rounded = None if copy is None else copy.rows.data_ptr()
-        return cls(sae_in.shape, sae_in.dtype, weights, k, sae.cfg.gradient_buffers, rounded)
+        copies = tuple(
+            copy.values.data_ptr() if copy is not None and copy.is_of(weight) else None
+            for copy, weight in (
+                (sae.copies.get("W_enc"), sae.W_enc.T),
+                (sae.copies.get("W_dec"), sae.W_dec),
+            )
+        )
+        return cls(sae_in.shape, sae_in.dtype, weights, k, sae.cfg.gradient_buffers, copies)
 
 
 def gains(sae: Any) -> bool:

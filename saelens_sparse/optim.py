@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
 from saelens_sparse.implementation import triton_problem
-from saelens_sparse.ops import RoundedRows, RowGradient
+from saelens_sparse.ops import RowGradient, WeightCopy
 
 if TYPE_CHECKING:
     from saelens_sparse.ops.row_gradient_triton import RowGradientSums
@@ -124,14 +124,14 @@ class ClippingAdam(Adam):
     Attributes:
         row_gradients: gradients that no parameter holds, for the next step; added to those that
             are held.
-        rounded: copies of parameters that the update writes wherever it takes a row gradient.
+        copies: what the update writes besides a parameter, wherever it takes a row gradient.
     """
 
     def __init__(self, params: Any, *, max_norm: float, **settings: Any) -> None:
         super().__init__(params, **settings)
         self.max_norm = max_norm
         self.row_gradients: dict[torch.nn.Parameter, list[RowGradient]] = {}
-        self.rounded: dict[torch.nn.Parameter, RoundedRows] = {}
+        self.copies: dict[torch.nn.Parameter, WeightCopy] = {}
 
     @override
     @torch.no_grad()
@@ -201,14 +201,14 @@ class ClippingAdam(Adam):
                 moments = state["exp_avg"], state["exp_avg_sq"]
                 if parameter in sums:
                     rows_of = row_gradients[parameter].rows_of
-                    rounded = self.rounded.get(parameter)
+                    copy = self.copies.get(parameter)
                     sums[parameter].update(
                         rows_of(parameter), rows_of(moments[0]), rows_of(moments[1]),
-                        state["step"], divisor, settings, rounded,
+                        state["step"], divisor, settings, copy,
                     )  # fmt: skip
-                    if rounded is not None:
+                    if copy is not None:
                         # The step's hook counts this change too.
-                        rounded.version = parameter._version + 1
+                        copy.version = parameter._version + 1
                 elif parameter.grad is not None:
                     adam_update(
                         parameter, parameter.grad, *moments, state["step"], divisor, settings

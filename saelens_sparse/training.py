@@ -26,7 +26,7 @@ from saelens_sparse.graph import (
     gains,
     try_to_record,
 )
-from saelens_sparse.ops import HostCount, RoundedRows, RowGradient, rounded_dtype
+from saelens_sparse.ops import HostCount, RowGradient, WeightCopy, rounded_dtype
 from saelens_sparse.optim import ClippingAdam
 from saelens_sparse.saes.base import SparseTrainingSAEMixin
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE
@@ -112,7 +112,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self.optimizer.row_gradients = {
             getattr(sae, name): parts for name, parts in row_gradients.items() if parts
         }
-        self._make_room_for_rounding(sae)
+        self._make_room_for_copies(sae)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
@@ -185,17 +185,29 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             return False
         return count.wait() == 0
 
-    def _make_room_for_rounding(self, sae: SparseTrainingSAEMixin) -> None:
-        """Let the update write the copy of `W_enc` that the next step's screen multiplies."""
+    def _make_room_for_copies(self, sae: SparseTrainingSAEMixin) -> None:
+        """Let the update write what the next step makes of the weights: under autocast a
+        low-precision `W_enc`, for Top-K the norms of `W_dec`.
+        """
+        copies: dict[str, WeightCopy] = {}
         with self.autocast_if_enabled:
             dtype = rounded_dtype(sae.W_enc)
-        rounded, rows = sae.rounded, sae.W_enc.T
-        if dtype is None or sae.W_enc not in self.optimizer.row_gradients:
-            rounded = None
-        elif rounded is None or rounded.rows.dtype != dtype or not rounded.is_for(rows):
-            rounded = RoundedRows.empty(rows, dtype)
-        sae.rounded = rounded
-        self.optimizer.rounded = {} if rounded is None else {sae.W_enc: rounded}
+        if dtype is not None:
+            rows = sae.W_enc.T
+            copy = sae.copies.get("W_enc")
+            if copy is None or copy.values.dtype != dtype or not copy.is_for(rows):
+                copy = WeightCopy.of_rows(rows, dtype)
+            copies["W_enc"] = copy
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            copy = sae.copies.get("W_dec")
+            if copy is None or not copy.is_for(sae.W_dec):
+                copy = WeightCopy.of_norms(sae.W_dec)
+            copies["W_dec"] = copy
+        wanted = {getattr(sae, name): copy for name, copy in copies.items()}
+        self.optimizer.copies = {
+            p: copy for p, copy in wanted.items() if p in self.optimizer.row_gradients
+        }
+        sae.copies = copies if self.optimizer.copies else {}
 
     @torch.no_grad()
     def _count_firings(self, output: TrainStepOutput) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse.ops import LatentOrder, RaggedRows, RoundedRows, RowBlock, RowGradient
+from saelens_sparse.ops import LatentOrder, RaggedRows, RowBlock, RowGradient, WeightCopy, row_norms
 from saelens_sparse.ops.adam_triton import AdamSettings
 from saelens_sparse.ops.row_gradient_triton import SumLaunch, start_sums
 from saelens_sparse.training import SparseSAETrainer
@@ -71,6 +71,7 @@ def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         for name in ("SQUARES", "UPDATE", "ROUNDING_UPDATE"):
             tile = SumLaunch(BLOCK_P=2, BLOCK_D=16, num_warps=1)
             monkeypatch.setattr(f"saelens_sparse.ops.row_gradient_triton.{name}", tile)
+        monkeypatch.setattr("saelens_sparse.ops.row_ops_triton.NORM_COLS", 16)
 
 
 @kernels
@@ -89,18 +90,22 @@ def test_norm_and_update_are_those_of_the_dense_gradient(
 
         sums = start_sums(gradient.batch, gradient)
         assert sums.square_sum().item() == pytest.approx(exact.square().sum().item(), rel=1e-5)
-        rounded = RoundedRows.empty(weight, torch.bfloat16) if block else None
+        rounded = WeightCopy.of_rows(weight, torch.bfloat16)
+        norms = WeightCopy.of_norms(weight)
+        copy = rounded if block else norms
         step, divisor = (torch.tensor(float(x), device=target.device) for x in (STEP, DIVISOR))
-        sums.update(weight, first, second, step, divisor, SETTINGS, rounded)
+        sums.update(weight, first, second, step, divisor, SETTINGS, copy)
         eps = torch.finfo(dtype).eps
         for actual, value in zip((weight, first, second), expected, strict=True):
             assert (actual.double().cpu() - value).norm() <= 8 * eps * value.norm()
-        if rounded is None:
-            continue
-        if target.interpreted:  # whose conversion truncates
-            torch.testing.assert_close(rounded.rows.float(), weight, rtol=2**-7, atol=0)
+        if not block:
+            assert torch.equal(norms.values, row_norms(weight, "triton"))
+            exact_norms = weight.double().norm(dim=1).float()
+            torch.testing.assert_close(norms.values, exact_norms, rtol=1e-6, atol=0)
+        elif target.interpreted:  # whose conversion truncates
+            torch.testing.assert_close(rounded.values.float(), weight, rtol=2**-7, atol=0)
         else:
-            assert torch.equal(rounded.rows, weight.bfloat16())
+            assert torch.equal(rounded.values, weight.bfloat16())
 
 
 def adam_in_float64(
@@ -116,7 +121,7 @@ def adam_in_float64(
 
 def test_a_copy_is_known_to_be_stale() -> None:
     weight = torch.nn.Parameter(torch.randn(6, 4))
-    rounded = RoundedRows.empty(weight, torch.bfloat16)
+    rounded = WeightCopy.of_rows(weight, torch.bfloat16)
     assert not rounded.is_of(weight)
     rounded.version = weight._version
     assert rounded.is_of(weight)
@@ -146,6 +151,10 @@ def train_both_ways(
     return trainers
 
 
+def rows_of(sae: Any, name: str) -> torch.Tensor:
+    return sae.W_enc.T if name == "W_enc" else sae.W_dec
+
+
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
@@ -159,9 +168,13 @@ def test_trains_as_with_buffers(target: Target, architecture: str, dtype: torch.
     expected, actual = state_of(with_buffers), state_of(without)
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
-    assert with_buffers.sae.rounded is None
-    assert (without.sae.rounded is not None) == (dtype == torch.bfloat16)
-    assert without.sae.rounded_W_enc() is without.sae.rounded
+    assert not with_buffers.sae.copies
+    expected_copies = {"W_enc"} if dtype == torch.bfloat16 else set()
+    expected_copies |= {"W_dec"} if architecture == "topk" else set()
+    sae = without.sae
+    assert {name for name, copy in sae.copies.items() if copy.is_of(rows_of(sae, name))} == (
+        expected_copies
+    )
 
 
 @kernels

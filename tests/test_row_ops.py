@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from saelens_sparse.implementation import Backend
-from saelens_sparse.ops import LatentOrder, add_rows, gather_dot, gather_sum, segment_sum
+from saelens_sparse.ops import (
+    LatentOrder,
+    add_rows,
+    gather_dot,
+    gather_sum,
+    row_combination,
+    row_norms,
+    segment_sum,
+)
+from tests.conftest import Target
 from tests.ops_helpers import (
     assert_within_budget,
     dense_code,
@@ -551,3 +560,35 @@ def test_row_ops_address_batches_beyond_32_bits(gpu_backend: Backend) -> None:
     order = LatentOrder.of(near_latents, near_latents > 0, d_sae)
     near_grads, _ = segment_sum(order, near_coefficients, near_batch, torch.bfloat16, gpu_backend)
     assert torch.equal(grads, near_grads)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 37), (129, 600)], ids=str)
+def test_row_combination_and_norms_match_float64(target: Target, shape: tuple[int, int]) -> None:
+    for dtype in target.dtypes:
+        weight = torch.randn(shape).to(target.device, dtype)
+        coefficients = torch.randn(shape[0]).to(target.device, dtype)
+        coefficients[::3] = 0
+        exact = coefficients.double() @ weight.double()
+        scale = coefficients.double().abs() @ weight.double().abs()
+        eps = torch.finfo(dtype).eps
+        combined = row_combination(coefficients, weight, target.backend)
+        assert combined.dtype == dtype
+        assert ((combined.double() - exact).abs() <= 2 * eps * scale + 1e-30).all()
+        norms = row_norms(weight, target.backend).double()
+        torch.testing.assert_close(norms, weight.double().norm(dim=1), rtol=4 * eps, atol=0)
+
+
+def test_row_combination_reads_no_row_with_a_zero_coefficient(target: Target) -> None:
+    if target.backend != "triton":
+        return
+    weight = torch.randn(70, 37, device=target.device)
+    weight[5] = float("nan")
+    coefficients = torch.ones(70, device=target.device)
+    coefficients[5] = 0
+    assert row_combination(coefficients, weight, "triton").isfinite().all()
+
+
+def test_row_combination_names_a_wrong_shape(target: Target) -> None:
+    weight = torch.randn(70, 37, device=target.device)
+    with pytest.raises(ValueError, match=r"coefficients must have shape \[70\]; got \[3\]"):
+        row_combination(torch.ones(3, device=target.device), weight, target.backend)

@@ -19,12 +19,13 @@ from saelens_sparse.ops.gate_autograd import (
 from saelens_sparse.ops.host_count import HostCopy, HostCount
 from saelens_sparse.ops.latent_order import LatentOrder
 from saelens_sparse.ops.ragged import RaggedRows
-from saelens_sparse.ops.rounded_rows import RoundedRows, rounded_dtype
 from saelens_sparse.ops.row_gradient import RowGradient
 from saelens_sparse.ops.row_ops import (
     add_rows,
     gather_dot,
     gather_sum,
+    row_combination,
+    row_norms,
     segment_sum,
     segment_totals,
 )
@@ -35,6 +36,7 @@ from saelens_sparse.ops.select import (
     start_select_topk,
     topk_values,
 )
+from saelens_sparse.ops.weight_copy import WeightCopy, rounded_dtype
 
 __all__ = [
     "FiringCounts",
@@ -46,10 +48,10 @@ __all__ = [
     "PendingPattern",
     "PendingSelection",
     "RaggedRows",
-    "RoundedRows",
     "RowBlock",
     "RowGradient",
     "Selection",
+    "WeightCopy",
     "add_rows",
     "at_latents",
     "decode_densely",
@@ -62,6 +64,8 @@ __all__ = [
     "keep_topk",
     "matmul_dtype",
     "rounded_dtype",
+    "row_combination",
+    "row_norms",
     "segment_sum",
     "segment_totals",
     "select_topk",

@@ -9,7 +9,7 @@ from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.block import RowBlock
 from saelens_sparse.ops.latent_order import LatentOrder
 from saelens_sparse.ops.row_gradient import RowGradient
-from saelens_sparse.ops.row_ops import gather_dot, gather_sum, segment_totals
+from saelens_sparse.ops.row_ops import gather_dot, gather_sum, row_combination, segment_totals
 from saelens_sparse.ops.select import Selection, topk_values
 
 
@@ -126,8 +126,7 @@ class _EncodeSelected(torch.autograd.Function):
             gradient = RowGradient(ctx.order, grad_acts, x, ctx.block, grads[1], True)
             grad_weight, grad_bias = deliver(gradient, weight.dtype, ctx.backend, ctx.sink)
             if need_input_bias:
-                with torch.autocast(rows.device.type, enabled=False):
-                    grad_input_bias = -(grad_bias @ rows)
+                grad_input_bias = -row_combination(grad_bias, rows, ctx.backend)
         if need_x:
             # A NaN activation passes its gradient on, as a ReLU does.
             grad_pre_acts = grad_acts.masked_fill(acts <= 0, 0)

@@ -10,7 +10,7 @@ import torch
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.host_count import HostCopy
 from saelens_sparse.ops.ragged import RaggedRows
-from saelens_sparse.ops.rounded_rows import RoundedRows
+from saelens_sparse.ops.weight_copy import WeightCopy
 
 # On a CPU: small enough for the cache, as in `select.py`.
 _CPU_CHUNK_BYTES = 32 * 2**20
@@ -84,7 +84,7 @@ def start_find_pattern(
     capacity: int,
     backend: Backend,
     buffer_bytes: int,
-    rounded: RoundedRows | None = None,
+    rounded: WeightCopy | None = None,
 ) -> PendingPattern:
     """Find the latents with `x @ weight.T + bias > threshold - bandwidth / 2`.
 
@@ -125,7 +125,7 @@ def _find_by_screen(
     bandwidth: float,
     capacity: int,
     buffer_bytes: int,
-    rounded: RoundedRows | None,
+    rounded: WeightCopy | None,
 ) -> PendingPattern:
     from saelens_sparse.ops.gate_triton import find_pattern
 

@@ -26,7 +26,7 @@ from saelens_sparse.ops.dense_gate import dense_gate, dense_gate_gradients, matm
 from saelens_sparse.ops.gate import GatePattern
 from saelens_sparse.ops.latent_order import LatentOrder
 from saelens_sparse.ops.row_gradient import RowGradient
-from saelens_sparse.ops.row_ops import gather_sum, segment_totals
+from saelens_sparse.ops.row_ops import gather_sum, row_combination, segment_totals
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,7 @@ class _EncodeGated(torch.autograd.Function):
             gradient = RowGradient(order, grad_pre_acts, x, ctx.block, grads[2], True)
             grad_weight, grad_bias = deliver(gradient, weight.dtype, backend, ctx.sink)
             if need_input_bias:
-                with torch.autocast(rows.device.type, enabled=False):
-                    grad_input_bias = -(grad_bias @ rows)
+                grad_input_bias = -row_combination(grad_bias, rows, backend)
         if need_threshold:
             grad_threshold = segment_totals(order, -straight_through, backend)
         if need_x:

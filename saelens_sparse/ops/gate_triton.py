@@ -20,9 +20,9 @@ import triton.language as tl
 from saelens_sparse.ops.device import on_device_of_arguments
 from saelens_sparse.ops.gate import GatePattern, gate_and_edge
 from saelens_sparse.ops.ragged import RaggedRows
-from saelens_sparse.ops.rounded_rows import RoundedRows
 from saelens_sparse.ops.row_ops_triton import gather_dot
 from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, row_terms, screened, warps
+from saelens_sparse.ops.weight_copy import WeightCopy
 
 _WORD = tl.constexpr(32)
 
@@ -188,7 +188,7 @@ def find_pattern(
     bandwidth: float,
     capacity: int,
     buffer_bytes: int,
-    rounded: RoundedRows | None = None,
+    rounded: WeightCopy | None = None,
 ) -> tuple[GatePattern, torch.Tensor]:
     """The pattern, as far as it fits, and `[2]` int64: its number of pairs and of active ones.
 

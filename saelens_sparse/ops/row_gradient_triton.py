@@ -14,9 +14,16 @@ import triton.language as tl
 
 from saelens_sparse.ops.adam_triton import AdamSettings, adam_rule
 from saelens_sparse.ops.device import on_device_of_arguments
-from saelens_sparse.ops.rounded_rows import RoundedRows
 from saelens_sparse.ops.row_gradient import RowGradient
-from saelens_sparse.ops.row_ops_triton import Segments, sum_segment
+from saelens_sparse.ops.row_ops_triton import (
+    NORM_COLS,
+    Segments,
+    empty_square_sums,
+    norms_of,
+    store_square_sum,
+    sum_segment,
+)
+from saelens_sparse.ops.weight_copy import WeightCopy
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class SumLaunch:
 # 2048 columns these are the fastest. Squares: 0.26 and 0.44 (0.25 and 0.68 with 512 columns).
 SQUARES = SumLaunch(BLOCK_P=2, BLOCK_D=1024, num_warps=2)
 # Update: 1.12 and 3.55 (whole rows: 1.34 and 3.82).
-UPDATE = SumLaunch(BLOCK_P=2, BLOCK_D=512, num_warps=1)
+UPDATE = SumLaunch(BLOCK_P=2, BLOCK_D=NORM_COLS, num_warps=1)
 # Update with a bfloat16 copy: 1.27 and 4.03 (with the tile above: 1.38 and 4.19).
 ROUNDING_UPDATE = SumLaunch(BLOCK_P=1, BLOCK_D=1024, num_warps=4)
 
@@ -85,7 +92,7 @@ def _update_kernel(
     weight_ptr,  # [L, D], as the moments
     first_moment_ptr,
     second_moment_ptr,
-    rounded_ptr,  # [L, D], unused unless ROUNDS
+    copy_ptr,  # [L, D] if ROUNDS, [L, T] if SQUARES, else unused
     step_ptr,  # one element
     divisor_ptr,  # one element
     lr,
@@ -106,13 +113,14 @@ def _update_kernel(
     K,
     D,
     ROUNDS: tl.constexpr,
+    SQUARES: tl.constexpr,
     HAS_BLOCK: tl.constexpr,
     RAGGED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adam on row j with its gradient / divisor, and the row's low-precision copy"""
+    """Adam on row j with its gradient / divisor; the row's low-precision copy, or its squares"""
     j = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
@@ -138,7 +146,9 @@ def _update_kernel(
         second_moment_ptr + place, second.to(second_moment_ptr.dtype.element_ty), mask=col_mask
     )
     if ROUNDS:
-        tl.store(rounded_ptr + place, stored.to(rounded_ptr.dtype.element_ty), mask=col_mask)
+        tl.store(copy_ptr + place, stored.to(copy_ptr.dtype.element_ty), mask=col_mask)
+    if SQUARES:
+        store_square_sum(copy_ptr, j, tl.where(col_mask, stored.to(tl.float32), 0.0))
 
 
 class RowGradientSums:
@@ -175,7 +185,7 @@ class RowGradientSums:
         step: torch.Tensor,
         divisor: torch.Tensor,
         settings: AdamSettings,
-        rounded: RoundedRows | None,
+        copy: WeightCopy | None,
     ) -> None:
         """Adam's update of a weight in place, and the copy of it that is wanted.
 
@@ -186,15 +196,20 @@ class RowGradientSums:
             step: one element, float32, the number of this update, counted from one.
             divisor: one element, what the gradient is divided by first.
             settings: the rest of what Adam needs.
-            rounded: what to write a copy to, or None.
+            copy: what to write a copy to, or None.
         """
-        launch = UPDATE if rounded is None else ROUNDING_UPDATE
+        rounds = copy is not None and not copy.is_norms
+        squares = empty_square_sums(rows) if copy is not None and copy.is_norms else None
+        target = squares if copy is None or copy.is_norms else copy.values
+        launch = ROUNDING_UPDATE if rounds else UPDATE
         _update_kernel[(self._d_sae, triton.cdiv(self._d, launch.BLOCK_D))](
-            rows, first_moment, second_moment, rows if rounded is None else rounded.rows, step,
-            divisor, *settings.arguments, *self._block, *self._segments.arguments,
-            ROUNDS=rounded is not None, HAS_BLOCK=self._has_block, **self._segments.modes,
+            rows, first_moment, second_moment, rows if target is None else target, step, divisor,
+            *settings.arguments, *self._block, *self._segments.arguments, ROUNDS=rounds,
+            SQUARES=squares is not None, HAS_BLOCK=self._has_block, **self._segments.modes,
             **asdict(launch),
         )  # fmt: skip
+        if copy is not None and squares is not None:
+            norms_of(squares, out=copy.values)
 
 
 @on_device_of_arguments

@@ -7,9 +7,9 @@ With `latents[n, i]` the i-th selected latent of row n:
 - `segment_sum`: out[j]    = sum over active (n, i) with latents[n, i] = j of
                              coefficients[n, i] * batch[n]               (weight gradients)
 
-with `segment_totals`, the last without a batch, and `add_rows`, which adds a few dense rows to
-such a gradient. Rows have k latents each, or are ragged: then what has shape `[n_rows, k]` is
-flat, `[n_pairs]`.
+with `segment_totals`, the last without a batch; `add_rows`, which adds a few dense rows to such a
+gradient; `row_combination` and `row_norms` of a weight. Rows have k latents each, or are ragged:
+then what has shape `[n_rows, k]` is flat, `[n_pairs]`.
 
 All sums run in float32 or better and in a fixed order.
 """
@@ -220,6 +220,44 @@ def _bag_totals(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return F.embedding_bag(
         positions, values.unsqueeze(1), offsets, mode="sum", include_last_offset=True
     ).squeeze(1)
+
+
+def row_combination(
+    coefficients: torch.Tensor, weight: torch.Tensor, backend: Backend
+) -> torch.Tensor:
+    """`coefficients @ weight`, reading no row whose coefficient is zero.
+
+    Args:
+        coefficients: `[d_sae]`.
+        weight: `[d_sae, d]`, contiguous.
+        backend: `"triton"` or `"torch"`.
+
+    Returns:
+        `[d]` in the dtype of `weight`.
+    """
+    if coefficients.shape != weight.shape[:1]:
+        raise ValueError(
+            f"coefficients must have shape {[weight.shape[0]]}; got {list(coefficients.shape)}"
+        )
+    if backend == "triton":
+        from saelens_sparse.ops import row_ops_triton
+
+        return row_ops_triton.row_combination(coefficients, weight)
+    with _full_precision(weight):
+        return coefficients.to(weight.dtype) @ weight
+
+
+@torch.no_grad()
+def row_norms(weight: torch.Tensor, backend: Backend) -> torch.Tensor:
+    """Euclidean norms of rows `[d_sae, d]`, `[d_sae]`.
+
+    By kernels they are float32 and the same, bit for bit, as those that an update writes.
+    """
+    if backend == "triton":
+        from saelens_sparse.ops import row_ops_triton
+
+        return row_ops_triton.row_norms(weight)
+    return weight.norm(dim=-1)
 
 
 def add_rows(

@@ -40,13 +40,15 @@ class SegmentSumLaunch:
 
     BLOCK_P: int = 2
     BLOCK_D: int = 512
-    SPLIT: int = 128
+    SPLIT: int = 64
     num_warps: int = 1
 
 
 GATHER_SUM = GatherSumLaunch()
 GATHER_DOT = GatherDotLaunch()
 SEGMENT_SUM = SegmentSumLaunch()
+# Columns whose squares one warp adds; a norm is made of such sums wherever it is made.
+NORM_COLS = 512
 
 
 @triton.jit
@@ -326,6 +328,55 @@ def _add_rows_kernel(
 
 
 @triton.jit
+def _row_combination_kernel(
+    parts_ptr,  # [B, D]
+    coefficients_ptr,  # [L]
+    weight_ptr,  # [L, D]
+    L,
+    D,
+    ROWS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """parts[b, :] = sum over the ROWS rows j of block b of coefficients[j] * weight[j, :]"""
+    block = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    col_mask = cols < D
+    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in range(0, ROWS, BLOCK_L):
+        j = block * ROWS + start + tl.arange(0, BLOCK_L)
+        coefficient = tl.load(coefficients_ptr + j, mask=j < L, other=0.0).to(tl.float32)
+        used = (j < L) & (coefficient != 0.0)
+        tile = tl.load(
+            weight_ptr + j[:, None] * D + cols[None, :],
+            mask=used[:, None] & col_mask[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        acc += tl.sum(tile * coefficient[:, None], axis=0)
+    tl.store(parts_ptr + block * D + cols, acc, mask=col_mask)
+
+
+@triton.jit
+def store_square_sum(squares_ptr, j, row):
+    """squares[j, tile] = sum of squares of a tile of row j, for `row_norms`"""
+    place = j * tl.num_programs(1) + tl.program_id(1)
+    tl.store(squares_ptr + place, tl.sum(row * row, axis=0))
+
+
+@triton.jit
+def _row_squares_kernel(
+    squares_ptr,  # [L, T]
+    weight_ptr,  # [L, D]
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    j = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.load(weight_ptr + j * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+    store_square_sum(squares_ptr, j, row)
+
+
+@triton.jit
 def _probe_kernel(out_ptr):
     tl.store(out_ptr, 1)
 
@@ -447,6 +498,39 @@ def add_rows(weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> 
         _add_rows_kernel[(n, triton.cdiv(d, 1024))](
             weight, rows.contiguous(), values.contiguous(), d, BLOCK_D=1024, num_warps=4
         )
+
+
+@on_device_of_arguments
+def row_combination(coefficients: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    d_sae, d = weight.shape
+    rows = 64
+    parts = torch.empty(triton.cdiv(d_sae, rows), d, dtype=torch.float32, device=weight.device)
+    _row_combination_kernel[(parts.shape[0], triton.cdiv(d, 512))](
+        parts, coefficients.contiguous(), weight.contiguous(), d_sae, d, ROWS=rows, BLOCK_L=4,
+        BLOCK_D=512, num_warps=2,
+    )  # fmt: skip
+    return parts.sum(0).to(weight.dtype)
+
+
+@on_device_of_arguments
+def row_norms(weight: torch.Tensor) -> torch.Tensor:
+    squares = empty_square_sums(weight)
+    _row_squares_kernel[squares.shape](
+        squares, weight.contiguous(), weight.shape[1], BLOCK_D=NORM_COLS, num_warps=1
+    )
+    return norms_of(squares)
+
+
+def empty_square_sums(weight: torch.Tensor) -> torch.Tensor:
+    """Room for the sums of squares of each row's tiles of NORM_COLS columns."""
+    d_sae, d = weight.shape
+    tiles = triton.cdiv(d, NORM_COLS)
+    return torch.empty(d_sae, tiles, dtype=torch.float32, device=weight.device)
+
+
+def norms_of(squares: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Norms of rows from the sums of squares of their tiles."""
+    return torch.sqrt(squares.sum(1), out=out)
 
 
 def launch_probe(device: torch.device) -> None:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.dense_gate import matmul_dtype
-from saelens_sparse.ops.rounded_rows import RoundedRows
+from saelens_sparse.ops.weight_copy import WeightCopy
 
 # Rows up to this width are held in one program's registers.
 MAX_D_IN = 32768
@@ -178,7 +178,7 @@ class Screen:
         weight: torch.Tensor,
         bias: torch.Tensor,
         norms: torch.Tensor | None = None,
-        rounded: RoundedRows | None = None,
+        rounded: WeightCopy | None = None,
     ) -> Screen:
         """The screen of an encoder's operands, which are contiguous; obeys autocast.
 
@@ -190,8 +190,8 @@ class Screen:
         norms32 = None if norms is None else norms.float().contiguous()
         if exact:
             screen_x = x.to(compute_dtype)
-            is_copy = rounded is not None and rounded.rows.dtype == compute_dtype
-            screen_weight = rounded.rows if is_copy else weight.to(compute_dtype)
+            is_copy = rounded is not None and rounded.values.dtype == compute_dtype
+            screen_weight = rounded.values if is_copy else weight.to(compute_dtype)
             x_error = terms = bias32 if norms32 is None else torch.stack([bias32, norms32])
         else:
             screen_x, x_error = _round_rows(x)

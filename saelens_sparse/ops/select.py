@@ -9,7 +9,7 @@ import torch
 
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.host_count import HostCount
-from saelens_sparse.ops.rounded_rows import RoundedRows
+from saelens_sparse.ops.weight_copy import WeightCopy
 
 # On 2 CPU cores, 512 -> 16,384, 1024 rows: 150 ms with this, 190 to 200 with 8, 16 or 1024 MiB.
 _CPU_CHUNK_BYTES = 32 * 2**20
@@ -113,7 +113,7 @@ def start_select_topk(
     k: int,
     backend: Backend,
     buffer_bytes: int,
-    rounded: RoundedRows | None = None,
+    rounded: WeightCopy | None = None,
 ) -> PendingSelection:
     """`select_topk` without waiting for the device to say whether a row must be recomputed.
 

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.device import on_device_of_arguments
-from saelens_sparse.ops.rounded_rows import RoundedRows
 from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, row_terms, screened, warps
 from saelens_sparse.ops.select import Selection
+from saelens_sparse.ops.weight_copy import WeightCopy
 
 # Rows up to this width are held in one program's registers.
 MAX_KEEP_COLUMNS = 32768
@@ -46,11 +46,11 @@ class SelectLaunch:
     """Tile sizes of the selection kernels, chosen at 2304 -> 65,536, k 64, batch 4096 (H200)."""
 
     BOUND_COLS: int = 256
-    BOUND_ROWS: int = 16
+    BOUND_ROWS: int = 8
     BOUND_WARPS: int = 4
-    CANDIDATE_TILE: int = 1024
+    CANDIDATE_TILE: int = 512
     RESCORE_CANDIDATES: int = 8
-    RESCORE_COLS: int = 512
+    RESCORE_COLS: int = 256
 
 
 LAUNCH = SelectLaunch()
@@ -403,7 +403,7 @@ def select_topk(
     norms: torch.Tensor | None,
     k: int,
     buffer_bytes: int,
-    rounded: RoundedRows | None = None,
+    rounded: WeightCopy | None = None,
 ) -> tuple[Selection, torch.Tensor]:
     """The selection, and `[n_rows]` bool: the rows that it cannot vouch for.
 

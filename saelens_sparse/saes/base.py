@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -30,9 +31,10 @@ from saelens_sparse.ops import (
     HostCount,
     PendingPattern,
     PendingSelection,
-    RoundedRows,
     RowBlock,
     RowGradient,
+    WeightCopy,
+    row_norms,
 )
 from saelens_sparse.optim import mark_parameter
 
@@ -112,10 +114,10 @@ class SparseTrainingSAEMixin(_Base):
     _dead_count: HostCount | None = None
     _unchecked: list[Pending] | None = None
     _in_training_step = False
-    # Set by a trainer whose optimizer takes them: gradients as sums over active pairs, by
-    # parameter, and a copy of W_enc that the last update has written.
+    # Set by a trainer whose optimizer takes them: gradients as sums over active pairs, and what the
+    # last update has written for this step, both by parameter.
     row_gradients: dict[str, list[RowGradient]] | None = None
-    rounded: RoundedRows | None = None
+    copies: Mapping[str, WeightCopy] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -304,11 +306,20 @@ class SparseTrainingSAEMixin(_Base):
             return None
         return self.row_gradients.setdefault(name, [])
 
-    def rounded_W_enc(self) -> RoundedRows | None:
-        """The copy of `W_enc` that the last update has written, if it still is one."""
-        if self.rounded is None or not self.rounded.is_of(self.W_enc.T):
-            return None
-        return self.rounded
+    def rounded_W_enc(self) -> WeightCopy | None:
+        """The low-precision `W_enc` that the last update has written, if it still is that."""
+        copy = self.copies.get("W_enc")
+        return copy if copy is not None and copy.is_of(self.W_enc.T) else None
+
+    def decoder_norms(self, backend: Backend) -> torch.Tensor:
+        """Norms of the rows of `W_dec`, `[d_sae]`, without a graph."""
+        copy = self.copies.get("W_dec")
+        if backend == "triton" and copy is not None and copy.is_of(self.W_dec):
+            return copy.values.to(self.W_dec.dtype)
+        if self.row_gradients is None:
+            return self.W_dec.detach().norm(dim=-1)
+        # Slower, but what an update would have written, so that a resumed run goes on as it was.
+        return row_norms(self.W_dec, backend).to(self.W_dec.dtype)
 
     def _find_dead_latents(self) -> DeadLatents | None:
         """The dead latents of the training step in progress, if one asks for them."""

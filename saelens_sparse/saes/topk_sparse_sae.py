@@ -130,7 +130,9 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     ) -> Code:
         assert self._topk is not None
         W_enc, b_enc, d_sae = self.W_enc, self.b_enc, self.cfg.d_sae
-        norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        norms = None
+        if self.cfg.rescale_acts_by_decoder_norm:
+            norms = self.decoder_norms(choice.backend)
         buffer_bytes = self.cfg.screen_buffer_mib * 2**20
         pending = start_select_topk(
             x,
@@ -171,6 +173,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             selection=selection,
             order=order,
             norms=norms,
+            W_dec=self.W_dec,
         )
 
     @override
@@ -230,7 +233,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         if k_aux >= n_dead:
             return products + F.pad(bias, (0, block.width - n_dead))
         # The decoder norms steer the selection; in the reconstruction they cancel.
-        norms = None if code.norms is None else code.norms.detach()[block.latents]
+        norms = None if code.norms is None else code.norms[block.latents]
         return keep_topk(products, bias, norms, k_aux, code.backend)
 
     @override

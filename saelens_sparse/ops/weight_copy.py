@@ -1,4 +1,4 @@
-"""Low-precision copies of weights, and whether they still are copies."""
+"""What an update makes of a weight for the next step, and whether it is still of that weight."""
 
 from __future__ import annotations
 
@@ -10,23 +10,34 @@ from saelens_sparse.ops.dense_gate import matmul_dtype
 
 
 @dataclass
-class RoundedRows:
-    """Rows of a weight in the dtype that autocast multiplies them in.
+class WeightCopy:
+    """Something made from all rows of a weight.
 
     Attributes:
-        rows: `[d_sae, d]`.
+        values: `[d_sae, d]`, the rows in the dtype that autocast multiplies them in; or `[d_sae]`,
+            their Euclidean norms in float32.
         source: the weight, which is kept so that its memory is not given to another.
         version: `source._version` when the copy was made; None if it has yet to be.
     """
 
-    rows: torch.Tensor
+    values: torch.Tensor
     source: torch.Tensor
     version: int | None = None
 
     @classmethod
-    def empty(cls, weight: torch.Tensor, dtype: torch.dtype) -> RoundedRows:
+    def of_rows(cls, weight: torch.Tensor, dtype: torch.dtype) -> WeightCopy:
         """Room for the rows of `weight`, `[d_sae, d]`, in `dtype`."""
         return cls(torch.empty_like(weight, dtype=dtype), weight.detach())
+
+    @classmethod
+    def of_norms(cls, weight: torch.Tensor) -> WeightCopy:
+        """Room for the norms of the rows of `weight`, `[d_sae, d]`."""
+        return cls(torch.empty(weight.shape[0], device=weight.device), weight.detach())
+
+    @property
+    def is_norms(self) -> bool:
+        """Whether this is of norms and not of rows."""
+        return self.values.ndim == 1
 
     def is_of(self, weight: torch.Tensor) -> bool:
         """Whether this is a copy of what `weight`, `[d_sae, d]`, is now."""
