@@ -107,7 +107,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         if not isinstance(sae, SparseTrainingSAEMixin):
             return super()._train_step(sae, sae_in)
         sae.train()
-        output, row_gradients = self._forward_and_backward(sae, sae_in)
+        output, row_gradients = self.forward_and_backward(sae, sae_in)
         self._count_firings(output)
         self.optimizer.row_gradients = {
             getattr(sae, name): parts for name, parts in row_gradients.items() if parts
@@ -120,7 +120,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             scheduler.step()
         return output
 
-    def _forward_and_backward(
+    def forward_and_backward(
         self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
     ) -> tuple[TrainStepOutput, RowGradients]:
         """The output, and the gradients that no parameter holds."""

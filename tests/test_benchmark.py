@@ -11,7 +11,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
 from saelens_sparse.evaluation.bench import forward, report, train_step
 from saelens_sparse.evaluation.cases import FLOAT32, SPARSE, STEP_CASES, STOCK, Arm, Case
-from saelens_sparse.evaluation.data import ActivationStream
+from saelens_sparse.evaluation.data import COMMON_FEATURES, ActivationStream
 from saelens_sparse.evaluation.measure import PHASES
 from saelens_sparse.evaluation.results import ResultsFile, Row, environment
 from saelens_sparse.evaluation.training import build_sae
@@ -19,7 +19,7 @@ from saelens_sparse.evaluation.weights import calibrate, plant_features
 
 SIZES = {"architecture", "d_in", "d_sae", "k", "l0", "batch", "dead_fraction"}
 KEYS = {"case", "precision", "operation", "arm"} | SIZES
-ENVIRONMENT = {"device", "commit", "torch", "triton", "sae_lens", "python", "date"}
+ENVIRONMENT = {"device", "commit", "torch", "triton", "sae_lens", "python", "date", "machine"}
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run_tiny(main: Callable[[list[str]], object], case: str, out: Path) -> list[Row]:
+def arguments(case: str, out: Path, *more: str) -> list[str]:
     options = {"cases": case, "device": "cpu", "arms": "sparse", "steps": "2"}
     options |= {"warmup-train": "5", "commit": "abc", "out": str(out)}
-    main([f"--{name}={value}" for name, value in options.items()])
+    return [*(f"--{name}={value}" for name, value in options.items()), *more]
+
+
+def run_tiny(main: Callable[[list[str]], int], case: str, out: Path, *more: str) -> list[Row]:
+    assert main(arguments(case, out, *more)) == 0
     return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def step_contest(out: Path, **changes: Any) -> train_step.StepContest:
+    results = ResultsFile(out, {**environment("cpu", "abc"), **changes})
+    return train_step.StepContest(results, device="cpu", steps=1, warmup_train=2)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +81,14 @@ def test_train_step_appends_complete_rows(
         assert row["differences"].keys() >= {f"gradient of {name}" for name in trained} | losses
     assert sparse["checked"]
 
-    last_line = [line for line in capsys.readouterr().out.splitlines() if "|" in line][-1]
+    last_line = [line for line in capsys.readouterr().out.splitlines() if " -> " in line][-1]
     assert f"{stock['ms'] / sparse['ms']:.2f}x" in last_line
     assert f"32 -> 256, {active}, 64" in last_line
 
-    report.main([str(out)])
+    assert report.main([str(out)]) == 0
     assert last_line in capsys.readouterr().out
+    assert report.main([str(out), "--markdown"]) == 0
+    assert f"| 32 -> 256, {active}, 64 | float32 | step |" in capsys.readouterr().out
 
 
 def test_rows_older_than_the_second_architecture_are_of_topk(
@@ -96,10 +107,46 @@ def test_rows_older_than_the_second_architecture_are_of_topk(
 
 @pytest.mark.parametrize("case", STEP_CASES.values(), ids=STEP_CASES)
 def test_arms_train_the_architecture_of_the_case(case: Case):
-    jumprelu = "jumprelu" in case.name
+    jumprelu = "jumprelu" in case.name or "sweep_l0" in case.name
     assert case.architecture == STOCK.architecture(case) == ("jumprelu" if jumprelu else "topk")
     assert SPARSE.architecture(case) == f"{case.architecture}_sparse"
     assert (case.k is None) == jumprelu == (case.l0 is not None)
+
+
+def test_features_are_present_as_often_as_they_should_be():
+    n, rows = 4 * COMMON_FEATURES, 4096
+    stream = ActivationStream(8, n, features_per_row=60.0, device="cpu")
+    # With one dimension for each feature and nothing else, a batch shows the code.
+    stream.directions, stream.spread = torch.eye(n), torch.ones(n)
+    stream.mean, stream.scale = torch.zeros(n), 1.0
+    present = (stream.batch(rows, 0) > 0.05).float()
+    rank = torch.arange(1, n + 1)
+    expected = (60.0 / rank / (1 / rank).sum()).clamp(max=1.0)
+    frequencies = present.mean(0)
+    torch.testing.assert_close(frequencies[:50], expected[:50], rtol=0.15, atol=0.02)
+    for first in range(0, n, COMMON_FEATURES // 2):
+        part = slice(first, first + COMMON_FEATURES // 2)
+        assert frequencies[part].sum() == pytest.approx(expected[part].sum().item(), rel=0.05)
+    # No row gets the others' share.
+    assert present[:, COMMON_FEATURES:].sum(1).std() < 1.3 * expected[COMMON_FEATURES:].sum().sqrt()
+    assert torch.equal(stream.batch(64, 3), stream.batch(64, 3))
+
+
+def test_features_are_planted_all_over_the_latents():
+    case = STEP_CASES["tiny"]
+    stream = ActivationStream(case.d_in, case.d_sae // 4, 4, "cpu")
+    sae = build_sae(STOCK, case, FLOAT32, "cpu")
+    untouched = sae.W_dec.detach().clone()
+    plant_features(sae, stream)
+    planted = (sae.W_dec != untouched).any(1).nonzero().squeeze(1)
+    assert planted.numel() == case.d_sae // 4
+    halves = (planted < case.d_sae // 2).float().mean().item()
+    assert 0.3 < halves < 0.7
+    # Every feature has its own latent, in the encoder as in the decoder.
+    directions = torch.nn.functional.normalize(stream.spread * stream.directions, dim=-1)
+    for weight in (sae.W_dec, sae.W_enc.T):
+        latents = torch.nn.functional.normalize(weight[planted], dim=-1)
+        assert (latents @ directions.T).argmax(1).unique().numel() == case.d_sae // 4
 
 
 @pytest.mark.parametrize("l0", [2.0, 20.0])
@@ -190,11 +237,10 @@ def poison(sae: TrainingSAE[Any]) -> None:
 def test_an_arm_that_trains_another_model_is_not_timed(
     tmp_path: Path, case: str, perturb: Callable[[TrainingSAE[Any]], None], named: str
 ):
-    results = ResultsFile(tmp_path / "rows.jsonl", environment("cpu", "abc"))
-    contest = train_step.StepContest(results, device="cpu", steps=1, warmup_train=5)
+    steps = step_contest(tmp_path / "rows.jsonl")
     perturbed = Arm("perturbed", sparse=True, prepare=perturb)
-    contest.run(STEP_CASES[case], FLOAT32, [STOCK, perturbed])
-    stock, other = results.rows
+    steps.run(STEP_CASES[case], FLOAT32, [STOCK, perturbed])
+    stock, other = steps.results.rows
     assert stock["status"] == "ok"
     assert (other["arm"], other["status"]) == ("perturbed", "disagrees")
     assert f"{named} is off by" in other["message"]
@@ -210,13 +256,13 @@ def test_failing_arms_are_recorded_and_the_rest_go_on(tmp_path: Path):
     def fail(_: TrainingSAE[Any]) -> None:
         raise RuntimeError("no such kernel\nwith details")
 
-    results = ResultsFile(tmp_path / "rows.jsonl", environment("cpu", "abc"))
-    contest = train_step.StepContest(results, device="cpu", steps=1, warmup_train=0)
+    steps = step_contest(tmp_path / "rows.jsonl")
     large = Arm("stock", prepare=run_out_of_memory)
     broken = Arm("broken", sparse=True, prepare=fail)
-    contest.run(STEP_CASES["tiny"], FLOAT32, [large, broken, SPARSE])
-    assert [row["status"] for row in results.rows] == ["out of memory", "failed", "ok"]
-    assert results.rows[0]["message"] == "CUDA out of memory. Tried to allocate 16.00 GiB."
-    assert results.rows[1]["message"] == "RuntimeError: no such kernel"
+    steps.run(STEP_CASES["tiny"], FLOAT32, [large, broken, SPARSE])
+    rows = steps.results.rows
+    assert [row["status"] for row in rows] == ["out of memory", "failed", "ok"]
+    assert rows[0]["message"] == "CUDA out of memory. Tried to allocate 16.00 GiB."
+    assert rows[1]["message"] == "RuntimeError: no such kernel"
     # Without stock's differences there is no bound to check against, and the table says so.
-    assert not results.rows[2]["checked"]
+    assert not rows[2]["checked"]

@@ -1,9 +1,10 @@
-"""What is measured: problem sizes, precisions, arms and the ratios aimed at."""
+"""What is measured: problem sizes, precisions and arms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class Case:
     """Mean number of active latents per row that thresholds are calibrated to; None for Top-K."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Fields of SAELens's training config that differ from its defaults, besides the sizes."""
+    sweep: str | None = None
+    """Name of the series that the case is a point of, and under which it can be asked for."""
 
     @property
     def features_per_row(self) -> float:
@@ -86,6 +89,8 @@ def _jumprelu(
     batch: int,
     precisions: tuple[Precision, ...],
     dead_fraction: float = 0.0,
+    check_rows: int | None = None,
+    sweep: str | None = None,
     **options: float,
 ) -> Case:
     return Case(
@@ -96,14 +101,60 @@ def _jumprelu(
         batch,
         precisions,
         dead_fraction,
+        check_rows,
         architecture="jumprelu",
         l0=l0,
+        sweep=sweep,
         options={"l0_coefficient": L0_COEFFICIENT, **options},
     )
 
 
 def _by_name(*cases: Case) -> dict[str, Case]:
     return {case.name: case for case in cases}
+
+
+def _thousands(number: int) -> str:
+    return f"{number // 1024}k" if number >= 2048 else str(number)
+
+
+SWEEP_CHECK_ROWS = 1024
+"""So that the reference, which is many times slower than what is timed, does not set the pace."""
+
+
+def _sweep_cases() -> Iterable[Case]:
+    """One size varied at a time, the others as in "gemma2b"; and the like for a CPU."""
+    sizes = {
+        "sweep_d_sae": [8192 << i for i in range(6)],
+        "sweep_k": [16 << i for i in range(7)],
+        "sweep_batch": [512 << i for i in range(6)],
+        "sweep_l0": [32, 64, 128, 256, 512, 1024, 2048, 3000],
+    }
+    for d_sae in sizes["sweep_d_sae"]:
+        yield _sweep_case("sweep_d_sae", d_sae, d_sae=d_sae)
+    for k in sizes["sweep_k"]:
+        yield _sweep_case("sweep_k", k, k=k)
+    for batch in sizes["sweep_batch"]:
+        yield _sweep_case("sweep_batch", batch, batch=batch)
+    for l0 in sizes["sweep_l0"]:
+        yield _jumprelu(
+            f"sweep_l0_{l0}", 2304, 65_536, l0, 4096, (AUTOCAST,),
+            check_rows=SWEEP_CHECK_ROWS, sweep="sweep_l0",
+        )  # fmt: skip
+    for d_sae in (512 << i for i in range(6)):
+        name = f"cpu_sweep_d_sae_{_thousands(d_sae)}"
+        yield Case(name, 256, d_sae, 16, 256, (FLOAT32,), sweep="cpu_sweep_d_sae")
+    for l0 in (8, 32, 128, 512, 1024):
+        yield _jumprelu(
+            f"cpu_sweep_l0_{l0}", 256, 4096, l0, 256, (FLOAT32,), sweep="cpu_sweep_l0"
+        )  # fmt: skip
+
+
+def _sweep_case(
+    sweep: str, value: int, d_sae: int = 65_536, k: int = 64, batch: int = 4096
+) -> Case:
+    name = f"{sweep}_{_thousands(value)}"
+    check_rows = min(batch, SWEEP_CHECK_ROWS)
+    return Case(name, 2304, d_sae, k, batch, (AUTOCAST,), check_rows=check_rows, sweep=sweep)
 
 
 STEP_CASES = _by_name(
@@ -116,19 +167,18 @@ STEP_CASES = _by_name(
     Case("million", 2304, 1_048_576, 64, 4096, (AUTOCAST,), check_rows=256),
     Case("seed1", 2048, 16_384, 128, 4096, (FLOAT32,)),
     Case("flash_sae", 4096, 65_536, 64, 1024, (BFLOAT16,)),
-    Case("cpu", 512, 16_384, 32, 1024, (FLOAT32,)),
-    Case("tiny", 32, 256, 4, 64, (FLOAT32,), dead_fraction=0.3),
     *(
         _jumprelu(f"jumprelu_l0_{l0}", 2304, 65_536, l0, 4096, (FLOAT32, AUTOCAST))
         for l0 in (64, 200, 1000, 3000)
     ),
+    Case("cpu", 512, 16_384, 32, 1024, (FLOAT32,)),
     _jumprelu("cpu_jumprelu", 512, 16_384, 32, 1024, (FLOAT32,)),
+    Case("quick_topk", 256, 8192, 32, 256, (FLOAT32,)),
+    _jumprelu("quick_jumprelu", 256, 8192, 32, 256, (FLOAT32,)),
+    Case("tiny", 32, 256, 4, 64, (FLOAT32,), dead_fraction=0.3),
     _jumprelu("tiny_jumprelu", 32, 256, 4, 64, (FLOAT32,), 0.3, pre_act_loss_coefficient=3e-6),
+    *_sweep_cases(),
 )
-DEFAULT_STEP_CASES = {
-    "cuda": tuple(name for name in STEP_CASES if not name.startswith(("cpu", "tiny"))),
-    "cpu": ("cpu", "cpu_jumprelu"),
-}
 
 FORWARD_CASES = _by_name(
     Case("flash_sae", 4096, 65_536, 64, 1024, (BFLOAT16,)),
@@ -137,13 +187,29 @@ FORWARD_CASES = _by_name(
         for d_sae in (16_384, 32_768, 65_536, 131_072)
     ),
     _jumprelu("jumprelu_768_64k", 768, 65_536, 64, 4096, (FLOAT32,)),
+    Case("quick_topk", 256, 8192, 32, 256, (FLOAT32,)),
+    _jumprelu("quick_jumprelu", 256, 8192, 32, 256, (FLOAT32,)),
     Case("tiny", 32, 256, 4, 64, (FLOAT32,)),
     _jumprelu("tiny_jumprelu", 32, 256, 4, 64, (FLOAT32,)),
 )
-DEFAULT_FORWARD_CASES = {
-    "cuda": tuple(name for name in FORWARD_CASES if not name.startswith("tiny")),
-    "cpu": ("tiny", "tiny_jumprelu"),
-}
+
+
+def _groups(cases: Mapping[str, Case], cpu: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Names that stand for several cases, "cuda" and "cpu" for the default ones of the device."""
+    single = [case.name for case in cases.values() if case.sweep is None]
+    groups = {"cuda": tuple(n for n in single if not n.startswith(("cpu", "quick", "tiny")))}
+    groups |= {"cpu": cpu, "quick": ("quick_topk", "quick_jumprelu")}
+    sweeps = dict.fromkeys(case.sweep for case in cases.values() if case.sweep is not None)
+    for sweep in sweeps:
+        groups[sweep] = tuple(case.name for case in cases.values() if case.sweep == sweep)
+    for prefix in ("sweep", "cpu_sweep"):
+        if members := [names for sweep, names in groups.items() if sweep.startswith(f"{prefix}_")]:
+            groups[f"{prefix}s"] = tuple(chain.from_iterable(members))
+    return groups
+
+
+STEP_GROUPS = _groups(STEP_CASES, cpu=("cpu", "cpu_jumprelu"))
+FORWARD_GROUPS = _groups(FORWARD_CASES, cpu=("quick_topk", "quick_jumprelu"))
 
 
 def compile_sae(sae: TrainingSAE[Any]) -> None:
@@ -167,10 +233,18 @@ class Arm:
     """Passed to `torch.set_float32_matmul_precision`; "high" allows TF32."""
     prepare: Callable[[TrainingSAE[Any]], None] | None = None
     """Applied to the SAE once its trainer exists, where the runner compiles it."""
+    peer: str | None = None
+    """Distribution of another library that does the whole of it; None for SAELens's and ours."""
 
     def architecture(self, case: Case) -> str:
         """SAELens's name of what the arm trains."""
         return f"{case.architecture}_sparse" if self.sparse else case.architecture
+
+    def takes(self, case: Case, precision: Precision) -> bool:
+        """Whether the arm means something for the case in this precision; peers are Top-K only."""
+        return precision.name in self.precisions and (
+            self.peer is None or case.architecture == "topk"
+        )
 
 
 STOCK = Arm("stock")
@@ -178,41 +252,5 @@ STOCK_TF32 = Arm("stock_tf32", precisions=("float32",), matmul_precision="high")
 STOCK_COMPILE = Arm("stock_compile", precisions=("autocast",), prepare=compile_sae)
 SPARSE = Arm("sparse", sparse=True)
 SPARSE_RUNNER = Arm("sparse_runner", sparse=True, own_trainer=True)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Ratios against stock: at least this much faster, at most this share of its memory."""
-
-    speedup: float
-    memory: float | None = None
-
-
-# By case, precision and operation.
-TARGETS = {
-    ("gemma2b", "float32", "step"): Target(12.0, 0.6),
-    ("gemma2b", "autocast", "step"): Target(2.7, 0.6),
-    ("gemma2b_dead30", "autocast", "step"): Target(3.0),
-    ("gpt2", "float32", "step"): Target(6.0),
-    ("gpt2", "autocast", "step"): Target(1.8),
-    ("llama8b", "autocast", "step"): Target(3.0, 0.6),
-    ("wide", "autocast", "step"): Target(3.0, 0.6),
-    ("cpu", "float32", "step"): Target(2.5),
-    ("jumprelu_l0_64", "float32", "step"): Target(12.0, 0.6),
-    ("jumprelu_l0_64", "autocast", "step"): Target(2.8, 0.6),
-    ("jumprelu_l0_200", "float32", "step"): Target(10.0, 1.0),
-    ("jumprelu_l0_200", "autocast", "step"): Target(2.3, 1.0),
-    ("jumprelu_l0_1000", "float32", "step"): Target(4.0, 1.0),
-    ("jumprelu_l0_1000", "autocast", "step"): Target(1.3, 1.0),
-    ("jumprelu_l0_3000", "float32", "step"): Target(1.5, 1.0),
-    ("jumprelu_l0_3000", "autocast", "step"): Target(1.1, 1.0),
-    ("cpu_jumprelu", "float32", "step"): Target(2.5),
-    ("jumprelu_768_64k", "float32", "forward"): Target(4.5),
-    ("flash_sae", "bfloat16", "decode"): Target(13.6),
-    ("flash_sae", "bfloat16", "forward"): Target(1.78),
-    **{
-        (case, "float32", "forward_backward"): Target(4.0)
-        for case in FORWARD_CASES
-        if case.startswith("seed1")
-    },
-}
+SPARSIFY = Arm("sparsify", peer="eai-sparsify")
+DICTIONARY_LEARNING = Arm("dictionary_learning", peer="dictionary-learning")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,8 @@ from saelens_sparse.evaluation.training import (
     implementation_of,
     train_step,
 )
+from saelens_sparse.graph import gains
+from saelens_sparse.saes.base import SparseTrainingSAEMixin
 from saelens_sparse.training import SparseSAETrainer
 
 UNTIMED_STEPS = 3
@@ -109,7 +112,8 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
     "forward" ends where the forward pass returns, "statistics" where the gradient reaches the
     loss, "backward" at the last accumulated gradient, "clip" where the optimizer's step begins;
     "optimizer" lasts until the trainer's step returns. `SparseSAETrainer` takes its statistics
-    where stock clips, and clips in the optimizer.
+    after the backward pass and clips in the optimizer; where both passes are one CUDA graph, they
+    are "backward".
     """
     watch = Stopwatch(trainer.cfg.device)
     ends: dict[str, Mark] = {}
@@ -117,41 +121,93 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
     def end_phase(name: str) -> None:
         ends[name] = watch.mark()
 
+    wrapped = _wrap_own(trainer, end_phase) or _wrap_stock(trainer, end_phase)
+    hook = trainer.optimizer.register_step_pre_hook(lambda *_: end_phase("clip"))
+    times: dict[str, list[float]] = defaultdict(list)
+    try:
+        for _ in range(PHASE_STEPS):
+            ends.clear()
+            start, ends["optimizer"], _ = _timed_step(trainer, inputs, watch)
+            for phase in [phase for phase in wrapped.phases if phase in ends]:
+                times[phase].append(watch.milliseconds(start, ends[phase]))
+                start = ends[phase]
+    finally:
+        hook.remove()
+        wrapped.undo()
+    return {phase: median(times[phase]) if times[phase] else 0.0 for phase in PHASES}
+
+
+@dataclass(frozen=True)
+class _Wrapped:
+    """Phases in the order in which they end, and how to take the marks away again."""
+
+    phases: Sequence[str]
+    undo: Callable[[], None]
+
+
+def _wrap_stock(trainer: Trainer, end_phase: Callable[[str], None]) -> _Wrapped:
     sae = trainer.sae
-    starts = isinstance(trainer, SparseSAETrainer) and hasattr(sae, "start_training_forward_pass")
-    name = "start_training_forward_pass" if starts else "training_forward_pass"
-    forward = getattr(sae, name)
+    forward = sae.training_forward_pass
 
-    def marked_forward(step_input: TrainStepInput) -> Any:
-        result = forward(step_input=step_input)
+    def marked_forward(step_input: TrainStepInput) -> TrainStepOutput:
+        output = forward(step_input=step_input)
         end_phase("forward")
-        output: TrainStepOutput = result[0] if starts else result
         output.loss.register_hook(lambda _: end_phase("statistics"))
-        return result
+        return output
 
-    was_wrapped = name in vars(sae)
-    setattr(sae, name, marked_forward)
+    restore = _replace_attribute(sae, "training_forward_pass", marked_forward)
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda _: end_phase("backward"))
         for parameter in sae.parameters()
     ]
-    hooks.append(trainer.optimizer.register_step_pre_hook(lambda *_: end_phase("clip")))
 
-    times: dict[str, list[float]] = defaultdict(list)
-    try:
-        for _ in range(PHASE_STEPS):
-            start, ends["optimizer"], _ = _timed_step(trainer, inputs, watch)
-            for phase in PHASES:
-                times[phase].append(watch.milliseconds(start, ends[phase]))
-                start = ends[phase]
-    finally:
+    def undo() -> None:
+        restore()
         for hook in hooks:
             hook.remove()
-        if was_wrapped:
-            setattr(sae, name, forward)
-        else:
-            delattr(sae, name)
-    return {phase: median(times[phase]) for phase in PHASES}
+
+    return _Wrapped(PHASES, undo)
+
+
+def _wrap_own(trainer: Trainer, end_phase: Callable[[str], None]) -> _Wrapped | None:
+    """None for a trainer that is not the package's own, or trains an SAE as stock does.
+
+    No hook is on a parameter, for which the trainer would hold gradients in buffers, and none on
+    the forward pass of an SAE whose passes are a graph, which would end that.
+    """
+    sae = trainer.sae
+    if not isinstance(trainer, SparseSAETrainer) or not isinstance(sae, SparseTrainingSAEMixin):
+        return None
+    passes = trainer.forward_and_backward
+
+    def marked_passes(*args: Any) -> Any:
+        result = passes(*args)
+        end_phase("backward")
+        return result
+
+    restore = [_replace_attribute(trainer, "forward_and_backward", marked_passes)]
+    if not gains(sae):
+        forward = sae.start_training_forward_pass
+
+        def marked_forward(step_input: TrainStepInput) -> Any:
+            result = forward(step_input)
+            end_phase("forward")
+            return result
+
+        restore.append(_replace_attribute(sae, "start_training_forward_pass", marked_forward))
+
+    def undo() -> None:
+        for part in restore:
+            part()
+
+    return _Wrapped(("forward", "backward", "clip", "optimizer"), undo)
+
+
+def _replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of an object; returns what puts the old one back."""
+    was_own, old = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    return lambda: setattr(owner, name, old) if was_own else delattr(owner, name)
 
 
 def measure_calls(call: Callable[[], object], device: str, repeats: int) -> dict[str, Any]:

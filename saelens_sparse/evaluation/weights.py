@@ -19,22 +19,24 @@ CALIBRATION_ROWS = 1024
 @torch.no_grad()
 def plant_features(sae: TrainingSAE[Any], stream: ActivationStream) -> None:
     """
-    Point one latent at each feature of the stream, with noise, so that latents fire about as
-    often as its features, as they do after a real training run and not before: from initial
-    weights, a hundred steps leave nine latents in ten never firing.
+    Point one latent, drawn by seed from all of them, at each feature of the stream, with noise, so
+    that latents fire about as often as its features, as they do after a real training run and not
+    before: from initial weights, a hundred steps leave nine latents in ten never firing.
     """
     sae.b_dec.copy_(stream.scale * stream.mean)
     n_features, d_in = stream.directions.shape
+    chosen = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(0))
+    chosen = chosen[:n_features].to(sae.device)
     latents = stream.spread * stream.directions
     latents += 0.3 / math.sqrt(d_in) * torch.randn_like(latents)
     latents = torch.nn.functional.normalize(latents, dim=-1)
-    sae.W_dec[:n_features].copy_(latents)
+    sae.W_dec[chosen] = latents.to(sae.dtype)
     if isinstance(sae, JumpReLUTrainingSAE):
         # With nothing to bound their number, hundreds of latents would follow the outlier
         # dimensions at once: each counts for as little as its variance makes it tell.
         latents = latents / stream.spread.square()
     # Other features in a row add to a latent's pre-activation: half the gain offsets that.
-    sae.W_enc[:, :n_features].copy_(0.5 * latents.T)
+    sae.W_enc[:, chosen] = 0.5 * latents.T.to(sae.dtype)
 
 
 @torch.no_grad()

@@ -7,6 +7,9 @@ precision, plus a floor. The floor allows for a few rows in which two latents ti
 of the top k up to rounding, so that either may be selected, or in which one is that close to its
 threshold: losses hardly move then, one latent's gradient may come or go, and Adam, which gives any
 gradient the same step at first, may move that latent by a whole step.
+
+Peers update their weights by recipes of their own. They are held to the same bounds in what their
+first step computes before its update: loss, reconstruction and gradients.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from functools import partial
 import torch
 
 from saelens_sparse.evaluation.cases import Case
+from saelens_sparse.evaluation.results import DisagreementError
 from saelens_sparse.evaluation.training import Inputs, Trainer, hold_dead, train_step
 
 CHECK_STEPS = 3
 """More than one, for a sparse SAE that has yet to measure its density takes a dense step first."""
-CHECKED_LATENTS = 8192
+CHECKED_LATENTS = 2048
 FLOORS = {
     "loss": 1e-4,
     "decoded": 1e-2,
@@ -36,15 +40,12 @@ Trajectory = dict[str, torch.Tensor]
 Differences = dict[str, float]
 
 
-class DisagreementError(Exception):
-    """An arm does not train the same model as stock."""
-
-
 def rehearse(trainer: Trainer, case: Case, inputs: Inputs) -> Trajectory:
     """
-    Take the checked steps and record what they did, on the CPU: every loss term by step, the last
-    reconstruction, how often each latent fired, each parameter's gradient by step and its change
-    (see `sample_latents`).
+    Take the checked steps and record what they did, on the CPU: every loss term by step, the first
+    and the last reconstruction, how often each latent fired, each parameter's gradient of the first
+    step and its change by all (see `sample_latents`). The later steps are taken as timed ones are:
+    without hooks on parameters, for which `SparseSAETrainer` would hold gradients in buffers.
     """
 
     def checked_part(value: torch.Tensor) -> torch.Tensor:
@@ -67,16 +68,18 @@ def rehearse(trainer: Trainer, case: Case, inputs: Inputs) -> Trajectory:
     for batch in inputs.batches[:CHECK_STEPS]:
         hold_dead(trainer, inputs.dead_latents)
         output = train_step(trainer, batch[: case.check_rows])
+        while hooks:
+            hooks.pop().remove()
         for name, loss in {"loss": output.loss, **output.losses}.items():
             losses[name].append(loss.detach())
         trajectory["reconstruction"] = output.sae_out.detach()
-    for hook in hooks:
-        hook.remove()
+        trajectory.setdefault("reconstruction of the first step", trajectory["reconstruction"])
 
     trajectory |= {name: torch.stack(values) for name, values in losses.items()}
     trajectory["firing counts"] = trainer.act_freq_scores
     for name, parameter in parameters.items():
-        trajectory[f"gradient of {name}"] = torch.stack(gradients[name])
+        if gradients[name]:
+            trajectory[f"gradient of {name}"] = torch.stack(gradients[name])
         trajectory[f"change of {name}"] = checked_part(parameter) - before[name]
     return {name: value.cpu() for name, value in trajectory.items()}
 
@@ -90,13 +93,37 @@ def sample_latents(value: torch.Tensor, d_sae: int) -> torch.Tensor:
     return value.index_select(value.shape.index(d_sae), latents.to(value.device))
 
 
-def differences(trajectory: Trajectory, reference: Trajectory) -> Differences:
-    """By quantity, the norm of the difference over the norm of the reference."""
-    if trajectory.keys() != reference.keys():
+def first_step(trajectory: Trajectory) -> Trajectory:
+    """What of a trajectory is known before the first update: all that peers share with stock."""
+    of_first_step = {
+        name: value[:1] for name, value in trajectory.items() if kind_of(name) == "gradient"
+    }
+    of_first_step["mse_loss"] = trajectory["mse_loss"][:1]
+    of_first_step["reconstruction"] = trajectory["reconstruction of the first step"]
+    return of_first_step
+
+
+def differences(trajectory: Trajectory, reference: Trajectory, device: str = "cpu") -> Differences:
+    """
+    By quantity, the norm of the difference over the norm of the reference.
+
+    Args:
+        trajectory: An arm's. Gradients that it lacks are passed over, nothing else is.
+        reference: What it is compared with.
+        device: Where to compute them.
+
+    Raises:
+        DisagreementError: The arm has other quantities than the reference.
+    """
+    lacking = {n for n in reference.keys() - trajectory.keys() if kind_of(n) != "gradient"}
+    if lacking or trajectory.keys() - reference.keys():
         raise DisagreementError(
             f"quantities differ: {sorted(trajectory)} against {sorted(reference)}"
         )
-    return {name: _relative_error(trajectory[name], reference[name]) for name in reference}
+    return {
+        name: _relative_error(value.to(device), reference[name].to(device))
+        for name, value in trajectory.items()
+    }
 
 
 def kind_of(name: str) -> str:
@@ -106,13 +133,17 @@ def kind_of(name: str) -> str:
 
 def require_agreement(arm: Differences, stock: Differences) -> None:
     """
+    Args:
+        arm: Its differences from the reference, of the quantities that it has.
+        stock: Those of stock.
+
     Raises:
         DisagreementError: A quantity is farther from the reference than stock's own rounding
             explains, or is NaN.
     """
     excess = [
         f"{name} is off by {arm[name]:.1e} (stock by {stock[name]:.1e}, allowed {bound:.1e})"
-        for name, bound in ((name, 2 * stock[name] + FLOORS[kind_of(name)]) for name in stock)
+        for name, bound in ((name, 2 * stock[name] + FLOORS[kind_of(name)]) for name in arm)
         if not arm[name] <= bound
     ]
     if excess:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from saelens_sparse.evaluation.bench.agreement import (
     Differences,
@@ -19,9 +17,8 @@ from saelens_sparse.evaluation.bench.agreement import (
     differences,
     require_agreement,
 )
-from saelens_sparse.evaluation.bench.report import tables
+from saelens_sparse.evaluation.bench.peers import Peer, build_peer, peer_problem, peer_version
 from saelens_sparse.evaluation.cases import (
-    PRECISIONS,
     REFERENCE_PRECISION,
     SPARSE,
     STOCK,
@@ -29,7 +26,7 @@ from saelens_sparse.evaluation.cases import (
     Case,
     Precision,
 )
-from saelens_sparse.evaluation.results import ResultsFile, Row, describe_failure, environment
+from saelens_sparse.evaluation.results import ResultsFile, Row, describe_failure
 from saelens_sparse.evaluation.training import Inputs, prepare_inputs, release_memory
 
 Contender = TypeVar("Contender")
@@ -49,26 +46,50 @@ class Contest(ABC, Generic[Contender]):
     Runs arms one after the other on the same inputs, each alone on the device.
 
     Stock comes first: its distance from the reference (itself, in a higher precision) bounds that
-    of the sparse arm, which is timed only if it keeps to it. What fails becomes a row that says
+    of the other arms, which are timed only if they keep to it. What fails becomes a row that says
     so, and the rest goes on.
+
+    Args:
+        results: Where rows go, and where those of earlier runs are looked up.
+        device: "cuda" or "cpu".
+        steps: Timed steps or calls, at most.
+        warmup_train: Training steps that lead from planted features to the weights used.
+        again: Whether to measure again what `results` has from this device, commit and versions.
     """
 
     operations: ClassVar[tuple[str, ...]]
     """Names of what `measure` times."""
     cases: ClassVar[Mapping[str, Case]]
-    default_cases: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Names of the cases to run by device, where none are asked for."""
+    groups: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Names that stand for several cases; that of the device for those to run by default."""
     arms: ClassVar[tuple[Arm, ...]]
 
-    def __init__(self, results: ResultsFile, device: str, steps: int, warmup_train: int):
+    def __init__(
+        self,
+        results: ResultsFile,
+        device: str,
+        steps: int,
+        warmup_train: int,
+        again: bool = False,
+    ):
         self.results = results
         self.device = device
         self.steps = steps
         self.warmup_train = warmup_train
+        self.again = again
+        self.absent_peers = {
+            arm: problem
+            for arm in self.arms
+            if arm.peer is not None and (problem := peer_problem(arm, device)) is not None
+        }
 
     @abstractmethod
     def build(self, arm: Arm, precision: Precision, heat: Heat) -> Contender:
-        """What the arm brings to the heat, in `precision` rather than the heat's own."""
+        """What SAELens's or our arm brings to the heat, in `precision`, not the heat's own."""
+
+    @abstractmethod
+    def build_peer(self, peer: Peer, heat: Heat) -> Contender:
+        """What another library's arm brings to the heat."""
 
     @abstractmethod
     def observe(self, contender: Contender, heat: Heat) -> Trajectory:
@@ -78,30 +99,72 @@ class Contest(ABC, Generic[Contender]):
     def measure(self, contender: Contender, operation: str, heat: Heat) -> Row:
         """Time one of `operations`."""
 
-    def run(self, case: Case, precision: Precision, arms: Sequence[Arm]) -> None:
-        """Measure the arms, stock first, and record a row for each of them and operation."""
+    def expected_of_peers(self, trajectory: Trajectory) -> Trajectory:
+        """The part of a trajectory that peers are compared by."""
+        return trajectory
+
+    def takes(self, arm: Arm, case: Case, precision: Precision) -> bool:
+        """Whether the arm takes part in the heat."""
+        return arm not in self.absent_peers and arm.takes(case, precision)
+
+    def pending(self, case: Case, precision: Precision, arms: Sequence[Arm]) -> list[Arm]:
+        """
+        The arms that are to be measured: those without a good row for each operation. Stock is
+        measured beside them again, unless its rows are from this very machine: machines of one
+        kind differ, and ratios are what counts.
+        """
+        entered = [arm for arm in arms if self.takes(arm, case, precision)]
+        if self.again:
+            return entered
+
+        def done(arm: Arm, **more: Any) -> bool:
+            key = {"case": case.name, "precision": precision.name, "arm": arm.name, **more}
+            return all(self.results.measured(**key, operation=name) for name in self.operations)
+
+        machine = self.results.environment["machine"]
+        pending = [arm for arm in entered if not done(arm)]
+        if pending and STOCK in entered and STOCK not in pending:
+            pending = pending if done(STOCK, machine=machine) else [STOCK, *pending]
+        return pending
+
+    def run(
+        self,
+        case: Case,
+        precision: Precision,
+        arms: Sequence[Arm],
+        progress: tqdm[Any] | None = None,
+    ) -> None:
+        """Measure the pending of these arms and record a row for each of them and operation."""
+        pending = self.pending(case, precision, arms)
+        entered = [arm.name for arm in arms if self.takes(arm, case, precision)]
+        skipped = [name for name in entered if name not in {arm.name for arm in pending}]
+        if skipped:
+            say(f"{case.name} {precision.name}: {', '.join(skipped)} measured already")
+        if not pending:
+            return
         try:
             release_memory(self.device)
             inputs = prepare_inputs(case, precision, self.device, self.warmup_train)
         except Exception as error:
             for row in self._failed(error):
                 self._record(case, precision, SPARSE, row)
+            if progress is not None:
+                progress.update(len(pending))
             return
 
         heat = Heat(case, precision, inputs)
         reference = self._observe_reference(heat)
-        stock_differences = None
-        for arm in arms:
-            if precision.name not in arm.precisions:
-                continue
-            bound = stock_differences if arm.sparse else None
+        bound = self._earlier_stock_differences(heat)
+        for arm in pending:
             torch.set_float32_matmul_precision(arm.matmul_precision)
             rows = self._measure_arm(arm, heat, reference, bound)
             torch.set_float32_matmul_precision("highest")
             for row in rows:
                 self._record(case, precision, arm, row)
             if arm == STOCK:
-                stock_differences = rows[0]["differences"]
+                bound = rows[0]["differences"]
+            if progress is not None:
+                progress.update()
 
     def _observe_reference(self, heat: Heat) -> Trajectory | None:
         """What stock does in a higher precision; where that fails, None, and arms go unchecked."""
@@ -110,9 +173,17 @@ class Contest(ABC, Generic[Contender]):
             release_memory(self.device)
             return self.observe(self.build(STOCK, precision, heat), heat)
         except Exception as error:
-            message = _describe(error)["message"]
-            print(f"{heat.case.name}: no {precision.name} reference: {message}", flush=True)
+            say(f"{heat.case.name}: no {precision.name} reference: {_describe(error)['message']}")
             return None
+
+    def _earlier_stock_differences(self, heat: Heat) -> Differences | None:
+        row = self.results.measured(
+            case=heat.case.name,
+            precision=heat.precision.name,
+            arm=STOCK.name,
+            operation=self.operations[0],
+        )
+        return row and row["differences"]
 
     def _measure_arm(
         self, arm: Arm, heat: Heat, reference: Trajectory | None, bound: Differences | None
@@ -121,13 +192,20 @@ class Contest(ABC, Generic[Contender]):
         found: Row = {"differences": None, "checked": False}
         try:
             release_memory(self.device)
-            contender = self.build(arm, heat.precision, heat)
+            if arm.peer is None:
+                contender = self.build(arm, heat.precision, heat)
+            else:
+                peer = build_peer(arm, heat.case, heat.precision, self.device, heat.inputs)
+                contender = self.build_peer(peer, heat)
+                found |= {"peer": peer_version(arm), "note": peer.note}
+                reference = reference and self.expected_of_peers(reference)
             trajectory = self.observe(contender, heat)
             if reference is not None:
-                found["differences"] = differences(trajectory, reference)
-                if bound is not None:
+                found["differences"] = differences(trajectory, reference, self.device)
+                if bound is not None and (arm.sparse or arm.peer is not None):
                     require_agreement(found["differences"], bound)
                     found["checked"] = True
+            del trajectory
         except Exception as error:
             return [{**found, **row} for row in self._failed(error)]
 
@@ -157,12 +235,17 @@ class Contest(ABC, Generic[Contender]):
                 "l0": case.l0,
                 "batch": case.batch,
                 "dead_fraction": case.dead_fraction,
+                "sweep": case.sweep,
                 **row,
             }
         )
         outcome = f"{row['ms']:.2f} ms" if row["status"] == "ok" else row["message"]
-        heading = f"{case.name} {precision.name} {row['operation']} {arm.name}"
-        print(f"{heading}: {outcome}", flush=True)
+        say(f"{case.name} {precision.name} {row['operation']} {arm.name}: {outcome}")
+
+
+def say(message: str) -> None:
+    """Print a line without breaking the progress bar."""
+    tqdm.write(message)
 
 
 def _describe(error: Exception) -> Row:
@@ -170,74 +253,3 @@ def _describe(error: Exception) -> Row:
     if row["status"] == "failed":
         traceback.print_exception(error)
     return row
-
-
-def run_contest(contest_class: type[Contest[Any]], argv: Sequence[str] | None) -> list[Row]:
-    """Run a contest as its command line asks, print its tables, and return its rows."""
-    args = _parse(contest_class, argv)
-    results = ResultsFile(args.out, environment(args.device, args.commit))
-    contest = contest_class(
-        results,
-        device=args.device,
-        steps=args.steps or (20 if args.device == "cuda" else 5),
-        warmup_train=args.warmup_train,
-    )
-    arms = [arm for arm in contest_class.arms if arm.name in args.arms]
-    for name in args.cases or contest_class.default_cases[args.device]:
-        case = contest_class.cases[name]
-        for precision in [PRECISIONS[name] for name in args.precision] or case.precisions:
-            contest.run(case, precision, arms)
-    print(f"\n{tables(results.rows)}\n\nRows are in {results.path}.")
-    return results.rows
-
-
-def _parse(contest_class: type[Contest[Any]], argv: Sequence[str] | None) -> argparse.Namespace:
-    arms = [arm.name for arm in contest_class.arms]
-    parser = argparse.ArgumentParser(
-        description=sys.modules[contest_class.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            chosen = text.split(",")
-            if unknown := set(chosen) - set(allowed):
-                raise argparse.ArgumentTypeError(
-                    f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(allowed)}"
-                )
-            return chosen
-
-        return parse
-
-    parser.add_argument(
-        "--cases",
-        type=names(contest_class.cases),
-        default=[],
-        help=f"{', '.join(contest_class.cases)}; by default those meant for the device",
-    )
-    parser.add_argument(
-        "--precision",
-        type=names(PRECISIONS),
-        default=[],
-        help=f"{', '.join(PRECISIONS)}; by default each case's own",
-    )
-    parser.add_argument(
-        "--arms",
-        type=names(arms),
-        default=[arm.name for arm in contest_class.arms if arm.sparse],
-        help=f"{', '.join(arms)}; by default the sparse ones; {STOCK.name} is always run",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"))
-    parser.add_argument("--steps", type=int, help="timed steps; by default 20, on a CPU 5")
-    parser.add_argument(
-        "--warmup-train",
-        type=int,
-        default=30,
-        help="training steps that lead from planted features to the weights used",
-    )
-    parser.add_argument("--out", type=Path, help="JSON Lines file that rows are appended to")
-    parser.add_argument("--commit", help="recorded with the rows; read from git by default")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.arms.append(STOCK.name)
-    return args

@@ -1,11 +1,11 @@
 """
 Time the parts of a sparse SAE that published kernels report, against SAELens's own.
 
-    python -m saelens_sparse.evaluation.bench.forward --cases flash_sae
+    saelens-sparse bench forward --cases flash_sae
 
 `decode` is `sae.decode(feature_acts)` on activations encoded beforehand, `forward` is `sae(x)`,
 both without gradients; `forward_backward` adds the backward of a mean squared error, and no
-optimizer. Arms are checked, timed and recorded as in `saelens_sparse.evaluation.bench.train_step`.
+optimizer. Arms are checked, timed and recorded as by `saelens-sparse bench step`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from sae_lens.saes.sae import TrainingSAE
 from typing_extensions import override
 
 from saelens_sparse.evaluation.bench.agreement import Trajectory, sample_latents
-from saelens_sparse.evaluation.bench.contest import Contest, Heat, run_contest
+from saelens_sparse.evaluation.bench.contest import Contest, Heat
+from saelens_sparse.evaluation.bench.peers import Peer
+from saelens_sparse.evaluation.bench.session import main_of
 from saelens_sparse.evaluation.cases import (
-    DEFAULT_FORWARD_CASES,
+    DICTIONARY_LEARNING,
     FORWARD_CASES,
+    FORWARD_GROUPS,
     SPARSE,
+    SPARSIFY,
     STOCK,
     STOCK_TF32,
     Arm,
@@ -43,15 +47,19 @@ class Pass:
     x: torch.Tensor
     autocast: torch.autocast
 
+    @property
+    def implementation(self) -> str | None:
+        return implementation_of(self.sae)
+
     @torch.no_grad()
-    def encode(self) -> torch.Tensor:
+    def encode(self) -> Any:
         with self.autocast:
             return self.sae.encode_with_hidden_pre(self.x)[0]
 
     @torch.no_grad()
-    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+    def decode(self, activations: Any) -> torch.Tensor:
         with self.autocast:
-            return self.sae.decode(feature_acts)
+            return self.sae.decode(activations)
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
@@ -64,14 +72,61 @@ class Pass:
             loss = torch.nn.functional.mse_loss(self.sae(self.x), self.x)
         loss.backward()
 
+    def forget_gradients(self) -> None:
+        self.sae.zero_grad()
 
-class ForwardContest(Contest[Pass]):
+    def gradients(self, d_sae: int) -> Trajectory:
+        return {
+            name: sample_latents(parameter.grad, d_sae)
+            for name, parameter in self.sae.named_parameters()
+            if parameter.grad is not None
+        }
+
+
+@dataclass
+class PeerPass:
+    """A `Pass` of another library's SAE."""
+
+    peer: Peer
+    x: torch.Tensor
+    implementation = None
+
+    @torch.no_grad()
+    def encode(self) -> Any:
+        with self.peer.autocast():
+            return self.peer.encode(self.x)
+
+    @torch.no_grad()
+    def decode(self, activations: Any) -> torch.Tensor:
+        with self.peer.autocast():
+            return self.peer.decode(activations)
+
+    def forward(self) -> torch.Tensor:
+        return self.decode(self.encode())
+
+    def forward_backward(self) -> None:
+        self.forget_gradients()
+        with self.peer.autocast():
+            recons = self.peer.decode(self.peer.encode(self.x))
+            loss = torch.nn.functional.mse_loss(recons, self.x)
+        loss.backward()
+
+    def forget_gradients(self) -> None:
+        self.peer.module.zero_grad()
+
+    def gradients(self, d_sae: int) -> Trajectory:
+        assert d_sae == self.peer.case.d_sae
+        parameters = self.peer.parameters.items()
+        return {name: self.peer.stock_gradient(name, parameter) for name, parameter in parameters}
+
+
+class ForwardContest(Contest[Pass | PeerPass]):
     """Decode, forward, and forward with backward."""
 
     operations = ("decode", "forward", "forward_backward")
     cases = FORWARD_CASES
-    default_cases = DEFAULT_FORWARD_CASES
-    arms = (STOCK, STOCK_TF32, SPARSE)
+    groups = FORWARD_GROUPS
+    arms = (STOCK, STOCK_TF32, SPARSE, SPARSIFY, DICTIONARY_LEARNING)
 
     @override
     def build(self, arm: Arm, precision: Precision, heat: Heat) -> Pass:
@@ -82,36 +137,32 @@ class ForwardContest(Contest[Pass]):
         )
 
     @override
-    def observe(self, contender: Pass, heat: Heat) -> Trajectory:
+    def build_peer(self, peer: Peer, heat: Heat) -> PeerPass:
+        return PeerPass(peer, heat.inputs.batches[0])
+
+    @override
+    def observe(self, contender: Pass | PeerPass, heat: Heat) -> Trajectory:
         contender.forward_backward()
-        gradients = {
-            f"gradient of {name}": sample_latents(parameter.grad, heat.case.d_sae)
-            for name, parameter in contender.sae.named_parameters()
-            if parameter.grad is not None
-        }
+        gradients = contender.gradients(heat.case.d_sae)
         trajectory = {
             "decoded": contender.decode(contender.encode()),
             "reconstruction": contender.forward(),
-            **gradients,
+            **{f"gradient of {name}": gradient for name, gradient in gradients.items()},
         }
         return {name: value.cpu() for name, value in trajectory.items()}
 
     @override
-    def measure(self, contender: Pass, operation: str, heat: Heat) -> Row:
-        contender.sae.zero_grad()
-        feature_acts = contender.encode() if operation == "decode" else torch.empty(0)
+    def measure(self, contender: Pass | PeerPass, operation: str, heat: Heat) -> Row:
+        contender.forget_gradients()
+        activations = contender.encode() if operation == "decode" else None
         calls = {
-            "decode": partial(contender.decode, feature_acts),
+            "decode": partial(contender.decode, activations),
             "forward": contender.forward,
             "forward_backward": contender.forward_backward,
         }
         measured = measure_calls(calls[operation], self.device, self.steps)
-        return {"implementation": implementation_of(contender.sae), **measured}
+        return {"implementation": contender.implementation, **measured}
 
 
-def main(argv: Sequence[str] | None = None) -> list[Row]:
-    return run_contest(ForwardContest, argv)
-
-
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str]) -> int:
+    return main_of("forward", ForwardContest, argv)

@@ -1,55 +1,68 @@
 """
-Markdown tables from the rows that the benchmarks have appended.
+Tables from the rows that the benchmarks have appended.
 
-    python -m saelens_sparse.evaluation.bench.report [FILE.jsonl ...]
+    saelens-sparse bench report [FILE.jsonl ...]
 
-Ratios are taken between arms of one run only; of several runs the latest counts.
+Ratios are taken between arms of one run only; of several runs the latest counts. Targets stand in
+parentheses.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saelens_sparse.evaluation.bench.agreement import Differences, kind_of
-from saelens_sparse.evaluation.cases import SPARSE, SPARSE_RUNNER, STOCK, TARGETS, Target
-from saelens_sparse.evaluation.measure import PHASES
+from saelens_sparse.evaluation.bench.selection import (
+    contest_key,
+    devices_of,
+    latest,
+    memory_share,
+    of_contests,
+    pairs,
+    speedup,
+)
+from saelens_sparse.evaluation.bench.targets import Target, target_of
+from saelens_sparse.evaluation.presentation import Rows, markdown_table, plain_table
 from saelens_sparse.evaluation.results import RESULTS, Row, load_rows
+from saelens_sparse.runner_config import UsageError
 
-SPARSE_ARMS = (SPARSE.name, SPARSE_RUNNER.name)
+KINDS = ("loss", "reconstruction", "firing counts", "gradient", "change")
 
 
-def tables(rows: Sequence[Row]) -> str:
-    """For each device what the arms trained, the phases of a step and, last, what is gained."""
-    devices = dict.fromkeys(row["device"] for row in rows)
+def tables(rows: Sequence[Row], render: Callable[[Rows], str] = plain_table) -> str:
+    """
+    For each device what the arms trained, the phases of a step, single kernels and, last, what is
+    gained; each table only where there are rows for it.
+    """
     sections: list[str] = []
-    for device in devices:
+    for device in devices_of(rows):
         of_device = [row for row in rows if row["device"] == device]
-        sections += [f"### {device}", agreement_table(of_device)]
-        sections += [phase_table(of_device), speed_table(of_device)]
-    return "\n\n".join(section for section in sections if section)
+        contests = of_contests(of_device)
+        sections.append(f"### {device}")
+        found = (
+            agreement_table(contests),
+            phase_table(contests),
+            kernel_table([row for row in of_device if "kernel" in row]),
+            speed_table(contests),
+        )
+        sections += [render(table) for table in found if len(table) > 1]
+    return "\n\n".join(sections)
 
 
-def speed_table(rows: Sequence[Row]) -> str:
-    """Time and peak memory of each sparse arm beside each stock arm's in the same run."""
-    return _table(
-        "case",
-        "d_in -> d_sae, active, batch",
-        "precision",
-        "operation",
-        "against",
-        "ms",
-        "arm",
-        "its ms",
-        "faster (target)",
-        "GiB",
-        "its GiB",
-        "memory (target)",
-        lines=[
+def speed_table(rows: Sequence[Row]) -> Rows:
+    """Time and peak memory of each sparse arm beside each other arm's in the same run."""
+    header = [
+        "case", "d_in -> d_sae, active, batch", "precision", "operation", "against", "its ms",
+        "arm", "ms", "faster", "its GiB", "GiB", "memory",
+    ]  # fmt: skip
+    return [
+        header,
+        *(
             [
                 sparse["case"],
-                f"{sparse['d_in']} -> {sparse['d_sae']:,}, {_active(sparse)}, {sparse['batch']}",
+                f"{sparse['d_in']} -> {sparse['d_sae']:,}, {active(sparse)}, {sparse['batch']}",
                 sparse["precision"],
                 sparse["operation"],
                 other["arm"],
@@ -61,74 +74,72 @@ def speed_table(rows: Sequence[Row]) -> str:
                 _gib(sparse),
                 _memory(other, sparse),
             ]
-            for other, sparse in _pairs(rows)
-        ],
-    )
+            for other, sparse in pairs(rows)
+        ),
+    ]
 
 
-def agreement_table(rows: Sequence[Row]) -> str:
+def agreement_table(rows: Sequence[Row]) -> Rows:
     """Each arm's relative differences from the reference, and how its latents fired."""
-    kinds = ("loss", "reconstruction", "firing counts", "gradient", "change")
-    latest = _latest(row for row in rows if row["operation"] == "step" and row.get("differences"))
-    return _table(
-        "case",
-        "precision",
-        "arm",
-        *(f"{kind} off by" for kind in kinds),
-        "L0",
-        "busiest latent",
-        "never firing",
-        lines=[
+    compared = latest(row for row in rows if row["operation"] == "step" and row.get("differences"))
+    header = ["case", "precision", "arm", *(f"{kind} off by" for kind in KINDS)]
+    return [
+        [*header, "L0", "busiest latent", "never firing"],
+        *(
             [row["case"], row["precision"], row["arm"]]
-            + [f"{_largest(row['differences'], kind):.1e}" for kind in kinds]
+            + [_largest(row["differences"], kind) for kind in KINDS]
             + _firing(row)
-            for row in latest
-        ],
-    )
+            for row in compared
+        ),
+    ]
 
 
-def phase_table(rows: Sequence[Row]) -> str:
+def phase_table(rows: Sequence[Row]) -> Rows:
     """Milliseconds by phase of each arm's training steps."""
-    latest = _latest(row for row in rows if row["status"] == "ok" and "phases_ms" in row)
-    return _table(
-        "case",
-        "precision",
-        "arm",
-        *(f"{phase} ms" for phase in PHASES),
-        lines=[
+    timed = latest(row for row in rows if row["status"] == "ok" and "phases_ms" in row)
+    phases = list(dict.fromkeys(phase for row in timed for phase in row["phases_ms"]))
+    return [
+        ["case", "precision", "arm", *(f"{phase} ms" for phase in phases), "whole step ms"],
+        *(
             [row["case"], row["precision"], row["arm"]]
-            + [f"{row['phases_ms'][phase]:.2f}" for phase in PHASES]
-            for row in latest
-        ],
-    )
+            + [_number(row["phases_ms"].get(phase)) for phase in phases]
+            + [f"{row['ms']:.2f}"]
+            for row in timed
+        ),
+    ]
 
 
-def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Each stock arm's latest row with each sparse arm's of the same run."""
+def kernel_table(rows: Sequence[Row]) -> Rows:
+    """Milliseconds of single kernels, and the rates that they reach."""
+    last = {(row["shape"], row["dtype"], row["kernel"], row["side"]): row for row in rows}
+    header = [
+        "kernel",
+        "of",
+        "d_in, d_sae, k, rows",
+        "dtype",
+        "ms",
+        "moving its bytes once takes ms",
+    ]
+    return [
+        [*header, "GB/s", "TFLOP/s"],
+        *(
+            [
+                f"- {row['kernel']}" if row.get("part_of") else row["kernel"],
+                row["side"],
+                row["shape"],
+                row["dtype"],
+                f"{row['ms']:.3f}",
+                _number(row["bytes"] and row["bytes"] / row["copy_tb_s"] / 1e9, 3),
+                _number(row["bytes"] and row["bytes"] / row["ms"] / 1e6, 0),
+                _number(row["flops"] and row["flops"] / row["ms"] / 1e9, 3),
+            ]
+            for row in last.values()
+        ),
+    ]
 
-    def run_of(row: Row) -> tuple[str, ...]:
-        return (*_contest_key(row), row["date"])
 
-    sparse = [row for row in rows if row["arm"] in SPARSE_ARMS]
-    runs = {run_of(row) for row in sparse}
-    others = _latest(row for row in rows if row["arm"] not in SPARSE_ARMS and run_of(row) in runs)
-    return [(other, row) for other in others for row in sparse if run_of(row) == run_of(other)]
-
-
-def _latest(rows: Iterable[Row]) -> list[Row]:
-    latest: dict[tuple[str, ...], Row] = {}
-    for row in sorted(rows, key=lambda row: row["date"]):
-        key = (*_contest_key(row), row["arm"])
-        latest.pop(key, None)
-        latest[key] = row
-    return list(latest.values())
-
-
-def _contest_key(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in ("case", "precision", "operation"))
-
-
-def _active(row: Row) -> str:
+def active(row: Row) -> str:
+    """How many latents are active on a row of the inputs, and whether always or on average."""
     return f"k {row['k']}" if row["architecture"] == "topk" else f"L0 {row['l0']:g}"
 
 
@@ -137,16 +148,30 @@ def _result(row: Row) -> str:
 
 
 def _speedup(other: Row, sparse: Row) -> str:
-    target = _target(other)
+    target = _target(other, sparse)
     aim = f" ({target.speedup:g}x)" if target else ""
-    if other["status"] != "ok" or sparse["status"] != "ok":
+    ratio = speedup(other, sparse)
+    if ratio is None:
         return f"-{aim}"
-    unchecked = "" if sparse["checked"] else ", unchecked"
-    return f"{other['ms'] / sparse['ms']:.2f}x{aim}{unchecked}"
+    checked = sparse["checked"] and (other.get("peer") is None or other["checked"])
+    return f"{ratio:.2f}x{aim}{'' if checked else ', unchecked'}"
 
 
-def _largest(differences: Differences, kind: str) -> float:
-    return max(value for name, value in differences.items() if kind_of(name) == kind)
+def _memory(other: Row, sparse: Row) -> str:
+    target = _target(other, sparse)
+    aim = f" ({target.memory:.0%})" if target and target.memory else ""
+    share = memory_share(other, sparse)
+    return f"-{aim}" if share is None else f"{share:.0%}{aim}"
+
+
+def _target(other: Row, sparse: Row) -> Target | None:
+    case, precision, operation = contest_key(sparse)
+    return target_of(case, precision, operation, sparse["arm"], other["arm"])
+
+
+def _largest(differences: Differences, kind: str) -> str:
+    values = [value for name, value in differences.items() if kind_of(name) == kind]
+    return f"{max(values):.1e}" if values else "-"
 
 
 def _firing(row: Row) -> list[str]:
@@ -160,39 +185,35 @@ def _gib(row: Row) -> str:
     return f"{row['peak_gib']:.2f}" if row.get("peak_gib") else "-"
 
 
-def _memory(other: Row, sparse: Row) -> str:
-    target = _target(other)
-    aim = f" ({target.memory:.0%})" if target and target.memory else ""
-    if not (other.get("peak_gib") and sparse.get("peak_gib")):
-        return f"-{aim}"
-    return f"{sparse['peak_gib'] / other['peak_gib']:.0%}{aim}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if not value and value != 0.0 else f"{value:.{digits}f}"
 
 
-def _target(other: Row) -> Target | None:
-    """What is aimed at against this arm; targets are against plain stock."""
-    if other["arm"] != STOCK.name:
-        return None
-    return TARGETS.get((other["case"], other["precision"], other["operation"]))
+def rows_of_files(files: Sequence[Path]) -> list[Row]:
+    """
+    The rows of these files, or of all in the results folder.
+
+    Raises:
+        UsageError: A file cannot be read, or there is none.
+    """
+    files = files or sorted(RESULTS.glob("*.jsonl"))
+    if not files:
+        raise UsageError(f"there are no rows in {RESULTS}; saelens-sparse bench measures some")
+    try:
+        return load_rows(files)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the rows: {error}") from error
 
 
-def _table(*header: str, lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded to be read as it is; empty without lines."""
-    if not lines:
-        return ""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    ruled = [header, ["-" * width for width in widths], *lines]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="saelens-sparse bench report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="*", type=Path, help="by default all in benchmarks/results")
-    files = parser.parse_args(argv).files or sorted(RESULTS.glob("*.jsonl"))
-    # Rows of saelens_sparse.evaluation.bench.kernels have no arms.
-    print(tables([row for row in load_rows(files) if "arm" in row]))
-
-
-if __name__ == "__main__":
-    main()
+    parser.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    args = parser.parse_args(argv)
+    rows = rows_of_files(args.files)
+    print(tables(rows, markdown_table if args.markdown else plain_table))
+    return 0

@@ -5,40 +5,80 @@ Time `SAETrainer.step` of the sparse architectures against SAELens's own.
 
 For each case and precision, every arm in turn starts from the same trained-like weights, is
 checked to train the same model as stock (see `agreement.py`), is timed, and is freed before the
-next. Rows go to `benchmarks/results` as they come; tables are printed last.
+next. The peers "sparsify" and "dictionary_learning" take steps of their own trainers. Rows are
+appended as they come: the same command goes on where an interrupted one stopped, and passes over
+what it finds measured on the same device, commit and versions. Tables are printed last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from typing_extensions import override
 
-from saelens_sparse.evaluation.bench.agreement import Trajectory, rehearse
-from saelens_sparse.evaluation.bench.contest import Contest, Heat, run_contest
+from saelens_sparse.evaluation.bench.agreement import Trajectory, first_step, rehearse
+from saelens_sparse.evaluation.bench.contest import Contest, Heat
+from saelens_sparse.evaluation.bench.peers import PEERS, Peer
+from saelens_sparse.evaluation.bench.session import main_of
 from saelens_sparse.evaluation.cases import (
-    DEFAULT_STEP_CASES,
+    DICTIONARY_LEARNING,
     SPARSE,
     SPARSE_RUNNER,
+    SPARSIFY,
     STEP_CASES,
+    STEP_GROUPS,
     STOCK,
     STOCK_COMPILE,
     STOCK_TF32,
     Arm,
+    Case,
     Precision,
 )
-from saelens_sparse.evaluation.measure import measure_steps
+from saelens_sparse.evaluation.measure import Stopwatch, measure_calls, measure_steps
 from saelens_sparse.evaluation.results import Row
-from saelens_sparse.evaluation.training import Trainer, build_trainer
+from saelens_sparse.evaluation.training import Trainer, build_trainer, hold_dead, train_step
+
+TIMED_SECONDS = 1.5
+"""Slow arms are timed for about as long, on `LEAST_STEPS` steps at least."""
+LEAST_STEPS = 5
 
 
-class StepContest(Contest[Trainer]):
+@dataclass
+class PeerSteps:
+    """A peer and the batches that its steps take in turn."""
+
+    peer: Peer
+    batches: Iterator[torch.Tensor]
+
+    def step(self) -> None:
+        self.peer.hold_dead()
+        self.peer.train_step(next(self.batches))
+
+
+class StepContest(Contest[Trainer | PeerSteps]):
     """Whole training steps, as `SAETrainer.fit` takes them."""
 
     operations = ("step",)
     cases = STEP_CASES
-    default_cases = DEFAULT_STEP_CASES
-    arms = (STOCK, STOCK_TF32, STOCK_COMPILE, SPARSE, SPARSE_RUNNER)
+    groups = STEP_GROUPS
+    arms = (
+        STOCK,
+        STOCK_TF32,
+        STOCK_COMPILE,
+        SPARSE,
+        SPARSE_RUNNER,
+        replace(SPARSIFY, matmul_precision="high"),  # as its trainer has it
+        DICTIONARY_LEARNING,
+    )
+
+    @override
+    def takes(self, arm: Arm, case: Case, precision: Precision) -> bool:
+        return super().takes(arm, case, precision) and (
+            arm.peer is None or PEERS[arm.name].trains_in(precision, self.device)
+        )
 
     @override
     def build(self, arm: Arm, precision: Precision, heat: Heat) -> Trainer:
@@ -53,17 +93,40 @@ class StepContest(Contest[Trainer]):
         )
 
     @override
-    def observe(self, contender: Trainer, heat: Heat) -> Trajectory:
+    def build_peer(self, peer: Peer, heat: Heat) -> PeerSteps:
+        return PeerSteps(peer, itertools.cycle(heat.inputs.batches))
+
+    @override
+    def observe(self, contender: Trainer | PeerSteps, heat: Heat) -> Trajectory:
+        if isinstance(contender, PeerSteps):
+            return contender.peer.rehearse(heat.inputs.batches[0][: heat.case.check_rows])
         return rehearse(contender, heat.case, heat.inputs)
 
     @override
-    def measure(self, contender: Trainer, operation: str, heat: Heat) -> Row:
-        return measure_steps(contender, heat.inputs, self.steps)
+    def expected_of_peers(self, trajectory: Trajectory) -> Trajectory:
+        return first_step(trajectory)
+
+    @override
+    def measure(self, contender: Trainer | PeerSteps, operation: str, heat: Heat) -> Row:
+        if isinstance(contender, PeerSteps):
+            steps = self._affordable(contender.step)
+            return measure_calls(contender.step, self.device, steps)
+
+        def step() -> None:
+            hold_dead(contender, heat.inputs.dead_latents)
+            train_step(contender, next(contender.data_provider))
+
+        return measure_steps(contender, heat.inputs, self._affordable(step))
+
+    def _affordable(self, step: Callable[[], None]) -> int:
+        """How many steps to time, by the time of one."""
+        watch = Stopwatch(self.device)
+        step()
+        start = watch.mark()
+        step()
+        seconds = watch.milliseconds(start, watch.mark()) / 1e3
+        return min(self.steps, max(LEAST_STEPS, round(TIMED_SECONDS / seconds)))
 
 
-def main(argv: Sequence[str] | None = None) -> list[Row]:
-    return run_contest(StepContest, argv)
-
-
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str]) -> int:
+    return main_of("step", StepContest, argv)

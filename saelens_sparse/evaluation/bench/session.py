@@ -1,0 +1,169 @@
+"""A contest as its command line asks for it: which cases, which arms, what is measured already."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from saelens_sparse.evaluation.bench.contest import Contest, say
+from saelens_sparse.evaluation.bench.report import tables
+from saelens_sparse.evaluation.cases import PRECISIONS, STOCK, Arm, Case, Precision
+from saelens_sparse.evaluation.results import RESULTS, ResultsFile, environment
+from saelens_sparse.runner_config import UsageError
+
+DEFAULT_STEPS = {"cuda": 20, "cpu": 5}
+WARMUP_TRAIN = 30
+
+
+def main_of(name: str, contest_class: type[Contest[Any]], argv: Sequence[str]) -> int:
+    """Run a contest as `saelens-sparse bench NAME ARGV` and print its tables."""
+    args = _parser(name, contest_class).parse_args(argv)
+    resolve_device(args)
+    results = open_results(args)
+    run_contest(contest_class, results, args)
+    if results.rows:
+        print(f"\n{tables(results.rows)}")
+    print(f"\nRows are in {results.path}.")
+    return 0
+
+
+def run_contest(
+    contest_class: type[Contest[Any]], results: ResultsFile, args: argparse.Namespace
+) -> None:
+    """Measure what `args` asks for and `results` lacks; rows are appended as they come."""
+    contest = contest_class(
+        results,
+        device=args.device,
+        steps=args.steps or DEFAULT_STEPS[args.device],
+        warmup_train=WARMUP_TRAIN if args.warmup_train is None else args.warmup_train,
+        again=args.again,
+    )
+    arms = [arm for arm in contest_class.arms if arm.name in {STOCK.name, *args.arms}]
+    for arm in arms:
+        if arm in contest.absent_peers:
+            say(f"{arm.name} is left out: {contest.absent_peers[arm]}")
+    names = args.cases or contest_class.groups[args.device]
+    heats: list[tuple[Case, Precision]] = [
+        (case, precision)
+        for case in (contest_class.cases[name] for name in dict.fromkeys(names))
+        for precision in [PRECISIONS[name] for name in args.precision] or case.precisions
+    ]
+    total = sum(len(contest.pending(*heat, arms)) for heat in heats)
+    progress: tqdm[Any] = tqdm(total=total, unit="arm", disable=not total or None)
+    with progress:
+        for case, precision in heats:
+            progress.set_description(f"{case.name} {precision.name}")
+            contest.run(case, precision, arms, progress)
+    if total < sum(contest.takes(arm, *heat) for heat in heats for arm in arms):
+        print("What was measured already is in the file; --again measures it again.")
+
+
+def open_results(args: argparse.Namespace) -> ResultsFile:
+    """The file that rows go to; says where it is before anything is measured."""
+    if args.out is not None and args.out.is_dir():
+        raise UsageError(f"--out must name a JSON Lines file; {args.out} is a folder")
+    results = ResultsFile(args.out, environment(args.device, args.commit))
+    print(f"{results.environment['device']}; rows go to {results.path}", flush=True)
+    return results
+
+
+def resolve_device(args: argparse.Namespace) -> None:
+    """Settle `args.device` where it was left open; refuse one that is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no CUDA device here; --device cpu works")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, training: bool = True) -> None:
+    """Options of all commands that measure, with those of a training where there is one."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="by default the GPU if present")
+    parser.add_argument(
+        "--steps", type=positive, help="timed steps or calls, at most; by default 20, on a CPU 5"
+    )
+    if training:
+        parser.add_argument(
+            "--warmup-train",
+            type=positive_or_zero,
+            metavar="STEPS",
+            help="training steps that lead from planted features to the weights used; by default "
+            f"{WARMUP_TRAIN}",
+        )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"JSON Lines file that rows are appended to; by default the device's in {RESULTS}",
+    )
+    parser.add_argument("--commit", help="recorded with the rows; read from git by default")
+    parser.add_argument(
+        "--again", action="store_true", help="measure even what the file has good rows of"
+    )
+
+
+def names_of(
+    allowed: Iterable[str], groups: dict[str, tuple[str, ...]] | None = None
+) -> Callable[[str], list[str]]:
+    """Parser of names separated by commas, of which those of groups stand for their members."""
+    groups = groups or {}
+    allowed = list(allowed)
+
+    def parse(text: str) -> list[str]:
+        asked = text.split(",")
+        if unknown := [name for name in asked if name not in allowed and name not in groups]:
+            known = ", ".join([*allowed, *groups])
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {known}")
+        return [member for name in asked for member in groups.get(name, (name,))]
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """Parser of a number above zero."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0; got {text!r}")
+    return int(text)
+
+
+def positive_or_zero(text: str) -> int:
+    """Parser of a number that is not negative."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
+    return int(text)
+
+
+def _parser(name: str, contest_class: type[Contest[Any]]) -> argparse.ArgumentParser:
+    arms: Sequence[Arm] = contest_class.arms
+    parser = argparse.ArgumentParser(
+        prog=f"saelens-sparse bench {name}",
+        description=sys.modules[contest_class.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    groups = dict(contest_class.groups)
+    single = [name for name, case in contest_class.cases.items() if case.sweep is None]
+    parser.add_argument(
+        "--cases",
+        type=names_of(contest_class.cases, groups),
+        default=[],
+        help=f"separated by commas: {', '.join(single)}, or a group: {', '.join(groups)}; "
+        "by default those of the device",
+    )
+    parser.add_argument(
+        "--precision",
+        type=names_of(PRECISIONS),
+        default=[],
+        help=f"{', '.join(PRECISIONS)}; by default each case's own",
+    )
+    parser.add_argument(
+        "--arms",
+        type=names_of([arm.name for arm in arms], {"all": tuple(arm.name for arm in arms)}),
+        default=[arm.name for arm in arms if arm.sparse],
+        help=f"{', '.join(arm.name for arm in arms)}, or all; by default the sparse ones; "
+        f"{STOCK.name} is always run",
+    )
+    add_common_options(parser)
+    return parser

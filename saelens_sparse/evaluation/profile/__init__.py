@@ -1,0 +1,1 @@
+"""`saelens-sparse profile`: one training step of each arm, taken apart."""

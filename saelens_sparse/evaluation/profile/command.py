@@ -1,0 +1,238 @@
+"""
+`saelens-sparse profile`: where the time and the memory of one training step go.
+
+Takes a step of a stock and a sparse SAE apart, on weights and inputs that fire like those of a
+real training: time by phase, kernels against what the device can do, memory, idle time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import saelens_sparse
+from saelens_sparse.evaluation.cases import FLOAT32, Arm
+from saelens_sparse.evaluation.profile.arm import (
+    Measurement,
+    measure_arm,
+    pieces_of,
+    problem_of,
+)
+from saelens_sparse.evaluation.profile.ceilings import Ceilings, measure_ceilings
+from saelens_sparse.evaluation.profile.counters import why_not
+from saelens_sparse.evaluation.profile.report import (
+    REPORT_FILE,
+    read_results,
+    terminal_text,
+    write_report,
+    write_results,
+)
+from saelens_sparse.evaluation.profile.settings import (
+    ARMS,
+    PRECISIONS,
+    Settings,
+    architectures,
+    case_of_config,
+    case_of_shape,
+    parse_arms,
+    parse_shape,
+    precision_of_config,
+)
+from saelens_sparse.evaluation.profile.tables import LABELS, Record
+from saelens_sparse.evaluation.results import (
+    describe_failure,
+    environment,
+    same_source,
+)
+from saelens_sparse.evaluation.training import prepare_inputs
+from saelens_sparse.runner_config import UsageError, load_config
+
+DEFAULT_STEPS = {"cuda": 20, "cpu": 5}
+_BAR = "{desc:20} {percentage:3.0f}% |{bar:30}| {elapsed}"
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    saelens_sparse.register()
+    options = _parser().parse_args(args)
+    settings, arms = _settings(options), parse_arms(options.arms)
+    folder = Path(options.output or _folder_name(settings, options.config))
+    results = _results_to_continue(settings, folder)
+    missing = [arm for arm in arms if results["arms"].get(arm.name, {}).get("status") != "ok"]
+    interrupted = False
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _measure(missing, settings, results, folder)
+        except KeyboardInterrupt:
+            interrupted = True
+    wanted = [arm.name for arm in arms if arm.name in results["arms"]]
+    shown = {**results, "arms": {name: results["arms"][name] for name in wanted}}
+    if wanted:
+        write_report(shown, folder)
+        print(f"\n{terminal_text(shown)}\n\nThe report is {folder / REPORT_FILE}.")
+    if interrupted:
+        print(
+            "Interrupted. Arms that were finished are kept; the same command measures the others.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0 if all(shown["arms"][name]["status"] == "ok" for name in wanted) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="saelens-sparse profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config", nargs="?", help="runner config (JSON) whose SAE, batch size and precision to take"
+    )
+    parser.add_argument("--shape", metavar="D_IN,D_SAE,K,BATCH", help="these instead of a config")
+    parser.add_argument(
+        "--architecture",
+        help=f"{', '.join(f'{name}_sparse' for name in architectures())}; "
+        "by default the config's, with --shape topk_sparse",
+    )
+    parser.add_argument(
+        "--l0",
+        type=float,
+        help="mean number of active latents where the architecture has no k; by default the "
+        "config's target_l0 or 64, with --shape its K",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        help="by default the config's, with --shape float32",
+    )
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"by default all: {', '.join(ARMS)}")
+    parser.add_argument(
+        "--dead-fraction", type=float, default=0.0, help="share of latents held dead; default 0"
+    )
+    parser.add_argument("--steps", type=int, help="timed steps; by default 20, on a CPU 5")
+    parser.add_argument(
+        "--warmup-train",
+        type=int,
+        default=30,
+        help="training steps that lead from planted features to the weights used; default 30",
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="by default a GPU if there is one"
+    )
+    parser.add_argument("--output", help="folder of the results; by default named by the problem")
+    parser.add_argument(
+        "--ncu",
+        choices=("auto", "never"),
+        default="auto",
+        help="whether to read hardware counters with Nsight Compute where it is installed",
+    )
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """
+    What the options ask for.
+
+    Raises:
+        UsageError: they cannot be used; the message names the option, its value and what can.
+    """
+    if (options.config is None) == (options.shape is None):
+        raise UsageError("profile: give either a config file or --shape D_IN,D_SAE,K,BATCH")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: 'cuda' cannot be used here; allowed: cpu")
+    steps = DEFAULT_STEPS[device] if options.steps is None else options.steps
+    for name, value, least in (
+        ("--steps", steps, 1),
+        ("--warmup-train", options.warmup_train, 1),
+    ):
+        if value < least:
+            raise UsageError(f"{name}: must be {least} or more; got {value}")
+    if options.shape is not None:
+        architecture = options.architecture or "topk_sparse"
+        shape = parse_shape(options.shape)
+        case = case_of_shape(shape, architecture, options.l0, options.dead_fraction)
+        precision = FLOAT32
+    else:
+        cfg = load_config(options.config)
+        case = case_of_config(cfg, options.architecture, options.l0, options.dead_fraction)
+        precision = precision_of_config(cfg) if options.precision is None else FLOAT32
+    if options.precision is not None:
+        precision = PRECISIONS[options.precision]
+    counters = options.ncu == "auto" and why_not(device, wanted=True) is None
+    return Settings(case, precision, device, steps, options.warmup_train, counters)
+
+
+def _folder_name(settings: Settings, config: str | None) -> str:
+    case = settings.case
+    name = f"{case.architecture}_{case.d_in}_{case.d_sae}" if config is None else Path(config).stem
+    return f"profile_output/{name}_{settings.precision.name}"
+
+
+def _results_to_continue(settings: Settings, folder: Path) -> Record:
+    """The folder's results if they are of the same settings, code and machine; else new ones."""
+    here: Record = {
+        "settings": settings.to_json(),
+        "environment": environment(settings.device, None),
+        "arms": {},
+    }
+    earlier = read_results(folder)
+    if earlier is None:
+        return here
+    differing = [
+        name for name, value in here["settings"].items() if earlier["settings"].get(name) != value
+    ]
+    if not same_source(earlier["environment"], here["environment"]):
+        differing.append("device, code or versions")
+    if differing:
+        print(f"{folder} has results of other settings ({', '.join(differing)}): measured again")
+        return here
+    kept = [LABELS[name] for name, arm in earlier["arms"].items() if arm["status"] == "ok"]
+    if kept:
+        print(f"kept from {earlier['environment']['date']}: {'; '.join(kept)} (in {folder})")
+    return earlier
+
+
+def _measure(arms: Sequence[Arm], settings: Settings, results: Record, folder: Path) -> None:
+    """Measure the arms one after the other; `results` has and keeps each as soon as it is done."""
+    total = len(arms) * pieces_of(settings) + 2
+    with tqdm(total=total, desc="inputs", bar_format=_BAR) as bar:
+        inputs = prepare_inputs(
+            settings.case, settings.precision, settings.device, settings.warmup_train
+        )
+        bar.update()
+        problem = problem_of(settings)
+        if "ceilings" not in results:
+            bar.set_description("ceilings")
+            found = measure_ceilings(problem, settings.device)
+            results["ceilings"] = found.to_json()
+            results["floor_ms"] = found.floor_ms(problem)
+        ceilings = Ceilings(**results["ceilings"])
+        bar.update()
+        measurement = Measurement(settings, inputs, folder)
+        for arm in arms:
+            bar.set_description(LABELS[arm.name])
+            results["arms"][arm.name] = _record_of(arm, measurement, ceilings, bar)
+            write_results(results, folder)
+
+
+def _record_of(arm: Arm, measurement: Measurement, ceilings: Ceilings, bar: Any) -> dict[str, Any]:
+    begun = bar.n
+    try:
+        record = measure_arm(arm, measurement, ceilings, bar.update)
+    except Exception as error:
+        # The other arms go on: what fails may be memory that only this one needs.
+        record = describe_failure(error)
+    bar.update(begun + pieces_of(measurement.settings) - bar.n)
+    return record
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
