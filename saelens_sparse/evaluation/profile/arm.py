@@ -45,8 +45,6 @@ from saelens_sparse.evaluation.training import (
 )
 from saelens_sparse.training import SparseSAETrainer
 
-# Pairs that one program sums; longer segments are summed in parts first.
-_SPLIT = 128
 # What waits, of CUDA's calls.
 _WAITING_CALLS = ("Synchronize", "cudaMemcpy", "cuMemcpy")
 
@@ -87,7 +85,10 @@ def problem_of(settings: Settings, firing: torch.Tensor | None = None) -> Proble
     if firing is not None:
         counts = case.batch * firing.double()
         pairs = counts.sum().item()
-        long_pairs = counts[counts > _SPLIT].sum().item()
+        if settings.device == "cuda":
+            from saelens_sparse.ops.row_ops_triton import SEGMENT_SUM
+
+            long_pairs = counts[counts > SEGMENT_SUM.SPLIT].sum().item()
     biases = case.d_sae * (2 if case.k is None else 1) + case.d_in
     return Problem(
         n_rows=case.batch,
