@@ -1,4 +1,4 @@
-"""The forward and backward pass of a Top-K training step as one CUDA graph.
+"""A Top-K training step as CUDA graphs: the forward and backward pass, and what follows them.
 
 At small sizes a GPU is faster than the host that launches its kernels. A graph is launched as one.
 It repeats the recorded kernels on the recorded memory, so it stands for a step only as long as
@@ -9,11 +9,11 @@ number sets shapes), nobody who hooks into the pass.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -25,6 +25,8 @@ from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs
 from saelens_sparse.ops import PendingSelection, RowGradient
 from saelens_sparse.saes.base import Pending, any_hooks
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE
+
+_T = TypeVar("_T")
 
 # Weights up to this size are small: see "CUDA graph" in docs/performance.md.
 MAX_WEIGHT_ELEMENTS = 2**26
@@ -101,11 +103,9 @@ class GraphedPass:
         with torch.cuda.stream(stream):
             self._run()
         torch.cuda.current_stream(sae_in.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads, which may be preparing activations, go on as they like.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            recorded = self._run()
-        self._output, self._pending, self._row_gradients, self._gradients = recorded
+        self._graph, recorded = record(self._run)
+        self._output, self._pending, self.row_gradients, self._gradients, self._losses = recorded
+        self.rest = GraphedCalls(self._graph.pool())
 
     def _run(
         self,
@@ -114,6 +114,7 @@ class GraphedPass:
         list[PendingSelection],
         dict[str, list[RowGradient]],
         tuple[torch.Tensor | None, ...],
+        torch.Tensor,
     ]:
         sae = self._sae
         step_input = TrainStepInput(
@@ -134,17 +135,16 @@ class GraphedPass:
         assert isinstance(output.feature_acts, SparseFeatureActs)
         output.feature_acts.code.latent_counts()  # made here, or it would be made once for all
         selections = [part for part in pending if isinstance(part, PendingSelection)]
-        return output, selections, row_gradients, gradients
+        losses = torch.stack([output.loss, *output.losses.values()]).detach()
+        return output, selections, row_gradients, gradients, losses
 
-    def replay(
-        self, sae_in: torch.Tensor
-    ) -> tuple[TrainStepOutput, list[Pending], dict[str, list[RowGradient]]]:
+    def replay(self, sae_in: torch.Tensor) -> tuple[TrainStepOutput, list[Pending]]:
         """
         The pass on another batch, with the parameters' `.grad` set.
 
         Returns:
-            The output, of which `feature_acts` can be read until the next replay; what it relies
-            on; and the gradients that no parameter holds. See `start_training_forward_pass`.
+            The output, of which `feature_acts` can be read until the next replay, and what it
+            relies on. See `start_training_forward_pass`.
         """
         self._sae_in.copy_(sae_in)
         self._graph.replay()
@@ -157,18 +157,19 @@ class GraphedPass:
         sae = self._sae
         weights = (sae.W_enc, sae.b_enc, sae.W_dec)
         shape = sae_in.shape[:-1]
+        loss, *losses = self._losses.clone().unbind()
         output = TrainStepOutput(
             sae_in=sae_in,
             sae_out=recorded.sae_out.detach().clone(),
             feature_acts=SparseFeatureActs(code, shape),
             hidden_pre=DeferredPreActs(code, shape, sae.dense_pre_acts, weights),
-            loss=recorded.loss.detach().clone(),
-            losses={name: _copy(value) for name, value in recorded.losses.items()},
+            loss=loss,
+            losses=dict(zip(recorded.losses, losses, strict=True)),
             metrics=dict(recorded.metrics),
         )
         for parameter, gradient in zip(sae.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
-        return output, [pending.again() for pending in self._pending], self._row_gradients
+        return output, [pending.again() for pending in self._pending]
 
 
 @contextmanager
@@ -187,8 +188,49 @@ def _fresh_parameters(sae: SparseTopKTrainingSAE) -> Generator[list[nn.Parameter
             setattr(sae, name, parameter)
 
 
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+class GraphedCalls:
+    """Calls that are recorded once, and replayed as long as they would do the same.
+
+    Args:
+        pool: memory pool of a graph that is always replayed before them.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._recorded: dict[str, tuple[object, torch.cuda.CUDAGraph | None]] = {}
+
+    def run(self, name: str, depends_on: object, call: Callable[[], None]) -> bool:
+        """
+        Make a call, or replay what it queued when it was made with the same `depends_on`.
+
+        Returns:
+            Whether it was replayed only, so that nothing of it happened on the host.
+        """
+        depended_on, graph = self._recorded.get(name, (None, None))
+        if graph is not None and depended_on == depends_on:
+            graph.replay()
+            return True
+        if graph is None and depended_on == depends_on:  # could not be recorded
+            call()
+            return False
+        try:
+            graph, _ = record(call, self._pool)
+            graph.replay()
+        except RuntimeError as error:
+            _give_up(torch.cuda.current_device(), error)
+            graph = None
+            call()
+        self._recorded[name] = (depends_on, graph)
+        return False
+
+
+def record(call: Callable[[], _T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, _T]:
+    """Record what a call queues, without its being done."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, which may be preparing activations, go on as they like.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = call()
+    return graph, result
 
 
 def try_to_record(
@@ -198,16 +240,20 @@ def try_to_record(
     try:
         return GraphedPass(sae, sae_in, autocast)
     except RuntimeError as error:
-        # PyTorch's generator believes that the recording goes on.
-        generator = torch.cuda.default_generators[sae_in.get_device()]
-        generator.graphsafe_set_state(generator.clone_state())
-        _warn_once(str(error).split("\n")[0])
+        _give_up(sae_in.get_device(), error)
         return None
+
+
+def _give_up(device: int, error: RuntimeError) -> None:
+    # PyTorch's generator believes that the recording goes on.
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+    _warn_once(str(error).split("\n")[0])
 
 
 @cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"saelens_sparse trains without a CUDA graph, which could not be recorded: {reason}",
+        f"a training step runs without a CUDA graph, which could not be recorded: {reason}",
         stacklevel=4,
     )

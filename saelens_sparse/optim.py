@@ -132,6 +132,7 @@ class ClippingAdam(Adam):
         self.max_norm = max_norm
         self.row_gradients: dict[torch.nn.Parameter, list[RowGradient]] = {}
         self.copies: dict[torch.nn.Parameter, WeightCopy] = {}
+        self._learning_rates: dict[tuple[int, torch.device], tuple[float, torch.Tensor]] = {}
 
     @override
     @torch.no_grad()
@@ -164,6 +165,28 @@ class ClippingAdam(Adam):
         finally:
             del self.grad_scale
 
+    @property
+    def has_hooks_of_others(self) -> bool:
+        """Whether somebody wants to be called at each step; this module's own hook is one."""
+        return bool(self._optimizer_step_pre_hooks) or len(self._optimizer_step_post_hooks) > 1
+
+    def send_learning_rates(self) -> None:
+        """Let the device know of changed learning rates, which the replay of a step reads there."""
+        for group in self.param_groups:
+            self._learning_rate(group, group["params"][0].device)
+
+    def _learning_rate(self, group: dict[str, Any], device: torch.device) -> torch.Tensor:
+        """The learning rate of a group on the device, one element."""
+        value = float(group["lr"])
+        key = (id(group), device)
+        if key not in self._learning_rates:
+            self._learning_rates[key] = (value, torch.tensor(value, device=device))
+        sent, on_device = self._learning_rates[key]
+        if sent != value:
+            on_device.fill_(value)
+            self._learning_rates[key] = (value, on_device)
+        return on_device
+
     def _take_row_gradients(self) -> dict[torch.nn.Parameter, RowGradient]:
         """The row gradients that the update can take; others become gradients that are held."""
         given, self.row_gradients = self.row_gradients, {}
@@ -188,10 +211,11 @@ class ClippingAdam(Adam):
 
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            settings = AdamSettings(float(group["lr"]), beta1, beta2, group["eps"])
             for parameter in group["params"]:
                 if parameter.grad is None and parameter not in sums:
                     continue
+                lr = self._learning_rate(group, parameter.device)
+                settings = AdamSettings(lr, beta1, beta2, group["eps"])
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.zeros((), device=parameter.device)

@@ -5,6 +5,7 @@ Everything but the step is SAELens's: activation store, schedules, checkpoints, 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
+from torch.autograd.graph import increment_version
 from typing_extensions import override
 
 from saelens_sparse.graph import (
@@ -49,6 +51,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
 
     optimizer: ClippingAdam
     _graph: GraphedPass | None = None
+    _replayed: GraphedPass | None = None  # what the passes of this step were, if a graph
     _steps_before_graph = STEPS_BEFORE
     _dead_count: tuple[HostCount, torch.Tensor, int] | None = None
 
@@ -108,12 +111,12 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             return super()._train_step(sae, sae_in)
         sae.train()
         output, row_gradients = self.forward_and_backward(sae, sae_in)
-        self._count_firings(output)
-        self.optimizer.row_gradients = {
-            getattr(sae, name): parts for name, parts in row_gradients.items() if parts
-        }
-        self._make_room_for_copies(sae)
-        self.optimizer.step()
+        if self._replayed is None or self.optimizer.has_hooks_of_others:
+            self._count_firings(output)
+            self._update(sae, row_gradients)
+        else:
+            self._replay_rest(self._replayed, sae, output)
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
@@ -124,6 +127,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
     ) -> tuple[TrainStepOutput, RowGradients]:
         """The output, and the gradients that no parameter holds."""
+        self._replayed = None
         replayed = self._replay(sae, sae_in)
         if replayed is not None:
             return replayed
@@ -170,11 +174,44 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             if self._graph is None:
                 self._steps_before_graph = sys.maxsize
                 return None
-        output, pending, row_gradients = self._graph.replay(sae_in)
+        output, pending = self._graph.replay(sae_in)
         if not all(part.holds() for part in pending):
             self.optimizer.zero_grad()
             return None
-        return output, row_gradients
+        self._replayed = self._graph
+        return output, self._graph.row_gradients
+
+    def _replay_rest(
+        self, graph: GraphedPass, sae: SparseTrainingSAEMixin, output: TrainStepOutput
+    ) -> None:
+        """Count firings and update the weights, as CUDA graphs."""
+        optimizer = self.optimizer
+        passes, scores = self.n_forward_passes_since_fired, self.act_freq_scores
+        state = [optimizer.state[p].values() for p in sae.parameters() if p in optimizer.state]
+        copies = [copy for copy in optimizer.copies.values() if copy.is_current]
+        held = itertools.chain([passes, scores], *state, [copy.values for copy in copies])
+        addresses = [part.data_ptr() for part in held]
+        groups = [
+            (group["betas"], group["eps"], group["fused"]) for group in optimizer.param_groups
+        ]
+        depends_on = (addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window)
+        optimizer.send_learning_rates()
+
+        if graph.rest.run("count", depends_on, lambda: self._count_firings(output)):
+            increment_version([passes, scores])
+        assert self._dead_count is not None
+        self._dead_count = self._dead_count[0].again(), passes, passes._version
+        if graph.rest.run("update", depends_on, lambda: self._update(sae, graph.row_gradients)):
+            increment_version(list(sae.parameters()))
+            for copy in copies:
+                copy.version = copy.source._version
+
+    def _update(self, sae: SparseTrainingSAEMixin, row_gradients: RowGradients) -> None:
+        self.optimizer.row_gradients = {
+            getattr(sae, name): parts for name, parts in row_gradients.items() if parts
+        }
+        self._make_room_for_copies(sae)
+        self.optimizer.step()
 
     def _knows_that_none_is_dead(self) -> bool:
         """Whether the last step found no dead latents, and nobody has changed that since."""
@@ -215,7 +252,6 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(firing_counts > 0, 0)
         self.act_freq_scores += firing_counts
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
         if gains(self.sae):
             # On its way to the host while the weights are updated.
             passes = self.n_forward_passes_since_fired

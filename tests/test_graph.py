@@ -134,6 +134,46 @@ def test_a_steady_step_never_waits_for_the_device(graph: bool, window: int) -> N
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("name", ["count", "update"])
+def test_a_rest_that_cannot_be_recorded_is_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = {"count": SparseSAETrainer._count_firings, "update": SparseSAETrainer._update}[name]
+
+    def synchronizing(self: SparseSAETrainer, *args: Any) -> None:
+        original(self, *args)
+        self.sae.b_dec.sum().item()
+
+    monkeypatch.setattr(SparseSAETrainer, original.__name__, synchronizing)
+    trainer, batches = trainer_and_batches(STEPS_BEFORE + 5)
+    train(trainer, batches)
+    monkeypatch.undo()
+    assert trainer._graph is not None
+    reference, _ = trainer_and_batches(0, graph=False)
+    train(reference, batches)
+    for part, value in state_of(trainer).items():
+        assert torch.equal(value, state_of(reference)[part]), part
+
+
+def test_what_a_step_depends_on_may_change() -> None:
+    """Learning rate, statistics that are reset, optimizer state that is loaded, hooks."""
+    states: list[dict[str, torch.Tensor]] = []
+    for graph in (True, False):
+        trainer, batches = trainer_and_batches(STEPS_BEFORE + 16, graph=graph)
+        train(trainer, batches[: STEPS_BEFORE + 4])
+        trainer._reset_running_sparsity_stats()
+        train(trainer, batches[STEPS_BEFORE + 4 : STEPS_BEFORE + 8])
+        trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
+        for group in trainer.optimizer.param_groups:
+            group["lr"] *= 0.5
+        train(trainer, batches[STEPS_BEFORE + 8 : STEPS_BEFORE + 12])
+        calls: list[int] = []
+        trainer.optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
+        train(trainer, batches[STEPS_BEFORE + 12 :])
+        assert calls == [1] * 4
+        states.append(state_of(trainer))
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
 def test_a_failed_recording_costs_nothing_but_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     original = GraphedPass._run
 

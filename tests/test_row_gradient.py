@@ -17,7 +17,7 @@ from tests.test_training import own_trainer, pair, state_of, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:The AccumulateGrad node")
 
-SETTINGS = AdamSettings(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
+LR, BETA1, BETA2, EPS = 0.01, 0.9, 0.999, 1e-8
 STEP, DIVISOR = 3, 1.7
 
 kernels = pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_norm_and_update_are_those_of_the_dense_gradient(
         rounded = WeightCopy.of_rows(weight, torch.bfloat16)
         norms = WeightCopy.of_norms(weight)
         copy = rounded if block else norms
-        step, divisor = (torch.tensor(float(x), device=target.device) for x in (STEP, DIVISOR))
-        sums.update(weight, first, second, step, divisor, SETTINGS, copy)
+        step, divisor, lr = (torch.tensor(x, device=target.device) for x in (3.0, DIVISOR, LR))
+        sums.update(weight, first, second, step, divisor, AdamSettings(lr, BETA1, BETA2, EPS), copy)
         eps = torch.finfo(dtype).eps
         for actual, value in zip((weight, first, second), expected, strict=True):
             assert (actual.double().cpu() - value).norm() <= 8 * eps * value.norm()
@@ -113,10 +113,10 @@ def adam_in_float64(
 ) -> tuple[torch.Tensor, ...]:
     weight, first, second = (part.double().cpu() for part in (weight, first, second))
     gradient = gradient / DIVISOR
-    first = SETTINGS.beta1 * first + (1 - SETTINGS.beta1) * gradient
-    second = SETTINGS.beta2 * second + (1 - SETTINGS.beta2) * gradient**2
-    root = (second / (1 - SETTINGS.beta2**STEP)).sqrt() + SETTINGS.eps
-    return weight - SETTINGS.lr * first / (1 - SETTINGS.beta1**STEP) / root, first, second
+    first = BETA1 * first + (1 - BETA1) * gradient
+    second = BETA2 * second + (1 - BETA2) * gradient**2
+    root = (second / (1 - BETA2**STEP)).sqrt() + EPS
+    return weight - LR * first / (1 - BETA1**STEP) / root, first, second
 
 
 def test_a_copy_is_known_to_be_stale() -> None:

@@ -336,8 +336,9 @@ def test_adam_update(target: Target, n: int) -> None:
         second = beta2 * v.double() + (1 - beta2) * (g.double() / divisor) ** 2
         change = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + eps)
         expected = (p.double() - lr * change, first, second)
-        scalars = [torch.tensor(value, device=target.device) for value in (float(step), divisor)]
-        adam_update(p, g, m, v, scalars[0], scalars[1], AdamSettings(lr, beta1, beta2, eps))
+        scalars = [torch.tensor(x, device=target.device) for x in (float(step), divisor, lr)]
+        settings = AdamSettings(scalars[2], beta1, beta2, eps)
+        adam_update(p, g, m, v, scalars[0], scalars[1], settings)
         for actual, value in zip((p, m, v), expected, strict=True):
             distance = (actual.double() - value).norm()
             assert distance <= 8 * torch.finfo(dtype).eps * value.norm(), (dtype, betas)

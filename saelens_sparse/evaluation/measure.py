@@ -112,8 +112,8 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
     "forward" ends where the forward pass returns, "statistics" where the gradient reaches the
     loss, "backward" at the last accumulated gradient, "clip" where the optimizer's step begins;
     "optimizer" lasts until the trainer's step returns. `SparseSAETrainer` takes its statistics
-    after the backward pass and clips in the optimizer; where both passes are one CUDA graph, they
-    are "backward".
+    after the backward pass and clips in the optimizer; where passes are one CUDA graph, they are
+    "backward", and all else is "optimizer".
     """
     watch = Stopwatch(trainer.cfg.device)
     ends: dict[str, Mark] = {}
@@ -122,7 +122,6 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
         ends[name] = watch.mark()
 
     wrapped = _wrap_own(trainer, end_phase) or _wrap_stock(trainer, end_phase)
-    hook = trainer.optimizer.register_step_pre_hook(lambda *_: end_phase("clip"))
     times: dict[str, list[float]] = defaultdict(list)
     try:
         for _ in range(PHASE_STEPS):
@@ -132,7 +131,6 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
                 times[phase].append(watch.milliseconds(start, ends[phase]))
                 start = ends[phase]
     finally:
-        hook.remove()
         wrapped.undo()
     return {phase: median(times[phase]) if times[phase] else 0.0 for phase in PHASES}
 
@@ -160,6 +158,7 @@ def _wrap_stock(trainer: Trainer, end_phase: Callable[[str], None]) -> _Wrapped:
         parameter.register_post_accumulate_grad_hook(lambda _: end_phase("backward"))
         for parameter in sae.parameters()
     ]
+    hooks.append(trainer.optimizer.register_step_pre_hook(lambda *_: end_phase("clip")))
 
     def undo() -> None:
         restore()
@@ -195,6 +194,8 @@ def _wrap_own(trainer: Trainer, end_phase: Callable[[str], None]) -> _Wrapped | 
             return result
 
         restore.append(_replace_attribute(sae, "start_training_forward_pass", marked_forward))
+        hook = trainer.optimizer.register_step_pre_hook(lambda *_: end_phase("clip"))
+        restore.append(hook.remove)
 
     def undo() -> None:
         for part in restore:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,18 +15,20 @@ _BLOCK = 1024
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """Adam's constants: learning rate, decay rates of the moments, and what keeps it from dividing
-    by zero.
+    """Adam's learning rate, decay rates of the moments, and what keeps it from dividing by zero.
+
+    The learning rate is one element, float32, on the device: it changes from step to step where
+    the launches of a CUDA graph do not.
     """
 
-    lr: float
+    lr: torch.Tensor
     beta1: float
     beta2: float
     eps: float
 
     @property
-    def arguments(self) -> tuple[float, ...]:
-        """What `adam_rule` takes from `lr` to `eps`."""
+    def arguments(self) -> tuple[Any, ...]:
+        """What `adam_rule` takes from `lr_ptr` to `eps`."""
         return (
             self.lr, _log(self.beta1), _log(self.beta2), 1 - self.beta1, 1 - self.beta2, self.eps,
         )  # fmt: skip
@@ -39,7 +42,7 @@ def adam_rule(
     second,
     step_ptr,  # one element, float32
     divisor_ptr,  # one element
-    lr,
+    lr_ptr,  # one element
     log_beta1,
     log_beta2,
     rest1,
@@ -53,20 +56,20 @@ def adam_rule(
     gradient = gradient / tl.load(divisor_ptr).to(tl.float32)
     first += rest1 * (gradient - first)
     second += rest2 * (gradient * gradient - second)
-    parameter -= (lr / correction1) * first / (tl.sqrt(second) / correction2 + eps)
+    parameter -= (tl.load(lr_ptr) / correction1) * first / (tl.sqrt(second) / correction2 + eps)
     return parameter, first, second
 
 
 @triton.jit
 def _adam_kernel(
-    parameter_ptr,  # [n], as all but the last two
+    parameter_ptr,  # [n], as the next three
     gradient_ptr,
     first_moment_ptr,
     second_moment_ptr,
     step_ptr,  # one element, float32
     divisor_ptr,  # one element
     n,
-    lr,
+    lr_ptr,  # one element
     log_beta1,
     log_beta2,
     rest1,
@@ -81,7 +84,7 @@ def _adam_kernel(
     second = tl.load(second_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
     parameter = tl.load(parameter_ptr + i, mask=live, other=0.0).to(tl.float32)
     parameter, first, second = adam_rule(
-        parameter, gradient, first, second, step_ptr, divisor_ptr, lr, log_beta1, log_beta2,
+        parameter, gradient, first, second, step_ptr, divisor_ptr, lr_ptr, log_beta1, log_beta2,
         rest1, rest2, eps,
     )  # fmt: skip
     tl.store(parameter_ptr + i, parameter.to(parameter_ptr.dtype.element_ty), mask=live)

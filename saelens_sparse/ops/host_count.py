@@ -12,7 +12,7 @@ class HostCopy:
     """
 
     def __init__(self, values: torch.Tensor) -> None:
-        self._values = values
+        self._on_device = self._values = values
         self._event: torch.cuda.Event | None = None
         if values.is_cuda and not torch.cuda.is_current_stream_capturing():
             on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -33,6 +33,13 @@ class HostCount(HostCopy):
     def __init__(self, mask: torch.Tensor) -> None:
         self.mask = mask
         super().__init__(mask.sum())
+
+    def again(self) -> "HostCount":
+        """The count that the replay of a CUDA graph has written anew, on its way to the host."""
+        count = HostCount.__new__(HostCount)
+        count.mask = self.mask
+        HostCopy.__init__(count, self._on_device)
+        return count
 
     def wait(self) -> int:
         return int(self.values())

@@ -95,7 +95,7 @@ def _update_kernel(
     copy_ptr,  # [L, D] if ROUNDS, [L, T] if SQUARES, else unused
     step_ptr,  # one element
     divisor_ptr,  # one element
-    lr,
+    lr_ptr,  # one element
     log_beta1,
     log_beta2,
     rest1,
@@ -135,7 +135,7 @@ def _update_kernel(
     if HAS_BLOCK:
         gradient = _add_block_row(gradient, j, cols, slots_ptr, block_ptr, D)
     weight, first, second = adam_rule(
-        weight, gradient, first, second, step_ptr, divisor_ptr, lr, log_beta1, log_beta2, rest1,
+        weight, gradient, first, second, step_ptr, divisor_ptr, lr_ptr, log_beta1, log_beta2, rest1,
         rest2, eps,
     )  # fmt: skip
     # What the copy is made of is what is stored, also where that is bfloat16.

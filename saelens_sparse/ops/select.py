@@ -48,11 +48,14 @@ class PendingSelection:
         selection: Selection,
         uncertain: torch.Tensor | None = None,
         recompute: Callable[[torch.Tensor], Selection] | None = None,
+        n_uncertain: HostCount | None = None,
     ) -> None:
         self.selection = selection
         self._uncertain = uncertain
         self._recompute = recompute
-        self._n_uncertain = None if uncertain is None else HostCount(uncertain)
+        if uncertain is not None and n_uncertain is None:
+            n_uncertain = HostCount(uncertain)
+        self._n_uncertain = n_uncertain
 
     def holds(self) -> bool:
         """Whether `selection` is right as it stands. Waits until the device has got there."""
@@ -60,7 +63,8 @@ class PendingSelection:
 
     def again(self) -> PendingSelection:
         """The same tensors, which the replay of a CUDA graph has written anew, and their check."""
-        return PendingSelection(self.selection, self._uncertain, self._recompute)
+        count = None if self._n_uncertain is None else self._n_uncertain.again()
+        return PendingSelection(self.selection, self._uncertain, self._recompute, count)
 
     def result(self) -> Selection:
         """`selection` itself, or a corrected one if any of its rows was uncertain."""

@@ -39,9 +39,14 @@ class WeightCopy:
         """Whether this is of norms and not of rows."""
         return self.values.ndim == 1
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the weight has not changed since the copy was made."""
+        return not self.source.is_inference() and self.version == self.source._version
+
     def is_of(self, weight: torch.Tensor) -> bool:
         """Whether this is a copy of what `weight`, `[d_sae, d]`, is now."""
-        return self.is_for(weight) and not weight.is_inference() and self.version == weight._version
+        return self.is_for(weight) and not weight.is_inference() and self.is_current
 
     def is_for(self, weight: torch.Tensor) -> bool:
         """Whether `weight` is the one that this was made for, whatever its values."""
