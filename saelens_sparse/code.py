@@ -70,8 +70,8 @@ class Code(ABC):
         """Raise if the tensors of this code have been overwritten by those of a later step."""
         if version_of(self.acts) != self._acts_version:
             raise RuntimeError(
-                "feature_acts of this training step were not kept: a later step has reused their "
-                "memory. Read them before the next step, or set cuda_graph=False."
+                "feature_acts and hidden_pre of this training step were not kept: a later step has "
+                "reused their memory. Read them before it, or set cuda_graph=False."
             )
 
     @property

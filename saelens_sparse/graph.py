@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -34,29 +34,22 @@ MAX_WEIGHT_ELEMENTS = 2**26
 STEPS_BEFORE = 3
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What a recording depends on, besides what `can_record` asks for at each step."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    weights: tuple[int, ...]
-    k: int
-    with_buffers: bool
-    copies: tuple[int | None, ...]
-
-    @classmethod
-    def of(cls, sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> Conditions:
-        weights = tuple(parameter.data_ptr() for parameter in sae.parameters())
-        k = getattr(sae.activation_fn, "k", 0)
-        copies = tuple(
-            copy.values.data_ptr() if copy is not None and copy.is_of(weight) else None
-            for copy, weight in (
-                (sae.copies.get("W_enc"), sae.W_enc.T),
-                (sae.copies.get("W_dec"), sae.W_dec),
-            )
-        )
-        return cls(sae_in.shape, sae_in.dtype, weights, k, sae.cfg.gradient_buffers, copies)
+def conditions(sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> object:
+    """What a recording depends on, besides what `can_record` asks for; to be compared."""
+    cfg = sae.cfg
+    settings = (
+        cfg.gradient_buffers,
+        cfg.apply_b_dec_to_input,
+        cfg.rescale_acts_by_decoder_norm,
+        cfg.screen_buffer_mib,
+        getattr(sae.activation_fn, "k", None),
+    )
+    functions = {name: id(value) for name, value in vars(sae).items() if callable(value)}
+    copies = {
+        name: copy.values.data_ptr() for name, copy in (sae.copies or {}).items() if copy.is_current
+    }
+    weights = [parameter.data_ptr() for parameter in sae.parameters()]
+    return sae_in.shape, sae_in.dtype, settings, functions, weights, copies
 
 
 def gains(sae: Any) -> bool:
@@ -75,7 +68,9 @@ def can_record(sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> bool:
         not sae_in.requires_grad
         and sae.implementation.name == "triton"
         and not any_hooks(sae)
-        and not {"training_forward_pass", "start_training_forward_pass"} & vars(sae).keys()
+        and all(parameter.requires_grad for parameter in sae.parameters())
+        # Nobody has put something of their own in the place of a method.
+        and not any(callable(getattr(type(sae), name, None)) for name in vars(sae))
     )
 
 
@@ -94,18 +89,19 @@ class GraphedPass:
         sae_in: torch.Tensor,
         autocast: AbstractContextManager[Any],
     ) -> None:
-        self.conditions = Conditions.of(sae, sae_in)
+        self.conditions = conditions(sae, sae_in)
         self._sae, self._autocast = sae, autocast
         self._sae_in = sae_in.detach().clone()
+        self._device = sae_in.device
+        stream = torch.cuda.Stream(self._device)
         # PyTorch asks for a pass on a side stream first.
-        stream = torch.cuda.Stream(sae_in.device)
-        stream.wait_stream(torch.cuda.current_stream(sae_in.device))
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._run()
-        torch.cuda.current_stream(sae_in.device).wait_stream(stream)
-        self._graph, recorded = record(self._run)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._graph, recorded = record(self._run, stream)
         self._output, self._pending, self.row_gradients, self._gradients, self._losses = recorded
-        self.rest = GraphedCalls(self._graph.pool())
+        self.rest = GraphedCalls(stream, self._graph.pool())
 
     def _run(
         self,
@@ -124,7 +120,7 @@ class GraphedPass:
             n_training_steps=0,
             is_logging_step=False,
         )
-        sae.row_gradients = None if self.conditions.with_buffers else {}
+        sae.row_gradients = None if sae.cfg.gradient_buffers else {}
         try:
             with _fresh_parameters(sae) as parameters, self._autocast:
                 output, pending = sae.start_training_forward_pass(step_input)
@@ -147,7 +143,8 @@ class GraphedPass:
             relies on. See `start_training_forward_pass`.
         """
         self._sae_in.copy_(sae_in)
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         recorded = self._output
         assert isinstance(recorded.feature_acts, SparseFeatureActs)
         code = recorded.feature_acts.code
@@ -192,11 +189,12 @@ class GraphedCalls:
     """Calls that are recorded once, and replayed as long as they would do the same.
 
     Args:
+        stream: to record on.
         pool: memory pool of a graph that is always replayed before them.
     """
 
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
+    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        self._stream, self._pool = stream, pool
         self._recorded: dict[str, tuple[object, torch.cuda.CUDAGraph | None]] = {}
 
     def run(self, name: str, depends_on: object, call: Callable[[], None]) -> bool:
@@ -206,31 +204,36 @@ class GraphedCalls:
         Returns:
             Whether it was replayed only, so that nothing of it happened on the host.
         """
-        depended_on, graph = self._recorded.get(name, (None, None))
-        if graph is not None and depended_on == depends_on:
-            graph.replay()
-            return True
-        if graph is None and depended_on == depends_on:  # could not be recorded
-            call()
+        with torch.cuda.device(self._stream.device):
+            depended_on, graph = self._recorded.get(name, (None, None))
+            if depended_on == depends_on and graph is not None:
+                graph.replay()
+                return True
+            if depended_on != depends_on:
+                try:
+                    graph, _ = record(call, self._stream, self._pool)
+                except RuntimeError as error:
+                    _give_up(self._stream.device, error)
+                    graph = None
+                self._recorded[name] = (depends_on, graph)
+            if graph is None:  # could not be recorded
+                call()
+            else:
+                graph.replay()
             return False
-        try:
-            graph, _ = record(call, self._pool)
-            graph.replay()
-        except RuntimeError as error:
-            _give_up(torch.cuda.current_device(), error)
-            graph = None
-            call()
-        self._recorded[name] = (depends_on, graph)
-        return False
 
 
-def record(call: Callable[[], _T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, _T]:
-    """Record what a call queues, without its being done."""
+def record(
+    call: Callable[[], _T], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, _T]:
+    """Record what a call queues on a side stream, without its being done."""
     graph = torch.cuda.CUDAGraph()
     # Other threads, which may be preparing activations, go on as they like.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = call()
-    return graph, result
+    with (
+        torch.cuda.device(stream.device),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
+        return graph, call()
 
 
 def try_to_record(
@@ -240,13 +243,13 @@ def try_to_record(
     try:
         return GraphedPass(sae, sae_in, autocast)
     except RuntimeError as error:
-        _give_up(sae_in.get_device(), error)
+        _give_up(sae_in.device, error)
         return None
 
 
-def _give_up(device: int, error: RuntimeError) -> None:
+def _give_up(device: torch.device, error: RuntimeError) -> None:
     # PyTorch's generator believes that the recording goes on.
-    generator = torch.cuda.default_generators[device]
+    generator = torch.cuda.default_generators[device.index]
     generator.graphsafe_set_state(generator.clone_state())
     _warn_once(str(error).split("\n")[0])
 

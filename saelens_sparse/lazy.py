@@ -167,6 +167,7 @@ class FiringPattern(OnDemandTensor):
 
     @override
     def compute(self) -> torch.Tensor:
+        self.code.require_current()
         return self.code.firing().to(self.dtype).reshape(self.size())
 
     @override
@@ -178,6 +179,7 @@ class FiringPattern(OnDemandTensor):
         if func in (torch.Tensor.sum, torch.sum) and self.dtype == torch.float32:
             dims = (*args[1:], *kwargs.values())
             if len(dims) == 1 and kwargs.keys() <= {"dim"} and self.ndim == 2:
+                self.code.require_current()
                 if dims[0] in (0, -2):
                     return self.code.latent_counts().to(self.dtype)
                 if dims[0] in (1, -1):
@@ -220,6 +222,7 @@ class DeferredPreActs(OnDemandTensor):
                 "since, so that it cannot be computed any more. Read it before the optimizer "
                 "steps, or set implementation='dense'."
             )
+        self.code.require_current()
         return self._dense_pre_acts(self.code).view(self.size())
 
     @override

@@ -93,7 +93,7 @@ def _align(parameter: torch.nn.Parameter, state: dict[str, Any], *, fused: bool)
 def _count_changes(optimizer: Optimizer, *_: Any) -> None:
     """The fused kernel changes parameters without telling autograd, which others rely on."""
     for group in optimizer.param_groups:
-        if group.get(_SWITCHED):
+        if group.get("fused"):
             increment_version(group["params"])
 
 
@@ -148,15 +148,13 @@ class ClippingAdam(Adam):
         norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
         norms += [part.square_sum().sqrt() for part in sums.values()]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        # The fused kernels divide by a float32.
-        in_float32 = all(gradient.dtype != torch.float64 for gradient in gradients)
-        if not in_float32 or not all(group.get(_SWITCHED) for group in self.param_groups):
+        if not self._divides_gradients():
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
             super().step()
             return
         # As clip_grad_norm_: gradients / divisor = gradients * min(1, max_norm / (norm + 1e-6)).
         divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
-        if sums or all(_runs_kernels(gradient) for gradient in gradients):
+        if sums or (self._is_plain() and all(_runs_kernels(part) for part in gradients)):
             self._step_by_kernel(divisor, row_gradients, sums)
             return
         self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
@@ -170,10 +168,11 @@ class ClippingAdam(Adam):
         """Whether somebody wants to be called at each step; this module's own hook is one."""
         return bool(self._optimizer_step_pre_hooks) or len(self._optimizer_step_post_hooks) > 1
 
-    def send_learning_rates(self) -> None:
-        """Let the device know of changed learning rates, which the replay of a step reads there."""
-        for group in self.param_groups:
-            self._learning_rate(group, group["params"][0].device)
+    def send_learning_rates(self) -> list[torch.Tensor]:
+        """Let the device know of changed learning rates; returns where a replay reads them."""
+        return [
+            self._learning_rate(group, group["params"][0].device) for group in self.param_groups
+        ]
 
     def _learning_rate(self, group: dict[str, Any], device: torch.device) -> torch.Tensor:
         """The learning rate of a group on the device, one element."""
@@ -190,16 +189,37 @@ class ClippingAdam(Adam):
     def _take_row_gradients(self) -> dict[torch.nn.Parameter, RowGradient]:
         """The row gradients that the update can take; others become gradients that are held."""
         given, self.row_gradients = self.row_gradients, {}
-        switched = all(group.get(_SWITCHED) for group in self.param_groups)
+        plain = self._is_plain() and self._divides_gradients()
         taken: dict[torch.nn.Parameter, RowGradient] = {}
         for parameter, parts in given.items():
-            if switched and parameter.grad is None and len(parts) == 1:
+            if plain and parameter.grad is None and len(parts) == 1:
                 taken[parameter] = parts[0]
                 continue
             for part in parts:
                 dense, _ = part.dense(parameter.dtype, "triton")
                 parameter.grad = dense if parameter.grad is None else parameter.grad + dense
         return taken
+
+    def _divides_gradients(self) -> bool:
+        """Whether the update scales gradients itself: fused ones do, by a float32."""
+        return all(
+            group.get(_SWITCHED) and all(p.dtype != torch.float64 for p in group["params"])
+            for group in self.param_groups
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether the update is no more than what this package's kernels compute."""
+        return not any(
+            group["weight_decay"] or group["amsgrad"] or group["maximize"]
+            for group in self.param_groups
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_norm": self.max_norm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.row_gradients, self.copies, self._learning_rates = {}, {}, {}
 
     def _step_by_kernel(
         self,
@@ -244,6 +264,6 @@ def _runs_kernels(tensor: torch.Tensor) -> bool:
 
 
 def _start_sums(gradient: RowGradient) -> RowGradientSums:
-    from saelens_sparse.ops.row_gradient_triton import start_sums
+    from saelens_sparse.ops.row_gradient_triton import RowGradientSums
 
-    return start_sums(gradient.batch, gradient)
+    return RowGradientSums(gradient)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ from typing_extensions import override
 
 from saelens_sparse.graph import (
     STEPS_BEFORE,
-    Conditions,
     GraphedPass,
     can_record,
+    conditions,
     gains,
     try_to_record,
 )
@@ -50,6 +52,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     """
 
     optimizer: ClippingAdam
+    _copies: Mapping[str, WeightCopy] = MappingProxyType({})  # by parameter
     _graph: GraphedPass | None = None
     _replayed: GraphedPass | None = None  # what the passes of this step were, if a graph
     _steps_before_graph = STEPS_BEFORE
@@ -114,6 +117,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         if self._replayed is None or self.optimizer.has_hooks_of_others:
             self._count_firings(output)
             self._update(sae, row_gradients)
+            for parts in row_gradients.values():
+                parts.clear()  # autograd's nodes hold these lists as long as the output lives
         else:
             self._replay_rest(self._replayed, sae, output)
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
@@ -127,10 +132,15 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
     ) -> tuple[TrainStepOutput, RowGradients]:
         """The output, and the gradients that no parameter holds."""
-        self._replayed = None
-        replayed = self._replay(sae, sae_in)
-        if replayed is not None:
-            return replayed
+        sae.copies, self._replayed = self._copies, None
+        try:
+            return self._replay(sae, sae_in) or self._take_passes(sae, sae_in)
+        finally:
+            sae.copies = sae.row_gradients = None
+
+    def _take_passes(
+        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
+    ) -> tuple[TrainStepOutput, RowGradients]:
         step_input = TrainStepInput(
             sae_in=sae_in,
             dead_neuron_mask=self.dead_neurons,
@@ -138,20 +148,17 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
         )
-        try:
+        sae.row_gradients = None if sae.cfg.gradient_buffers else {}
+        with self.autocast_if_enabled:
+            output, pending = sae.start_training_forward_pass(step_input)
+        output.loss.backward()
+        if not all(part.holds() for part in pending):
+            self.optimizer.zero_grad()
             sae.row_gradients = None if sae.cfg.gradient_buffers else {}
             with self.autocast_if_enabled:
-                output, pending = sae.start_training_forward_pass(step_input)
+                output = sae.training_forward_pass(step_input)
             output.loss.backward()
-            if not all(part.holds() for part in pending):
-                self.optimizer.zero_grad()
-                sae.row_gradients = None if sae.cfg.gradient_buffers else {}
-                with self.autocast_if_enabled:
-                    output = sae.training_forward_pass(step_input)
-                output.loss.backward()
-            return output, sae.row_gradients or {}
-        finally:
-            sae.row_gradients = None
+        return output, sae.row_gradients or {}
 
     def _replay(
         self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
@@ -164,7 +171,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             or not self._knows_that_none_is_dead()
         ):
             return None
-        if self._graph is None or self._graph.conditions != Conditions.of(sae, sae_in):
+        if self._graph is None or self._graph.conditions != conditions(sae, sae_in):
             self._graph = None
             if self._steps_before_graph > 0:
                 self._steps_before_graph -= 1
@@ -189,13 +196,13 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         passes, scores = self.n_forward_passes_since_fired, self.act_freq_scores
         state = [optimizer.state[p].values() for p in sae.parameters() if p in optimizer.state]
         copies = [copy for copy in optimizer.copies.values() if copy.is_current]
-        held = itertools.chain([passes, scores], *state, [copy.values for copy in copies])
+        rates = optimizer.send_learning_rates()
+        held = itertools.chain([passes, scores], *state, [c.values for c in copies], rates)
         addresses = [part.data_ptr() for part in held]
         groups = [
             (group["betas"], group["eps"], group["fused"]) for group in optimizer.param_groups
         ]
         depends_on = (addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window)
-        optimizer.send_learning_rates()
 
         if graph.rest.run("count", depends_on, lambda: self._count_firings(output)):
             increment_version([passes, scores])
@@ -229,22 +236,19 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         copies: dict[str, WeightCopy] = {}
         with self.autocast_if_enabled:
             dtype = rounded_dtype(sae.W_enc)
-        if dtype is not None:
-            rows = sae.W_enc.T
-            copy = sae.copies.get("W_enc")
+        taken = self.optimizer.row_gradients
+        if sae.W_enc in taken and dtype is not None:
+            rows, copy = sae.W_enc.T, self._copies.get("W_enc")
             if copy is None or copy.values.dtype != dtype or not copy.is_for(rows):
                 copy = WeightCopy.of_rows(rows, dtype)
             copies["W_enc"] = copy
-        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-            copy = sae.copies.get("W_dec")
+        if sae.W_dec in taken and getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            copy = self._copies.get("W_dec")
             if copy is None or not copy.is_for(sae.W_dec):
                 copy = WeightCopy.of_norms(sae.W_dec)
             copies["W_dec"] = copy
-        wanted = {getattr(sae, name): copy for name, copy in copies.items()}
-        self.optimizer.copies = {
-            p: copy for p, copy in wanted.items() if p in self.optimizer.row_gradients
-        }
-        sae.copies = copies if self.optimizer.copies else {}
+        self._copies = copies
+        self.optimizer.copies = {getattr(sae, name): copy for name, copy in copies.items()}
 
     @torch.no_grad()
     def _count_firings(self, output: TrainStepOutput) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from saelens_sparse.ops import LatentOrder, RaggedRows, RowBlock, RowGradient, WeightCopy, row_norms
 from saelens_sparse.ops.adam_triton import AdamSettings
-from saelens_sparse.ops.row_gradient_triton import SumLaunch, start_sums
+from saelens_sparse.ops.row_gradient_triton import RowGradientSums, SumLaunch
 from saelens_sparse.training import SparseSAETrainer
 from tests.conftest import Target, target_parameters
 from tests.sae_helpers import make_stock, sparse_like, superposed_rows
@@ -88,7 +88,7 @@ def test_norm_and_update_are_those_of_the_dense_gradient(
         second = second.square()
         expected = adam_in_float64(weight, first, second, exact)
 
-        sums = start_sums(gradient.batch, gradient)
+        sums = RowGradientSums(gradient)
         assert sums.square_sum().item() == pytest.approx(exact.square().sum().item(), rel=1e-5)
         rounded = WeightCopy.of_rows(weight, torch.bfloat16)
         norms = WeightCopy.of_norms(weight)
@@ -168,11 +168,11 @@ def test_trains_as_with_buffers(target: Target, architecture: str, dtype: torch.
     expected, actual = state_of(with_buffers), state_of(without)
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
-    assert not with_buffers.sae.copies
+    assert not with_buffers._copies
     expected_copies = {"W_enc"} if dtype == torch.bfloat16 else set()
     expected_copies |= {"W_dec"} if architecture == "topk" else set()
     sae = without.sae
-    assert {name for name, copy in sae.copies.items() if copy.is_of(rows_of(sae, name))} == (
+    assert {name for name, copy in without._copies.items() if copy.is_of(rows_of(sae, name))} == (
         expected_copies
     )
 
@@ -219,3 +219,50 @@ def test_a_weight_with_another_use_gets_both_gradients(target: Target) -> None:
         states.append(state_of(trainer))
     for name, value in states[0].items():
         assert (states[1][name] - value).norm() <= 1e-5 * value.norm() + 1e-7, name
+
+
+@kernels
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_a_frozen_weight_stays_and_counts_for_nothing(target: Target, architecture: str) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+    for buffers in (True, False):
+        torch.manual_seed(0)
+        _, sparse = pair(architecture, target)
+        sparse.cfg.gradient_buffers, sparse.cfg.cuda_graph = buffers, False
+        sparse.W_enc.requires_grad_(False)
+        before = sparse.W_enc.detach().clone()
+        trainer = own_trainer(sparse)
+        torch.manual_seed(1)
+        train(trainer, [superposed_rows(sparse, target.few_rows(32)) for _ in range(2)])
+        assert torch.equal(sparse.W_enc, before)
+        states.append({name: p.detach().double() for name, p in sparse.named_parameters()})
+    for name, value in states[0].items():
+        assert (states[1][name] - value).norm() <= 1e-6 * value.norm() + 1e-9, name
+
+
+@kernels
+def test_activations_may_be_read_after_the_step(target: Target) -> None:
+    """The update writes the norms of the next step, not over those of this one."""
+    stock = make_stock(device=target.device)
+    sparse = sparse_like(stock, target.backend)
+    sparse.cfg.cuda_graph = False
+    trainer = own_trainer(sparse, lr=0.05, lr_warm_up_steps=0)
+    batch = superposed_rows(stock, target.few_rows(32))
+    train(trainer, [batch])
+    before = sparse.encode(batch)
+    after = trainer.step(batch).feature_acts + 0
+    torch.testing.assert_close(after.detach(), before.detach(), rtol=1e-5, atol=1e-6)
+
+
+@kernels
+def test_what_a_step_leaves_behind(target: Target) -> None:
+    """Nothing that an evaluation, a copy of the SAE or a kept loss would hold or go by."""
+    stock = make_stock(device=target.device)
+    sparse = sparse_like(stock, target.backend)
+    sparse.cfg.cuda_graph = False
+    trainer = own_trainer(sparse)
+    output = trainer.step(superposed_rows(stock, target.few_rows(32)))
+    assert sparse.copies is None
+    assert sparse.row_gradients is None
+    assert trainer.optimizer.row_gradients == {}
+    assert output.loss.grad_fn is not None

@@ -1,5 +1,6 @@
 """The package's own trainer and runners: SAELens's training, taken in fewer passes."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -317,6 +318,39 @@ class TestClippingAdam:
         versions = [parameter._version for parameter in made]
         ClippingAdam(made, max_norm=1.0).step()
         assert all(p._version > version for p, version in zip(made, versions, strict=True))
+
+    @everywhere
+    @pytest.mark.parametrize(
+        "settings", [{"weight_decay": 0.5}, {"maximize": True}, {"amsgrad": True}], ids=str
+    )
+    def test_other_settings_of_adam_are_obeyed(
+        self, target: Target, settings: dict[str, Any]
+    ) -> None:
+        prepare_optimizers()
+        device = torch.device(target.device)
+        ours, theirs = (
+            parameters(torch.float32, device, marked=marked) for marked in (True, False)
+        )
+        clipping = ClippingAdam(ours, max_norm=1e-2, lr=1e-2, **settings)
+        reference = Adam(theirs, lr=1e-2, **settings)
+        for _ in range(3):
+            for a, b in zip(ours, theirs, strict=True):
+                a.grad = torch.empty_like(a).copy_(torch.randn_like(a))
+                b.grad = a.grad.clone()
+            clipping.step()
+            torch.nn.utils.clip_grad_norm_(theirs, 1e-2)
+            reference.step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_survives_a_copy(self) -> None:
+        made = parameters(torch.float32, torch.device("cpu"))
+        optimizer = copy.deepcopy(ClippingAdam(made, max_norm=2.0))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert optimizer.max_norm == 2.0
 
     def test_a_closure_is_refused(self) -> None:
         optimizer = ClippingAdam(parameters(torch.float32, torch.device("cpu")), max_norm=1.0)

@@ -124,7 +124,9 @@ class _EncodeSelected(torch.autograd.Function):
         rows = weight.T
         if need_weight or need_bias or need_input_bias:
             gradient = RowGradient(ctx.order, grad_acts, x, ctx.block, grads[1], True)
-            grad_weight, grad_bias = deliver(gradient, weight.dtype, ctx.backend, ctx.sink)
+            grad_weight, grad_bias = deliver(
+                gradient, weight.dtype, need_weight, ctx.backend, ctx.sink
+            )
             if need_input_bias:
                 grad_input_bias = -row_combination(grad_bias, rows, ctx.backend)
         if need_x:
@@ -178,16 +180,21 @@ class _DecodeSelected(torch.autograd.Function):
 
 
 def deliver(
-    gradient: RowGradient, dtype: torch.dtype, backend: Backend, sink: list[RowGradient] | None
+    gradient: RowGradient,
+    dtype: torch.dtype,
+    need_weight: bool,
+    backend: Backend,
+    sink: list[RowGradient] | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Put an encoder's gradient into the sink, or make it if there is none.
+    """Put an encoder's gradient into the sink, or make it if there is none; if it is needed.
 
     Returns:
         The gradient if it was made, and each latent's sum of coefficients, `[d_sae]`.
     """
-    if sink is None:
+    if need_weight and sink is None:
         return gradient.dense(dtype, backend)
-    sink.append(gradient)
+    if need_weight and sink is not None:
+        sink.append(gradient)
     return None, segment_totals(gradient.order, gradient.coefficients, backend).to(dtype)
 
 

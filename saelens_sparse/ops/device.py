@@ -1,6 +1,7 @@
 """Launching kernels on the device of their tensors."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -8,6 +9,11 @@ import torch
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU current, as `on_device_of_arguments` does; nothing on other devices."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def on_device_of_arguments(launcher: Callable[_P, _R]) -> Callable[_P, _R]:

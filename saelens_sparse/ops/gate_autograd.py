@@ -208,7 +208,7 @@ class _EncodeGated(torch.autograd.Function):
         rows = weight.T
         if need_weight or need_bias or need_input_bias:
             gradient = RowGradient(order, grad_pre_acts, x, ctx.block, grads[2], True)
-            grad_weight, grad_bias = deliver(gradient, weight.dtype, backend, ctx.sink)
+            grad_weight, grad_bias = deliver(gradient, weight.dtype, need_weight, backend, ctx.sink)
             if need_input_bias:
                 grad_input_bias = -row_combination(grad_bias, rows, backend)
         if need_threshold:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.adam_triton import AdamSettings, adam_rule
-from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.device import on_device
 from saelens_sparse.ops.row_gradient import RowGradient
 from saelens_sparse.ops.row_ops_triton import (
     NORM_COLS,
@@ -157,9 +157,11 @@ class RowGradientSums:
     def __init__(self, gradient: RowGradient) -> None:
         self._d_sae, self._d = gradient.order.d_sae, gradient.batch.shape[1]
         self._device = gradient.batch.device
-        self._segments = Segments.of(gradient.order, gradient.coefficients, gradient.batch)
+        with on_device(self._device):
+            self._segments = Segments.of(gradient.order, gradient.coefficients, gradient.batch)
         self._has_block = gradient.block is not None and gradient.block_gradient is not None
-        self._block: tuple[torch.Tensor, ...] = (gradient.order.offsets,) * 2
+        unused = gradient.order.offsets
+        self._block: tuple[torch.Tensor, ...] = (unused, unused)
         if gradient.block is not None and gradient.block_gradient is not None:
             latents = gradient.block.latents
             slots = torch.full((self._d_sae,), -1, dtype=torch.int32, device=self._device)
@@ -171,10 +173,11 @@ class RowGradientSums:
         """The squared norm of the gradient, a float32 scalar."""
         tiles = triton.cdiv(self._d, SQUARES.BLOCK_D)
         sums = torch.empty(self._d_sae, tiles, dtype=torch.float32, device=self._device)
-        _square_sums_kernel[(self._d_sae, tiles)](
-            sums, *self._block, *self._segments.arguments, HAS_BLOCK=self._has_block,
-            **self._segments.modes, **asdict(SQUARES),
-        )  # fmt: skip
+        with on_device(self._device):
+            _square_sums_kernel[(self._d_sae, tiles)](
+                sums, *self._block, *self._segments.arguments, HAS_BLOCK=self._has_block,
+                **self._segments.modes, **asdict(SQUARES),
+            )  # fmt: skip
         return sums.sum()
 
     def update(
@@ -201,17 +204,14 @@ class RowGradientSums:
         rounds = copy is not None and not copy.is_norms
         squares = empty_square_sums(rows) if copy is not None and copy.is_norms else None
         target = squares if copy is None or copy.is_norms else copy.values
+        target = rows if target is None else target
         launch = ROUNDING_UPDATE if rounds else UPDATE
-        _update_kernel[(self._d_sae, triton.cdiv(self._d, launch.BLOCK_D))](
-            rows, first_moment, second_moment, rows if target is None else target, step, divisor,
-            *settings.arguments, *self._block, *self._segments.arguments, ROUNDS=rounds,
-            SQUARES=squares is not None, HAS_BLOCK=self._has_block, **self._segments.modes,
-            **asdict(launch),
-        )  # fmt: skip
+        with on_device(self._device):
+            _update_kernel[(self._d_sae, triton.cdiv(self._d, launch.BLOCK_D))](
+                rows, first_moment, second_moment, target, step, divisor,
+                *settings.arguments, *self._block, *self._segments.arguments, ROUNDS=rounds,
+                SQUARES=squares is not None, HAS_BLOCK=self._has_block, **self._segments.modes,
+                **asdict(launch),
+            )  # fmt: skip
         if copy is not None and squares is not None:
             norms_of(squares, out=copy.values)
-
-
-@on_device_of_arguments
-def start_sums(batch: torch.Tensor, gradient: RowGradient) -> RowGradientSums:  # noqa: ARG001
-    return RowGradientSums(gradient)

@@ -63,8 +63,8 @@ def gather_sum(
     if ragged is not None:
         out = weight.new_zeros(ragged.n_rows, weight.shape[1], dtype=_sum_dtype(weight))
         for pairs in _pair_chunks(_pairs_in_rows(latents, ragged), weight):
-            terms = weight[latents[pairs]].to(out.dtype) * coefficients[pairs].unsqueeze(1)
-            out.index_add_(0, ragged.rows[pairs].long(), terms.to(out.dtype))
+            gathered = weight[latents[pairs]].to(out.dtype)
+            _add_to_rows(out, ragged, pairs, gathered, coefficients[pairs].to(out.dtype))
         return out.to(weight.dtype)
     out = weight.new_empty(latents.shape[0], weight.shape[1])
     with _full_precision(weight):
@@ -72,6 +72,33 @@ def gather_sum(
             gathered = weight[latents[rows]].float()
             out[rows] = torch.bmm(coefficients[rows].float().unsqueeze(1), gathered).squeeze(1)
     return out
+
+
+def _add_to_rows(
+    out: torch.Tensor,
+    ragged: RaggedRows,
+    pairs: slice,
+    gathered: torch.Tensor,
+    coefficients: torch.Tensor,
+) -> None:
+    """Add coefficient times gathered row of a range of pairs to the rows `[n_rows, d]` they are on.
+
+    The order of additions is fixed, which on a GPU `index_add_` does not see to.
+    """
+    rows = ragged.rows[pairs].long()
+    if not _has_embedding_bag(out):
+        out.index_add_(0, rows, gathered * coefficients.unsqueeze(1))
+        return
+    first, last = int(rows[0]), int(rows[-1])
+    offsets = ragged.offsets[first : last + 2].clamp(pairs.start, pairs.stop) - pairs.start
+    out[first : last + 1] += F.embedding_bag(
+        torch.arange(rows.numel(), device=out.device),
+        gathered,
+        offsets,
+        per_sample_weights=coefficients,
+        mode="sum",
+        include_last_offset=True,
+    )
 
 
 def gather_dot(

@@ -124,7 +124,7 @@ def screened(
     """Score of screened products s, bound on its error, and if EXACT the pre-activation.
 
     This module's docstring has the formula of the bound. Where `mask` is False the score is minus
-    infinity and the bound zero, provided that s is zero.
+    infinity, and the bound zero if s and the row are finite.
     """
     if EXACT:
         pre_act = s + tl.load(terms_ptr + latent, mask=mask, other=float("-inf"))
@@ -141,7 +141,7 @@ def screened(
         bound = tl.load(terms_ptr + 4 * L + latent, mask=mask, other=0.0)
         bound += row_weight_norm * tl.load(terms_ptr + 2 * L + latent, mask=mask, other=0.0)
         bound += row_weight_residual * tl.load(terms_ptr + 3 * L + latent, mask=mask, other=0.0)
-        bound += 4.887e-4 * tl.abs(scaled) + 2.98e-8 * scale
+        bound += 4.887e-4 * tl.abs(scaled) + 2.9803e-8 * scale
     return pre_act, score, bound
 
 
@@ -228,8 +228,10 @@ class Screen:
         """
         x_error = self.x_error if self.exact else self.x_error[:, rows.start :]
         # Tensor cores add sums of at least 8 products one after the other, each time off by at
-        # most 2^-22 of the partial sum.
-        accumulation = (self.x.shape[1] / 8 + 16) * 2.0**-22
+        # most 2^-22 of the partial sum. The recomputation adds a tile of 256 or more at a time,
+        # each time off by 2^-24.
+        d_in = self.x.shape[1]
+        accumulation = (d_in / 8 + d_in / 1024 + 16) * 2.0**-22
         return x_error, self.x_error.shape[-1], self.terms, accumulation
 
     @property

@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -114,10 +113,10 @@ class SparseTrainingSAEMixin(_Base):
     _dead_count: HostCount | None = None
     _unchecked: list[Pending] | None = None
     _in_training_step = False
-    # Set by a trainer whose optimizer takes them: gradients as sums over active pairs, and what the
+    # Set by a trainer during its step: where gradients go as sums over active pairs, and what its
     # last update has written for this step, both by parameter.
     row_gradients: dict[str, list[RowGradient]] | None = None
-    copies: Mapping[str, WeightCopy] = MappingProxyType({})
+    copies: Mapping[str, WeightCopy] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -308,16 +307,16 @@ class SparseTrainingSAEMixin(_Base):
 
     def rounded_W_enc(self) -> WeightCopy | None:
         """The low-precision `W_enc` that the last update has written, if it still is that."""
-        copy = self.copies.get("W_enc")
+        copy = (self.copies or {}).get("W_enc")
         return copy if copy is not None and copy.is_of(self.W_enc.T) else None
 
     def decoder_norms(self, backend: Backend) -> torch.Tensor:
         """Norms of the rows of `W_dec`, `[d_sae]`, without a graph."""
-        copy = self.copies.get("W_dec")
-        if backend == "triton" and copy is not None and copy.is_of(self.W_dec):
-            return copy.values.to(self.W_dec.dtype)
-        if self.row_gradients is None:
+        if self.copies is None or backend != "triton":
             return self.W_dec.detach().norm(dim=-1)
+        copy = self.copies.get("W_dec")
+        if copy is not None and copy.is_of(self.W_dec):
+            return copy.values.to(self.W_dec.dtype, copy=True)  # the update writes it anew
         # Slower, but what an update would have written, so that a resumed run goes on as it was.
         return row_norms(self.W_dec, backend).to(self.W_dec.dtype)
 
