@@ -186,41 +186,42 @@ def _fresh_parameters(sae: SparseTopKTrainingSAE) -> Generator[list[nn.Parameter
 
 
 class GraphedCalls:
-    """Calls that are recorded once, and replayed as long as they would do the same.
+    """Calls that are recorded once, and replayed from then on.
 
     Args:
         stream: to record on.
         pool: memory pool of a graph that is always replayed before them.
+
+    Attributes:
+        depends_on: what the recordings depend on, for whoever makes them to compare.
     """
 
     def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        self.depends_on: object = None
         self._stream, self._pool = stream, pool
-        self._recorded: dict[str, tuple[object, torch.cuda.CUDAGraph | None]] = {}
+        self._recorded: dict[str, torch.cuda.CUDAGraph | None] = {}
 
-    def run(self, name: str, depends_on: object, call: Callable[[], None]) -> bool:
+    def run(self, name: str, call: Callable[[], None]) -> bool:
         """
-        Make a call, or replay what it queued when it was made with the same `depends_on`.
+        Make a call, or replay what it queued when it was made first.
 
         Returns:
             Whether it was replayed only, so that nothing of it happened on the host.
         """
         with torch.cuda.device(self._stream.device):
-            depended_on, graph = self._recorded.get(name, (None, None))
-            if depended_on == depends_on and graph is not None:
-                graph.replay()
-                return True
-            if depended_on != depends_on:
+            is_first = name not in self._recorded
+            if is_first:
                 try:
-                    graph, _ = record(call, self._stream, self._pool)
+                    self._recorded[name], _ = record(call, self._stream, self._pool)
                 except RuntimeError as error:
                     _give_up(self._stream.device, error)
-                    graph = None
-                self._recorded[name] = (depends_on, graph)
+                    self._recorded[name] = None
+            graph = self._recorded[name]
             if graph is None:  # could not be recorded
                 call()
-            else:
-                graph.replay()
-            return False
+                return False
+            graph.replay()
+            return not is_first
 
 
 def record(

@@ -114,13 +114,14 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             return super()._train_step(sae, sae_in)
         sae.train()
         output, row_gradients = self.forward_and_backward(sae, sae_in)
-        if self._replayed is None or self.optimizer.has_hooks_of_others:
+        if not self._replays_rest(sae):
             self._count_firings(output)
             self._update(sae, row_gradients)
-            for parts in row_gradients.values():
-                parts.clear()  # autograd's nodes hold these lists as long as the output lives
+            if self._replayed is None:
+                for parts in row_gradients.values():
+                    parts.clear()  # autograd's nodes hold these lists as long as the output lives
         else:
-            self._replay_rest(self._replayed, sae, output)
+            self._replay_rest(sae, output)
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
@@ -188,27 +189,40 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self._replayed = self._graph
         return output, self._graph.row_gradients
 
-    def _replay_rest(
-        self, graph: GraphedPass, sae: SparseTrainingSAEMixin, output: TrainStepOutput
-    ) -> None:
-        """Count firings and update the weights, as CUDA graphs."""
-        optimizer = self.optimizer
-        passes, scores = self.n_forward_passes_since_fired, self.act_freq_scores
-        state = [optimizer.state[p].values() for p in sae.parameters() if p in optimizer.state]
-        copies = [copy for copy in optimizer.copies.values() if copy.is_current]
-        rates = optimizer.send_learning_rates()
-        held = itertools.chain([passes, scores], *state, [c.values for c in copies], rates)
-        addresses = [part.data_ptr() for part in held]
-        groups = [
-            (group["betas"], group["eps"], group["fused"]) for group in optimizer.param_groups
-        ]
-        depends_on = (addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window)
+    def _replays_rest(self, sae: SparseTrainingSAEMixin) -> bool:
+        """Whether counting and the update can be graphs in this step, as its passes were.
 
-        if graph.rest.run("count", depends_on, lambda: self._count_firings(output)):
+        Where something has taken another place in memory all that was recorded is given up, and
+        made anew after a few ordinary steps, in which the optimizer puts its state in order.
+        """
+        optimizer = self.optimizer
+        if self._replayed is None or optimizer.has_hooks_of_others:
+            return False
+        counts = [self.n_forward_passes_since_fired, self.act_freq_scores]
+        state = [optimizer.state[p].values() for p in sae.parameters() if p in optimizer.state]
+        rates = optimizer.send_learning_rates()
+        addresses = [part.data_ptr() for part in itertools.chain(counts, *state, rates)]
+        groups = [(g["betas"], g["eps"], g["fused"]) for g in optimizer.param_groups]
+        depends_on = (addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window)
+        rest = self._replayed.rest
+        if rest.depends_on is None:
+            rest.depends_on = depends_on
+        if rest.depends_on != depends_on:
+            self._graph = None
+            return False
+        return True
+
+    def _replay_rest(self, sae: SparseTrainingSAEMixin, output: TrainStepOutput) -> None:
+        """Count firings and update the weights, as CUDA graphs."""
+        assert self._replayed is not None
+        rest, row_gradients = self._replayed.rest, self._replayed.row_gradients
+        copies = [copy for copy in self.optimizer.copies.values() if copy.is_current]
+        passes, scores = self.n_forward_passes_since_fired, self.act_freq_scores
+        if rest.run("count", lambda: self._count_firings(output)):
             increment_version([passes, scores])
         assert self._dead_count is not None
         self._dead_count = self._dead_count[0].again(), passes, passes._version
-        if graph.rest.run("update", depends_on, lambda: self._update(sae, graph.row_gradients)):
+        if rest.run("update", lambda: self._update(sae, row_gradients)):
             increment_version(list(sae.parameters()))
             for copy in copies:
                 copy.version = copy.source._version

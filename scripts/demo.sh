@@ -2,4 +2,4 @@
 # Trains `topk` and `topk_sparse` side by side on a real language model. Options: --help.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-exec python "$root/scripts/demo.py" "$@"
+exec saelens-sparse compare --cache "$root/.cache" "$@"

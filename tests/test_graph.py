@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse.graph import STEPS_BEFORE, GraphedPass, can_record, gains
+from saelens_sparse.graph import STEPS_BEFORE, GraphedPass, _warn_once, can_record, gains
 from saelens_sparse.training import SparseSAETrainer
 from tests.sae_helpers import make_stock, sparse_like, superposed_rows
 from tests.test_training import own_trainer, state_of, train
@@ -143,8 +143,10 @@ def test_a_rest_that_cannot_be_recorded_is_done(name: str, monkeypatch: pytest.M
         self.sae.b_dec.sum().item()
 
     monkeypatch.setattr(SparseSAETrainer, original.__name__, synchronizing)
+    _warn_once.cache_clear()
     trainer, batches = trainer_and_batches(STEPS_BEFORE + 5)
-    train(trainer, batches)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        train(trainer, batches)
     monkeypatch.undo()
     assert trainer._graph is not None
     reference, _ = trainer_and_batches(0, graph=False)
@@ -183,6 +185,7 @@ def test_a_failed_recording_costs_nothing_but_the_graph(monkeypatch: pytest.Monk
         return output
 
     monkeypatch.setattr(GraphedPass, "_run", synchronizing)
+    _warn_once.cache_clear()
     trainer, batches = trainer_and_batches(STEPS_BEFORE + 5)
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         train(trainer, batches)

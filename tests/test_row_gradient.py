@@ -25,6 +25,12 @@ kernels = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def pairs_of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SAEs of these tests have few latents."""
+    monkeypatch.setattr("saelens_sparse.saes.base.MAX_PAIRS_PER_LATENT", 1e9)
+
+
 def make_gradient(
     target: Target, d: int, *, block: bool, ragged: bool, dtype: torch.dtype = torch.float32
 ) -> RowGradient:
@@ -266,3 +272,22 @@ def test_what_a_step_leaves_behind(target: Target) -> None:
     assert sparse.row_gradients is None
     assert trainer.optimizer.row_gradients == {}
     assert output.loss.grad_fn is not None
+
+
+@kernels
+def test_many_pairs_a_latent_go_through_buffers(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = make_stock(device=target.device)
+    sparse = sparse_like(stock, target.backend)
+    trainer = own_trainer(sparse)
+    held: list[bool] = []
+    trainer.optimizer.register_step_pre_hook(lambda *_: held.append(sparse.W_enc.grad is not None))
+    batch = superposed_rows(stock, target.few_rows(32))
+    pairs_per_latent = len(batch) * stock.cfg.k / stock.cfg.d_sae
+    # The optimizer's own hooks may run twice where it leaves the update to PyTorch.
+    for limit in (1.01 * pairs_per_latent, 0.99 * pairs_per_latent):
+        monkeypatch.setattr("saelens_sparse.saes.base.MAX_PAIRS_PER_LATENT", limit)
+        train(trainer, [batch])
+    assert not held[0]
+    assert all(held[1:])

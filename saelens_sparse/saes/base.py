@@ -53,6 +53,12 @@ DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 # Hopper's instructions and take 2.4 times as long.
 _DEAD_ALIGNMENT = 64
 
+# Without gradient buffers pairs are summed twice, for the norm and for the update. At
+# 2304 -> 65,536, batch 4096, float32 (H200) a step of SparseTrainingRunner then takes 2.0 ms less
+# than one of SAELens's runner with 4 pairs a latent, 0.75 less with 17 and 0.6 more with 84; with
+# buffers, which clip inside the update too, it takes 1.05 less.
+MAX_PAIRS_PER_LATENT = 12
+
 Pending = PendingSelection | PendingPattern
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -271,7 +277,7 @@ class SparseTrainingSAEMixin(_Base):
             return super().decode(feature_acts.materialized())
         dead = code.dead
         block = None if dead is None else dead.block
-        sink = self.sink_of("W_dec", code.backend)
+        sink = self.sink_of("W_dec", code.acts.numel(), code.backend)
         recons, dead_W_dec = code.decode(self.W_dec, block, sink)
         if dead is not None:
             dead.W_dec = dead_W_dec
@@ -293,12 +299,14 @@ class SparseTrainingSAEMixin(_Base):
             sae_out = sae_out + sae_error
         return self.hook_sae_output(sae_out)
 
-    def sink_of(self, name: str, backend: Backend) -> list[RowGradient] | None:
+    def sink_of(self, name: str, n_pairs: int, backend: Backend) -> list[RowGradient] | None:
         """Where the step's gradient of a weight goes instead of its `.grad`; None if it does not.
 
         Hooks on a parameter expect a gradient that is a tensor.
         """
         if self.row_gradients is None or backend != "triton":
+            return None
+        if n_pairs > MAX_PAIRS_PER_LATENT * self.cfg.d_sae:
             return None
         parameter = getattr(self, name)
         if any(getattr(parameter, hooks) for hooks in _TENSOR_HOOK_DICTS):

@@ -81,7 +81,8 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             rounding, in less time and memory. Checkpoints are the same either way.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
             SparseTrainingRunner too. Without, its update sums them from the active latents where it
-            needs them, in less time and memory, and their `.grad` stays None.
+            needs them, in less time and memory, and their `.grad` stays None; unless so many
+            latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
         jumprelu_init_threshold (float): Initial threshold for the JumpReLU activation.
@@ -327,7 +328,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             gate,
             None if dead is None else dead.block,
             choice.backend,
-            self.sink_of("W_enc", choice.backend),
+            self.sink_of("W_enc", pattern.latents.numel(), choice.backend),
         )
         if dead is not None:
             dead.W_enc = dead_W_enc

@@ -49,7 +49,8 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
             rounding, in less time and memory. Checkpoints are the same either way.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
             SparseTrainingRunner too. Without, its update sums them from the active latents where it
-            needs them, in less time and memory, and their `.grad` stays None.
+            needs them, in less time and memory, and their `.grad` stays None; unless so many
+            latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
         use_sparse_activations (bool): Accepted for compatibility. The plugin never holds dense
@@ -160,7 +161,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             order,
             None if dead is None else dead.block,
             choice.backend,
-            self.sink_of("W_enc", choice.backend),
+            self.sink_of("W_enc", selection.latents.numel(), choice.backend),
         )
         if dead is not None:
             dead.W_enc = dead_W_enc

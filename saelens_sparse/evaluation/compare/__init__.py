@@ -1,0 +1,1 @@
+"""`saelens-sparse compare`: two architectures trained side by side from one runner config."""

