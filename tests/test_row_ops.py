@@ -563,7 +563,9 @@ def test_row_ops_address_batches_beyond_32_bits(gpu_backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 37), (129, 600)], ids=str)
-def test_row_combination_and_norms_match_float64(target: Target, shape: tuple[int, int]) -> None:
+def test_row_combination_and_norms_match_float64(
+    target: Target, backend: Backend, shape: tuple[int, int]
+) -> None:
     for dtype in target.dtypes:
         weight = torch.randn(shape).to(target.device, dtype)
         coefficients = torch.randn(shape[0]).to(target.device, dtype)
@@ -571,10 +573,10 @@ def test_row_combination_and_norms_match_float64(target: Target, shape: tuple[in
         exact = coefficients.double() @ weight.double()
         scale = coefficients.double().abs() @ weight.double().abs()
         eps = torch.finfo(dtype).eps
-        combined = row_combination(coefficients, weight, target.backend)
+        combined = row_combination(coefficients, weight, backend)
         assert combined.dtype == dtype
         assert ((combined.double() - exact).abs() <= 2 * eps * scale + 1e-30).all()
-        norms = row_norms(weight, target.backend).double()
+        norms = row_norms(weight, backend).double()
         torch.testing.assert_close(norms, weight.double().norm(dim=1), rtol=4 * eps, atol=0)
 
 
@@ -588,7 +590,7 @@ def test_row_combination_reads_no_row_with_a_zero_coefficient(target: Target) ->
     assert row_combination(coefficients, weight, "triton").isfinite().all()
 
 
-def test_row_combination_names_a_wrong_shape(target: Target) -> None:
+def test_row_combination_names_a_wrong_shape(target: Target, backend: Backend) -> None:
     weight = torch.randn(70, 37, device=target.device)
     with pytest.raises(ValueError, match=r"coefficients must have shape \[70\]; got \[3\]"):
-        row_combination(torch.ones(3, device=target.device), weight, target.backend)
+        row_combination(torch.ones(3, device=target.device), weight, backend)
