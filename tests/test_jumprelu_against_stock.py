@@ -1395,6 +1395,8 @@ class TestConfiguration:
             "implementation": "auto",
             "screen_buffer_mib": 1024,
             "fused_adam": True,
+            "gradient_buffers": False,
+            "cuda_graph": True,
         }
 
     def test_dict_and_json(self) -> None:
