@@ -201,6 +201,10 @@ class GraphedCalls:
         self._stream, self._pool = stream, pool
         self._recorded: dict[str, torch.cuda.CUDAGraph | None] = {}
 
+    @property
+    def are_recorded(self) -> bool:
+        return bool(self._recorded)
+
     def run(self, name: str, call: Callable[[], None]) -> bool:
         """
         Make a call, or replay what it queued when it was made first.

@@ -157,6 +157,9 @@ class ClippingAdam(Adam):
         if sums or (self._is_plain() and all(_runs_kernels(part) for part in gradients)):
             self._step_by_kernel(divisor, row_gradients, sums)
             return
+        if divisor.device.type == "cpu" and divisor == 1:
+            super().step()  # which takes longer if it divides
+            return
         self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
         try:
             super().step()

@@ -192,8 +192,9 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     def _replays_rest(self, sae: SparseTrainingSAEMixin) -> bool:
         """Whether counting and the update can be graphs in this step, as its passes were.
 
-        Where something has taken another place in memory all that was recorded is given up, and
-        made anew after a few ordinary steps, in which the optimizer puts its state in order.
+        They are recorded once an ordinary step has left everything where it was: the optimizer
+        puts state that was loaded in order at its next step. If something takes another place in
+        memory later, all that was recorded is given up, and made anew after ordinary steps.
         """
         optimizer = self.optimizer
         if self._replayed is None or optimizer.has_hooks_of_others:
@@ -205,10 +206,10 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         groups = [(g["betas"], g["eps"], g["fused"]) for g in optimizer.param_groups]
         depends_on = (addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window)
         rest = self._replayed.rest
-        if rest.depends_on is None:
-            rest.depends_on = depends_on
         if rest.depends_on != depends_on:
-            self._graph = None
+            rest.depends_on = depends_on
+            if rest.are_recorded:
+                self._graph = None
             return False
         return True
 

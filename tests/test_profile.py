@@ -266,7 +266,7 @@ def test_kernels_of_the_own_runner_go_by_their_names_and_nodes():
     with record.range("saelens_sparse::step"):
         with record.range("saelens_sparse::encode"):
             record.kernel("_round_rows_kernel", **driver)
-            record.kernel("_group_bounds_kernel", **driver)
+            record.kernel("_group_maxima_kernel", **driver)
             with record.op("aten::sort", [N]):
                 record.kernel("DeviceRadixSort")
             fields = {"Sequence number": 5, "Fwd thread id": 0}
@@ -295,7 +295,7 @@ def test_kernels_of_the_own_runner_go_by_their_names_and_nodes():
             record.kernel("_update_kernel", **driver)
     assert places(record.trace(), counts_after_backward=True) == {
         "_round_rows_kernel": "encode",
-        "_group_bounds_kernel": "select",
+        "_group_maxima_kernel": "select",
         "DeviceRadixSort": "select",
         "relu": "encode",
         "_gather_sum_kernel": "decode",
@@ -335,7 +335,7 @@ GRAPHED = {
     "copy_x": "encode",
     "_round_rows_kernel": "encode",
     "nvjet_hsh_256x128": "encode",
-    "_group_bounds_kernel": "select",
+    "_group_maxima_kernel": "select",
     "_select_kernel": "select",
     "DeviceRadixSortOnesweepKernel": "select",
     "relu": "select",
@@ -484,7 +484,7 @@ def test_work_of_kernels_follows_from_the_problem():
     # A row of the weight, a coefficient and a latent for each pair, and the batch.
     assert bytes_of("_gather_sum_kernel", 1) == 32 * (4 * D + 12) + 4 * N * D
     # Chunks of the buffer are launched one by one.
-    assert bytes_of("_group_bounds_kernel", 1) == bytes_of("_group_bounds_kernel", 3) == 2 * N * L
+    assert bytes_of("_group_maxima_kernel", 1) == bytes_of("_group_bounds_kernel", 3) == 2 * N * L
     assert bytes_of("_round_rows_kernel", 1) == 6 * N * D
     assert bytes_of("_round_rows_kernel", 2) == 6 * (N + L) * D
     assert bytes_of("_adam_kernel", 4) == 28 * PROBLEM.n_parameters

@@ -25,6 +25,7 @@ from saelens_sparse.ops.block import RowBlock, add_block
 from saelens_sparse.ops.dense_gate import dense_gate, dense_gate_gradients, matmul, matmul_dtype
 from saelens_sparse.ops.gate import GatePattern
 from saelens_sparse.ops.latent_order import LatentOrder
+from saelens_sparse.ops.pair_gate import pair_gate, pair_gate_gradients
 from saelens_sparse.ops.row_gradient import RowGradient
 from saelens_sparse.ops.row_ops import gather_sum, row_combination, segment_totals
 
@@ -170,11 +171,8 @@ class _EncodeGated(torch.autograd.Function):
         backend: Backend,
         sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        pre_acts = pattern.pre_acts
-        gates = threshold.to(pre_acts.dtype)[pattern.latents]
-        # As SAELens: a product, so that a NaN stays one.
-        acts = pre_acts * (pre_acts > gates)
-        ctx.save_for_backward(x, weight, gates)
+        acts = pair_gate(pattern, threshold, backend)
+        ctx.save_for_backward(x, weight, threshold)
         ctx.pattern, ctx.order, ctx.gate = pattern, order, gate
         ctx.block, ctx.backend, ctx.sink = block, backend, sink
         ctx.set_materialize_grads(False)
@@ -186,24 +184,12 @@ class _EncodeGated(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        x, weight, gates = ctx.saved_tensors
+        x, weight, threshold = ctx.saved_tensors
         pattern, order, gate, backend = ctx.pattern, ctx.order, ctx.gate, ctx.backend
         need_x, need_weight, need_bias, need_threshold, need_input_bias = ctx.needs_input_grad[:5]
-        sum_dtype = torch.promote_types(pattern.pre_acts.dtype, torch.float32)
-        grad_acts = pattern.pre_acts.new_zeros((), dtype=sum_dtype)
-        if grads[0] is not None:
-            grad_acts = grads[0].to(sum_dtype)
-        distance = (pattern.pre_acts - gates).to(sum_dtype) / gate.bandwidth
-        # Pairs that are not of the pattern get values too, but sums over latents skip them.
-        straight_through = gates * grad_acts
-        if grads[1] is not None:
-            straight_through = straight_through + grads[1].to(sum_dtype)[pattern.ragged.rows]
-        inside = (distance > -0.5) & (distance < 0.5)
-        straight_through = torch.where(inside, straight_through / gate.bandwidth, 0.0)
-        grad_pre_acts = (distance > 0) * grad_acts
-        if gate.ste_to_input:
-            grad_pre_acts = grad_pre_acts + straight_through
-
+        grad_pre_acts, grad_gates = pair_gate_gradients(
+            pattern, threshold, gate.bandwidth, gate.ste_to_input, grads[0], grads[1], backend
+        )
         grad_x = grad_weight = grad_bias = grad_threshold = grad_input_bias = None
         rows = weight.T
         if need_weight or need_bias or need_input_bias:
@@ -212,7 +198,7 @@ class _EncodeGated(torch.autograd.Function):
             if need_input_bias:
                 grad_input_bias = -row_combination(grad_bias, rows, backend)
         if need_threshold:
-            grad_threshold = segment_totals(order, -straight_through, backend)
+            grad_threshold = segment_totals(order, grad_gates, backend)
         if need_x:
             grad_x = gather_sum(grad_pre_acts, pattern.latents, rows, backend, pattern.ragged).to(
                 x.dtype

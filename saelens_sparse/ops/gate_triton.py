@@ -21,7 +21,15 @@ from saelens_sparse.ops.device import on_device_of_arguments
 from saelens_sparse.ops.gate import GatePattern, gate_and_edge
 from saelens_sparse.ops.ragged import RaggedRows
 from saelens_sparse.ops.row_ops_triton import gather_dot
-from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, row_terms, screened, warps
+from saelens_sparse.ops.screen_triton import (
+    MAX_D_IN,
+    ROUNDING,
+    SUBNORMAL,
+    Screen,
+    row_terms,
+    score_of,
+    warps,
+)
 from saelens_sparse.ops.weight_copy import WeightCopy
 
 _WORD = tl.constexpr(32)
@@ -44,7 +52,7 @@ def _mark_kernel(
     words_ptr,  # [N, W] int32, bit i of word w is latent 32 w + i
     edges_ptr,  # [L]
     screen_ptr,  # [N, L]
-    x_error_ptr,  # this and the next three: see row_terms and screened
+    x_error_ptr,  # this and the next three: see row_terms and score_of
     x_stride,
     terms_ptr,
     accumulation,
@@ -52,7 +60,6 @@ def _mark_kernel(
     L,
     W,
     EXACT: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -66,13 +73,24 @@ def _mark_kernel(
     inverse, weight_norm, weight_residual = row_terms(
         x_error_ptr, x_stride, rows[:, None], row_mask[:, None], accumulation, EXACT
     )
+    weight_norm *= 1.001
+    weight_residual *= 1.001
     s = tl.load(screen_ptr + rows[:, None] * L + latent, mask=mask, other=0.0).to(tl.float32)
-    _, score, bound = screened(
-        s, latent, live, inverse, weight_norm, weight_residual, terms_ptr, L, EXACT, HAS_NORMS
-    )
     edge = tl.load(edges_ptr + latent, mask=live, other=0.0)
+    if EXACT:
+        _, most = score_of(s, latent, live, inverse, terms_ptr, L, EXACT, HAS_NORMS=False)
+    else:
+        # product + c |product| + bias + d >= edge if product + (1 + 2c) d reaches what follows:
+        # the bias, and all that is proportional to a product at the edge, go to the other side.
+        bias = tl.load(terms_ptr + L + latent, mask=live, other=0.0)
+        edge = edge - bias - 5e-7 * tl.abs(bias)
+        edge -= (ROUNDING + 1e-6) * tl.abs(edge)
+        scale = inverse * tl.load(terms_ptr + latent, mask=live, other=0.0)
+        most = (s + 1.001 * SUBNORMAL) * scale
+        most += weight_norm * tl.load(terms_ptr + 2 * L + latent, mask=live, other=0.0)
+        most += weight_residual * tl.load(terms_ptr + 3 * L + latent, mask=live, other=0.0)
     # A NaN does not fall short of the edge.
-    falls_short = score + bound < edge
+    falls_short = most < edge
     bits = tl.where(mask & (falls_short == 0), 1, 0) << (latent % _WORD)
     WORDS: tl.constexpr = COLS // _WORD
     words = tl.sum(tl.reshape(bits, (ROWS, WORDS, _WORD)), axis=2)
@@ -217,7 +235,7 @@ def find_pattern(
         grid = (triton.cdiv(d_sae, LAUNCH.MARK_COLS), triton.cdiv(n_chunk, LAUNCH.MARK_ROWS))
         _mark_kernel[grid](
             words, edge, products, *screen.arguments(rows), n_chunk, d_sae, n_words,
-            **screen.modes, COLS=LAUNCH.MARK_COLS, ROWS=LAUNCH.MARK_ROWS, num_warps=4,
+            EXACT=screen.exact, COLS=LAUNCH.MARK_COLS, ROWS=LAUNCH.MARK_ROWS, num_warps=4,
         )  # fmt: skip
         counts = torch.empty(n_chunk, dtype=torch.int64, device=device)
         n_warps = warps(block_w, per_warp=512)

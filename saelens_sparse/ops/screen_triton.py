@@ -109,6 +109,39 @@ def row_terms(
 
 
 @triton.jit
+def score_of(
+    s,
+    latent,
+    mask,
+    row_inverse,
+    terms_ptr,  # [5, L]; if EXACT: bias and norm, [2, L]
+    L,
+    EXACT: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+):
+    """Pre-activation (if EXACT) and score of screened products s.
+
+    Where `mask` is False the score is minus infinity if s and the row are finite.
+    """
+    if EXACT:
+        pre_act = s + tl.load(terms_ptr + latent, mask=mask, other=float("-inf"))
+        score = pre_act
+        if HAS_NORMS:
+            score = pre_act * tl.load(terms_ptr + L + latent, mask=mask, other=1.0)
+    else:
+        scale = row_inverse * tl.load(terms_ptr + latent, mask=mask, other=0.0)
+        score = s * scale + tl.load(terms_ptr + L + latent, mask=mask, other=float("-inf"))
+        pre_act = score
+    return pre_act, score
+
+
+# 2^-11 of a product for its rounding to float16, and 2^-25 of its scale for subnormals; and more,
+# for float32.
+ROUNDING = tl.constexpr(4.887e-4)
+SUBNORMAL = tl.constexpr(2.9803e-8)
+
+
+@triton.jit
 def screened(
     s,
     latent,
@@ -116,32 +149,22 @@ def screened(
     row_inverse,
     row_weight_norm,
     row_weight_residual,
-    terms_ptr,  # [5, L]; if EXACT: bias and norm, [2, L]
+    terms_ptr,  # as for score_of
     L,
     EXACT: tl.constexpr,
     HAS_NORMS: tl.constexpr,
 ):
-    """Score of screened products s, bound on its error, and if EXACT the pre-activation.
-
-    This module's docstring has the formula of the bound. Where `mask` is False the score is minus
-    infinity, and the bound zero if s and the row are finite.
+    """As `score_of`, and a bound on the score's error, of which the module's docstring has the
+    formula. Where `mask` is False it is zero if s and the row are finite.
     """
-    if EXACT:
-        pre_act = s + tl.load(terms_ptr + latent, mask=mask, other=float("-inf"))
-        score = pre_act
-        if HAS_NORMS:
-            score = pre_act * tl.load(terms_ptr + L + latent, mask=mask, other=1.0)
-        bound = tl.zeros_like(s)
-    else:
+    pre_act, score = score_of(s, latent, mask, row_inverse, terms_ptr, L, EXACT, HAS_NORMS)
+    bound = tl.zeros_like(s)
+    if not EXACT:
         scale = row_inverse * tl.load(terms_ptr + latent, mask=mask, other=0.0)
-        scaled = s * scale
-        score = scaled + tl.load(terms_ptr + L + latent, mask=mask, other=float("-inf"))
-        pre_act = score
-        # 2^-11 of s for its rounding to float16, 2^-25 for subnormals, the rest for float32.
         bound = tl.load(terms_ptr + 4 * L + latent, mask=mask, other=0.0)
         bound += row_weight_norm * tl.load(terms_ptr + 2 * L + latent, mask=mask, other=0.0)
         bound += row_weight_residual * tl.load(terms_ptr + 3 * L + latent, mask=mask, other=0.0)
-        bound += 4.887e-4 * tl.abs(scaled) + 2.9803e-8 * scale
+        bound += ROUNDING * tl.abs(s * scale) + SUBNORMAL * scale
     return pre_act, score, bound
 
 

@@ -27,7 +27,16 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.device import on_device_of_arguments
-from saelens_sparse.ops.screen_triton import MAX_D_IN, Screen, row_terms, screened, warps
+from saelens_sparse.ops.screen_triton import (
+    MAX_D_IN,
+    ROUNDING,
+    SUBNORMAL,
+    Screen,
+    row_terms,
+    score_of,
+    screened,
+    warps,
+)
 from saelens_sparse.ops.select import Selection
 from saelens_sparse.ops.weight_copy import WeightCopy
 
@@ -45,9 +54,9 @@ _GROUPS_PER_LATENT = 16
 class SelectLaunch:
     """Tile sizes of the selection kernels, chosen at 2304 -> 65,536, k 64, batch 4096 (H200)."""
 
-    BOUND_COLS: int = 256
-    BOUND_ROWS: int = 8
-    BOUND_WARPS: int = 4
+    MAXIMA_COLS: int = 256
+    MAXIMA_ROWS: int = 16
+    MAXIMA_WARPS: int = 4
     CANDIDATE_TILE: int = 512
     RESCORE_CANDIDATES: int = 8
     RESCORE_COLS: int = 256
@@ -96,14 +105,12 @@ def _topk(keys, k):
 
 
 @triton.jit
-def _group_bounds_kernel(
-    lower_ptr,  # [N, G] largest (score - bound) of each group
-    upper_ptr,  # [N, G] largest (score + bound) of each group; not written if EXACT
+def _group_maxima_kernel(
+    maxima_ptr,  # [N, G]
     screen_ptr,  # [N, L]
-    x_error_ptr,  # this and the next three: see row_terms and screened
+    x_error_ptr,  # see row_terms, as the next
     x_stride,
-    terms_ptr,
-    accumulation,
+    terms_ptr,  # see score_of
     N,
     L,
     G,
@@ -113,42 +120,51 @@ def _group_bounds_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Largest score of every group; one read of the buffer, slab by slab."""
+    """Largest score of every group, infinite if one is NaN; one read of the buffer."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
     rows = rows.to(tl.int64)
-    inverse, weight_norm, weight_residual = row_terms(
-        x_error_ptr, x_stride, rows[:, None], row_mask[:, None], accumulation, EXACT
-    )
-    lower = tl.full((ROWS, COLS), float("-inf"), tl.float32)
-    upper = tl.full((ROWS, COLS), float("-inf"), tl.float32)
+    row = row_terms(x_error_ptr, x_stride, rows[:, None], row_mask[:, None], 0.0, EXACT)
+    maxima = tl.full((ROWS, COLS), float("-inf"), tl.float32)
     for slab in range(0, L, G * RUN):
         latent = (slab + cols)[None, :]
         live = latent < L
         mask = row_mask[:, None] & live
         s = tl.load(screen_ptr + rows[:, None] * L + latent, mask=mask, other=0.0)
-        _, score, bound = screened(
-            s.to(tl.float32), latent, live, inverse, weight_norm, weight_residual, terms_ptr, L,
-            EXACT, HAS_NORMS,
-        )  # fmt: skip
-        # A score that is NaN, or has no bound, may be anything: its group reaches T, and unless
-        # it is final it does not raise T.
-        upper = tl.maximum(upper, score + bound, propagate_nan=tl.PropagateNan.ALL)
-        if not EXACT:
-            lower = tl.maximum(lower, score - bound, propagate_nan=tl.PropagateNan.NONE)
-    upper = tl.where(upper == upper, upper, float("inf"))
-    if EXACT:
-        lower = upper
+        _, score = score_of(s.to(tl.float32), latent, live, row[0], terms_ptr, L, EXACT, HAS_NORMS)
+        maxima = tl.maximum(maxima, score, propagate_nan=tl.PropagateNan.ALL)
+    maxima = tl.where(maxima == maxima, maxima, float("inf"))
     GROUPS: tl.constexpr = COLS // RUN
     groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     out = rows[:, None] * G + groups[None, :]
-    out_mask = row_mask[:, None] & (groups < G)[None, :]
-    lower = tl.max(tl.reshape(lower, (ROWS, GROUPS, RUN)), axis=2)
-    tl.store(lower_ptr + out, lower, mask=out_mask)
-    if not EXACT:
-        upper = tl.max(tl.reshape(upper, (ROWS, GROUPS, RUN)), axis=2)
-        tl.store(upper_ptr + out, upper, mask=out_mask)
+    maxima = tl.max(tl.reshape(maxima, (ROWS, GROUPS, RUN)), axis=2)
+    tl.store(maxima_ptr + out, maxima, mask=row_mask[:, None] & (groups < G)[None, :])
+
+
+@triton.jit
+def _group_terms_kernel(
+    group_terms_ptr,  # [4, G]: inverse scale, magnitude of the bias, norm, residual
+    terms_ptr,  # [5, L], see score_of
+    L,
+    G,
+    RUN: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The largest of the latents' terms in every group, NaN if one is."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    GROUPS: tl.constexpr = COLS // RUN
+    groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    for term in tl.static_range(4):
+        largest = tl.zeros((COLS,), tl.float32)
+        for slab in range(0, L, G * RUN):
+            latent = slab + cols
+            value = tl.load(terms_ptr + term * L + latent, mask=latent < L, other=0.0)
+            largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+        # A NaN would not be seen by what follows; its bound is infinite.
+        largest = tl.where(largest == largest, largest, float("inf"))
+        largest = tl.max(tl.reshape(largest, (GROUPS, RUN)), axis=1)
+        tl.store(group_terms_ptr + term * G + groups, largest, mask=groups < G)
 
 
 @triton.jit
@@ -156,22 +172,48 @@ def _reaching_groups_kernel(
     groups_ptr,  # [N, CAPACITY] int32
     n_groups_ptr,  # [N] int32
     thresholds_ptr,  # [N]
-    lower_ptr,  # [N, G]
-    upper_ptr,  # [N, G]
+    maxima_ptr,  # [N, G]
+    group_terms_ptr,  # [4, G], unused if EXACT
+    x_error_ptr,  # this and the next two: see row_terms
+    x_stride,
+    accumulation,
     G,
     k,
+    EXACT: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """T, a lower bound of the k-th largest of lower; the groups whose upper reaches it."""
+    """T, a lower bound of the k-th largest true maximum; the groups that may reach it.
+
+    A group's true maximum is within c |m| + d of its screened one, m, where d is the largest of
+    the group's bounds less what depends on the product, and c |product| <= c |score| + c |bias|:
+    both ends of a latent's interval grow with its screened score.
+    """
     n = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, BLOCK_G)
     mask = group < G
-    lower = tl.load(lower_ptr + n * G + group, mask=mask, other=float("-inf"))
+    maximum = tl.load(maxima_ptr + n * G + group, mask=mask, other=float("-inf"))
+    lower = maximum
+    upper = maximum
+    if not EXACT:
+        inverse, weight_norm, weight_residual = row_terms(
+            x_error_ptr, x_stride, n, True, accumulation, EXACT
+        )
+        terms = group_terms_ptr + group
+        bound = SUBNORMAL * inverse * tl.load(terms, mask=mask, other=0.0)
+        # Besides the product's rounding those of three additions in float32, here and there.
+        bound += (ROUNDING + 6e-7) * tl.load(terms + G, mask=mask, other=0.0)
+        bound += weight_norm * tl.load(terms + 2 * G, mask=mask, other=0.0)
+        bound += weight_residual * tl.load(terms + 3 * G, mask=mask, other=0.0)
+        bound += (ROUNDING + 3e-7) * tl.abs(maximum)
+        lower = maximum - bound
+        upper = maximum + bound
+        # What has no bound may be anything: its group reaches T, and does not raise it.
+        lower = tl.where(lower == lower, lower, float("-inf"))
+        upper = tl.where(mask & (upper != upper), float("inf"), upper)
     key = _kth_largest_key(tl.where(mask, _ordered_key(lower), -2147483648), k)
     bits = tl.where(key < 0, key ^ 0x7FFFFFFF, key)
     threshold = bits.to(tl.float32, bitcast=True)
-    upper = tl.load(upper_ptr + n * G + group, mask=mask, other=float("-inf"))
     reaches = mask & (upper >= threshold)
     position = tl.cumsum(reaches.to(tl.int32), axis=0) - 1
     tl.store(groups_ptr + n * CAPACITY + position, group, mask=reaches & (position < CAPACITY))
@@ -419,6 +461,7 @@ def select_topk(
         scores=torch.empty(n_rows, capacity, dtype=torch.float32, device=device),
         counts=torch.empty(n_rows, dtype=torch.int32, device=device),
         flags=torch.empty(n_rows, dtype=torch.int8, device=device),
+        group_terms=_group_terms(screen, group_count(d_sae, k)),
     )
     for rows, products in screen.chunks(buffer_bytes):
         _find_candidates(found, screen, rows, products, k)
@@ -479,6 +522,16 @@ class _Candidates:
     scores: torch.Tensor  # [n_rows, C]
     counts: torch.Tensor  # [n_rows] int32
     flags: torch.Tensor  # [n_rows] int8, nonzero where the list cannot be trusted
+    group_terms: torch.Tensor  # [4, n_groups], what bounds the error of a group's maximum
+
+
+def _group_terms(screen: Screen, n_groups: int) -> torch.Tensor:
+    out = torch.empty(4, n_groups, dtype=torch.float32, device=screen.x.device)
+    if not screen.exact:
+        _group_terms_kernel[(triton.cdiv(n_groups * RUN, 128),)](
+            out, screen.terms, screen.weight.shape[0], n_groups, RUN=RUN, COLS=128, num_warps=4
+        )
+    return out
 
 
 def _find_candidates(
@@ -486,25 +539,26 @@ def _find_candidates(
 ) -> None:
     n_rows, d_sae = products.shape
     device, capacity = products.device, found.latents.shape[1]
-    n_groups = group_count(d_sae, k)
-    lower = torch.empty(n_rows, n_groups, dtype=torch.float32, device=device)
-    upper = lower if screen.exact else torch.empty_like(lower)
+    n_groups = found.group_terms.shape[1]
+    maxima = torch.empty(n_rows, n_groups, dtype=torch.float32, device=device)
     arguments = screen.arguments(rows)
+    x_error, x_stride, terms, accumulation = arguments
     grid = (
-        triton.cdiv(n_groups * RUN, LAUNCH.BOUND_COLS),
-        triton.cdiv(n_rows, LAUNCH.BOUND_ROWS),
+        triton.cdiv(n_groups * RUN, LAUNCH.MAXIMA_COLS),
+        triton.cdiv(n_rows, LAUNCH.MAXIMA_ROWS),
     )
-    _group_bounds_kernel[grid](
-        lower, upper, products, *arguments, n_rows, d_sae, n_groups, **screen.modes, RUN=RUN,
-        COLS=LAUNCH.BOUND_COLS, ROWS=LAUNCH.BOUND_ROWS, num_warps=LAUNCH.BOUND_WARPS,
+    _group_maxima_kernel[grid](
+        maxima, products, x_error, x_stride, terms, n_rows, d_sae, n_groups, **screen.modes,
+        RUN=RUN, COLS=LAUNCH.MAXIMA_COLS, ROWS=LAUNCH.MAXIMA_ROWS, num_warps=LAUNCH.MAXIMA_WARPS,
     )  # fmt: skip
     reaching = torch.empty(n_rows, capacity, dtype=torch.int32, device=device)
     n_reaching = torch.empty(n_rows, dtype=torch.int32, device=device)
     thresholds = torch.empty(n_rows, dtype=torch.float32, device=device)
     block_g = triton.next_power_of_2(n_groups)
     _reaching_groups_kernel[(n_rows,)](
-        reaching, n_reaching, thresholds, lower, upper, n_groups, k,
-        CAPACITY=capacity, BLOCK_G=block_g, num_warps=warps(block_g, per_warp=512),
+        reaching, n_reaching, thresholds, maxima, found.group_terms, x_error, x_stride,
+        accumulation, n_groups, k, EXACT=screen.exact, CAPACITY=capacity, BLOCK_G=block_g,
+        num_warps=warps(block_g, per_warp=512),
     )  # fmt: skip
     _candidates_kernel[(n_rows,)](
         found.latents[rows], found.pre_acts[rows], found.scores[rows], found.counts[rows],

@@ -297,7 +297,7 @@ _PER_LAUNCH: Mapping[str, Callable[[Problem], Work]] = {
 }
 _PER_STEP: Mapping[str, Callable[[Problem, float], Work]] = {
     "_round_rows_kernel": _round_rows,
-    "_group_bounds_kernel": _read_screen,
+    "_group_maxima_kernel": _read_screen,
     "_mark_kernel": _read_screen,
     "_count_marks_kernel": _read_marks,
     "_list_marks_kernel": _read_marks,
