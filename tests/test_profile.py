@@ -484,7 +484,7 @@ def test_work_of_kernels_follows_from_the_problem():
     # A row of the weight, a coefficient and a latent for each pair, and the batch.
     assert bytes_of("_gather_sum_kernel", 1) == 32 * (4 * D + 12) + 4 * N * D
     # Chunks of the buffer are launched one by one.
-    assert bytes_of("_group_maxima_kernel", 1) == bytes_of("_group_bounds_kernel", 3) == 2 * N * L
+    assert bytes_of("_group_maxima_kernel", 1) == bytes_of("_group_maxima_kernel", 3) == 2 * N * L
     assert bytes_of("_round_rows_kernel", 1) == 6 * N * D
     assert bytes_of("_round_rows_kernel", 2) == 6 * (N + L) * D
     assert bytes_of("_adam_kernel", 4) == 28 * PROBLEM.n_parameters

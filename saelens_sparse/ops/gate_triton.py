@@ -40,7 +40,8 @@ class GateLaunch:
     """Tile sizes of the search kernels, chosen at 2304 -> 65,536, batch 4096 (H200)."""
 
     MARK_COLS: int = 256
-    MARK_ROWS: int = 16
+    MARK_ROWS: int = 8
+    MARK_WARPS: int = 2
     RESOLVE_PAIRS: int = 256
 
 
@@ -90,8 +91,7 @@ def _mark_kernel(
         most += weight_norm * tl.load(terms_ptr + 2 * L + latent, mask=live, other=0.0)
         most += weight_residual * tl.load(terms_ptr + 3 * L + latent, mask=live, other=0.0)
     # A NaN does not fall short of the edge.
-    falls_short = most < edge
-    bits = tl.where(mask & (falls_short == 0), 1, 0) << (latent % _WORD)
+    bits = tl.where(most < edge, 0, tl.where(live, 1 << (latent % _WORD), 0))
     WORDS: tl.constexpr = COLS // _WORD
     words = tl.sum(tl.reshape(bits, (ROWS, WORDS, _WORD)), axis=2)
     place = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
@@ -235,7 +235,8 @@ def find_pattern(
         grid = (triton.cdiv(d_sae, LAUNCH.MARK_COLS), triton.cdiv(n_chunk, LAUNCH.MARK_ROWS))
         _mark_kernel[grid](
             words, edge, products, *screen.arguments(rows), n_chunk, d_sae, n_words,
-            EXACT=screen.exact, COLS=LAUNCH.MARK_COLS, ROWS=LAUNCH.MARK_ROWS, num_warps=4,
+            EXACT=screen.exact, COLS=LAUNCH.MARK_COLS, ROWS=LAUNCH.MARK_ROWS,
+            num_warps=LAUNCH.MARK_WARPS,
         )  # fmt: skip
         counts = torch.empty(n_chunk, dtype=torch.int64, device=device)
         n_warps = warps(block_w, per_warp=512)

@@ -44,9 +44,19 @@ class SegmentSumLaunch:
     num_warps: int = 1
 
 
+@dataclass(frozen=True)
+class SegmentTotalsLaunch:
+    """Tile of `segment_totals`: BLOCK_P values of each of BLOCK_L latents at a time."""
+
+    BLOCK_L: int = 8
+    BLOCK_P: int = 128
+    num_warps: int = 4
+
+
 GATHER_SUM = GatherSumLaunch()
 GATHER_DOT = GatherDotLaunch()
 SEGMENT_SUM = SegmentSumLaunch()
+SEGMENT_TOTALS = SegmentTotalsLaunch()
 # Columns whose squares one warp adds; a norm is made of such sums wherever it is made.
 NORM_COLS = 512
 
@@ -296,18 +306,21 @@ def _segment_totals_kernel(
     offsets_ptr,  # [L + 1]
     pairs_ptr,  # [P]
     values_ptr,  # [P]
+    L,
+    BLOCK_L: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """totals[j] = sum over the pairs p of segment j of values[p]"""
-    j = tl.program_id(0).to(tl.int64)
-    first = tl.load(offsets_ptr + j)
-    n_pairs = (tl.load(offsets_ptr + j + 1) - first).to(tl.int32)
-    acc = tl.zeros((BLOCK_P,), dtype=tl.float32)
-    for start in range(0, n_pairs, BLOCK_P):
+    j = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = tl.load(offsets_ptr + j, mask=j < L, other=0)
+    n_pairs = (tl.load(offsets_ptr + j + 1, mask=j < L, other=0) - first).to(tl.int32)
+    acc = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.float32)
+    for start in range(0, tl.max(n_pairs, axis=0), BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        pair = tl.load(pairs_ptr + first + p, mask=p < n_pairs, other=0)
-        acc += tl.load(values_ptr + pair, mask=p < n_pairs, other=0.0).to(tl.float32)
-    tl.store(totals_ptr + j, tl.sum(acc, axis=0))
+        live = p[None, :] < n_pairs[:, None]
+        pair = tl.load(pairs_ptr + first[:, None] + p[None, :], mask=live, other=0)
+        acc += tl.load(values_ptr + pair, mask=live, other=0.0).to(tl.float32)
+    tl.store(totals_ptr + j, tl.sum(acc, axis=1), mask=j < L)
 
 
 @triton.jit
@@ -476,9 +489,11 @@ def segment_sum(
 @on_device_of_arguments
 def segment_totals(order: LatentOrder, values: torch.Tensor) -> torch.Tensor:
     totals = torch.empty(order.d_sae, dtype=torch.float32, device=values.device)
-    _segment_totals_kernel[(order.d_sae,)](
-        totals, order.offsets, order.pairs, values.contiguous(), BLOCK_P=128, num_warps=1
-    )
+    launch = SEGMENT_TOTALS
+    _segment_totals_kernel[(triton.cdiv(order.d_sae, launch.BLOCK_L),)](
+        totals, order.offsets, order.pairs, values.contiguous(), order.d_sae,
+        BLOCK_L=launch.BLOCK_L, BLOCK_P=launch.BLOCK_P, num_warps=launch.num_warps,
+    )  # fmt: skip
     return totals
 
 

@@ -55,10 +55,10 @@ class SelectLaunch:
     """Tile sizes of the selection kernels, chosen at 2304 -> 65,536, k 64, batch 4096 (H200)."""
 
     MAXIMA_COLS: int = 256
-    MAXIMA_ROWS: int = 16
+    MAXIMA_ROWS: int = 8
     MAXIMA_WARPS: int = 4
     CANDIDATE_TILE: int = 512
-    RESCORE_CANDIDATES: int = 8
+    RESCORE_CANDIDATES: int = 16
     RESCORE_COLS: int = 256
 
 
@@ -333,8 +333,8 @@ def _rescore_kernel(
     """pre_acts[n, c] = <x[n], weight[latents[n, c]]> + bias in float32"""
     n = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_ptr + n)
-    if tl.program_id(1) * BLOCK_C < count:
-        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    for first in range(tl.program_id(1) * BLOCK_C, count, tl.num_programs(1) * BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
         live = c < count
         latent = tl.load(latents_ptr + n * C + c, mask=live, other=0).to(tl.int64)
         acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
@@ -471,7 +471,8 @@ def select_topk(
             num_warps=warps(capacity, per_warp=256),
         )  # fmt: skip
         block_c = LAUNCH.RESCORE_CANDIDATES
-        _rescore_kernel[(n_rows, triton.cdiv(capacity, block_c))](
+        # As many programs a row as have work on most rows, which have some 1.3 k candidates.
+        _rescore_kernel[(n_rows, triton.cdiv(4 * k, 3 * block_c))](
             found.pre_acts, found.scores, found.flags, found.latents, found.counts, x, weight,
             screen.bias, screen.bias if norms is None else screen.norms, x.shape[1],
             HAS_NORMS=norms is not None, C=capacity, BLOCK_C=block_c,
