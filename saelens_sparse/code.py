@@ -107,9 +107,13 @@ class Code(ABC):
 
     @abstractmethod
     def decode(
-        self, W_dec: torch.Tensor, block: RowBlock | None, sink: list[RowGradient] | None
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        block: RowBlock | None,
+        sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`acts @ W_dec`, `[n_rows, d_in]`, and a block of rows of `W_dec` or None.
+        """`acts @ W_dec + b_dec`, `[n_rows, d_in]`, and a block of rows of `W_dec` or None.
 
         `sink` gets the gradient of `W_dec` where it is a sum over active pairs.
         """
@@ -176,10 +180,16 @@ class SelectedCode(Code):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, block: RowBlock | None, sink: list[RowGradient] | None
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        block: RowBlock | None,
+        sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         latents = self.selection.latents
-        return decode_selected(self.acts, W_dec, latents, self.order, block, self.backend, sink)
+        return decode_selected(
+            self.acts, W_dec, latents, self.order, block, self.backend, sink, b_dec
+        )
 
 
 @dataclass(kw_only=True)
@@ -228,10 +238,16 @@ class GatedCode(Code):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, block: RowBlock | None, sink: list[RowGradient] | None
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        block: RowBlock | None,
+        sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         latents = self.pattern.latents
-        return decode_selected(self.acts, W_dec, latents, self.order, block, self.backend, sink)
+        return decode_selected(
+            self.acts, W_dec, latents, self.order, block, self.backend, sink, b_dec
+        )
 
 
 @dataclass(kw_only=True)
@@ -276,6 +292,11 @@ class DenselyGatedCode(Code):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, block: RowBlock | None, sink: list[RowGradient] | None
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        block: RowBlock | None,
+        sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return decode_densely(self.acts, W_dec, block, self.backend)
+        product, rows = decode_densely(self.acts, W_dec, block, self.backend)
+        return product + b_dec, rows

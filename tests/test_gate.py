@@ -1123,6 +1123,18 @@ def test_segment_totals_of_rows_of_k_match_float64(
     assert torch.equal(segment_totals(order, values, backend), totals)
 
 
+def test_a_bias_is_added_as_if_apart(
+    backend: Backend, device: torch.device, dtype: torch.dtype
+) -> None:
+    pairs = ragged_pairs("a latent on 300 rows", 9, device, dtype)
+    weight = torch.randn(33, 19).to(device, dtype)
+    for bias in (torch.randn(19).to(device, dtype), torch.randn(19, device=device).double()):
+        sums = gather_sum(pairs.coefficients, pairs.latents, weight, backend, pairs.ragged)
+        given = gather_sum(pairs.coefficients, pairs.latents, weight, backend, pairs.ragged, bias)
+        assert given.dtype == (sums + bias).dtype
+        assert torch.equal(given, sums + bias)
+
+
 @pytest.mark.default_algorithms
 def test_ragged_row_ops_repeat_bit_for_bit(
     backend: Backend, device: torch.device, dtype: torch.dtype

@@ -112,7 +112,9 @@ def sparse_outputs(
     n = p.rows.numel()
     block = RowBlock(p.rows, n + padding)
     acts, W_enc = encode_selected(x, p.W_enc, p.b_enc, input_bias, selection, order, block, backend)
-    recons, W_dec = decode_selected(acts, p.W_dec, selection.latents, order, block, backend)
+    recons, W_dec = decode_selected(
+        acts, p.W_dec, selection.latents, order, block, backend, None, p.b_dec
+    )
     assert W_enc is not None
     assert W_dec is not None
     bias = p.b_enc[p.rows]
@@ -133,7 +135,11 @@ def dense_outputs(p: Parameters, of: Outputs) -> Outputs:
     code = pre_acts.relu() * selected
     values = pre_acts[:, p.rows] * of.kept
     return Outputs(
-        code.gather(1, of.latents), code @ p.W_dec, values @ p.W_dec[p.rows], of.latents, p
+        code.gather(1, of.latents),
+        code @ p.W_dec + p.b_dec,
+        values @ p.W_dec[p.rows],
+        of.latents,
+        p,
     )
 
 
@@ -251,7 +257,9 @@ def test_gradcheck_in_torch() -> None:
             centred, encoder.T, b_enc, None, selection, order, None, "torch"
         )
         assert no_block is None
-        recons, _ = decode_selected(acts, W_dec, selection.latents, order, None, "torch")
+        recons, _ = decode_selected(
+            acts, W_dec, selection.latents, order, None, "torch", None, b_dec
+        )
         # By latent, so that the order of the selection does not matter.
         code = torch.zeros(3, D_SAE, dtype=acts.dtype).scatter(1, selection.latents, acts)
         return code, recons
@@ -324,7 +332,10 @@ def test_clipped_latents_get_no_gradient(backend: Backend, device: torch.device)
         p.b_enc.fill_(-100.0)
     outputs = sparse_outputs(p, backend)
     assert not outputs.acts.any()
-    for name, gradient in gradients(outputs, "acts", "recons").items():
+    grads = gradients(outputs, "acts", "recons")
+    # The decoder's bias is added to every row, whatever fires.
+    torch.testing.assert_close(grads.pop("b_dec"), p.upstream_recons.sum(0))
+    for name, gradient in grads.items():
         assert gradient is not None
         assert not gradient.any(), name
 

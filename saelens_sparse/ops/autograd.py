@@ -58,8 +58,10 @@ def decode_selected(
     block: RowBlock | None,
     backend: Backend,
     sink: list[RowGradient] | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`acts @ weight` for activations at selected latents, `[n_rows, d_in]`, and a block of rows.
+    """`acts @ weight + bias` for activations at selected latents, `[n_rows, d_in]`, and a block of
+    rows.
 
     Args:
         acts: `[n_rows, k]`, or `[n_pairs]` if the rows of `order` are ragged; zero wherever
@@ -71,12 +73,13 @@ def decode_selected(
         backend: `"triton"` or `"torch"`.
         sink: gets the weight's gradient in the backward pass, and autograd none; None for the
             other way round.
+        bias: `[d_in]` or None.
 
     Returns:
-        The product, and the block (`[block.width, d_in]`) or None.
+        The sum, and the block (`[block.width, d_in]`) or None.
     """
     return _DecodeSelected.apply(  # pyright: ignore[reportReturnType]
-        acts, weight, latents, order, block, backend, sink
+        acts, weight, bias, latents, order, block, backend, sink
     )
 
 
@@ -142,6 +145,7 @@ class _DecodeSelected(torch.autograd.Function):
         ctx: Any,
         acts: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         latents: torch.Tensor,
         order: LatentOrder,
         block: RowBlock | None,
@@ -149,9 +153,10 @@ class _DecodeSelected(torch.autograd.Function):
         sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.save_for_backward(acts, weight, latents)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.order, ctx.block, ctx.backend, ctx.sink = order, block, backend, sink
         ctx.set_materialize_grads(False)
-        recons = gather_sum(acts, latents, weight, backend, order.ragged)
+        recons = gather_sum(acts, latents, weight, backend, order.ragged, bias)
         return recons, None if block is None else block.of(weight)
 
     @staticmethod
@@ -165,8 +170,8 @@ class _DecodeSelected(torch.autograd.Function):
             n_rows = acts.shape[0] if order.ragged is None else order.ragged.n_rows
             grad_output = weight.new_zeros(n_rows, weight.shape[1])
         else:
-            grad_output = grads[0].contiguous()
-        grad_acts = grad_weight = None
+            grad_output = grads[0].to(weight.dtype).contiguous()
+        grad_acts = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_acts = gather_dot(grad_output, latents, weight, backend, order.ragged)
             grad_acts = grad_acts.to(acts.dtype)
@@ -176,7 +181,9 @@ class _DecodeSelected(torch.autograd.Function):
                 grad_weight, _ = gradient.dense(weight.dtype, backend)
             else:
                 ctx.sink.append(gradient)
-        return grad_acts, grad_weight, None, None, None, None, None
+        if ctx.needs_input_grad[2] and grads[0] is not None:
+            grad_bias = grads[0].sum(0).to(ctx.bias_dtype)
+        return grad_acts, grad_weight, grad_bias, None, None, None, None, None
 
 
 def deliver(

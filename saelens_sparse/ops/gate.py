@@ -182,5 +182,6 @@ def gate_and_edge(
     The edges err downwards by more than rounding, so that nothing inside falls below them.
     """
     gate = threshold.to(dtype)
-    slack = 2 * torch.finfo(dtype).eps * (gate.abs() + bandwidth)
-    return gate, gate - bandwidth / 2 - slack
+    slack = 2 * torch.finfo(dtype).eps
+    edge = gate - (bandwidth / 2 + slack * bandwidth)
+    return gate, edge.sub_(gate.abs(), alpha=slack)

@@ -39,7 +39,7 @@ _WORD = tl.constexpr(32)
 class GateLaunch:
     """Tile sizes of the search kernels, chosen at 2304 -> 65,536, batch 4096 (H200)."""
 
-    MARK_COLS: int = 256
+    MARK_COLS: int = 512
     MARK_ROWS: int = 8
     MARK_WARPS: int = 2
     RESOLVE_PAIRS: int = 256
@@ -241,7 +241,10 @@ def find_pattern(
         counts = torch.empty(n_chunk, dtype=torch.int64, device=device)
         n_warps = warps(block_w, per_warp=512)
         _count_marks_kernel[(n_chunk,)](counts, words, n_words, BLOCK_W=block_w, num_warps=n_warps)
-        offsets[rows.start + 1 : rows.stop + 1] = offsets[rows.start] + counts.cumsum(0)
+        ends = offsets[rows.start + 1 : rows.stop + 1]
+        torch.cumsum(counts, 0, out=ends)
+        if rows.start > 0:
+            ends += offsets[rows.start]
         _list_marks_kernel[(n_chunk,)](
             latents, rows_of_pairs, pre_acts, offsets[rows.start :], words, products,
             screen.bias, rows.start, capacity, d_sae, n_words, EXACT=screen.exact,

@@ -32,8 +32,9 @@ def gather_sum(
     weight: torch.Tensor,
     backend: Backend,
     ragged: RaggedRows | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weighted sum of each row's selected weight rows.
+    """Weighted sum of each row's selected weight rows, plus a bias if there is one.
 
     Args:
         coefficients: `[n_rows, k]` floating point.
@@ -41,15 +42,18 @@ def gather_sum(
         weight: `[d_sae, d]`, contiguous rows.
         backend: `"triton"` or `"torch"`.
         ragged: the rows, if `coefficients` and `latents` are flat.
+        bias: `[d]` or None.
 
     Returns:
-        `[n_rows, d]` in the dtype of `weight`.
+        `[n_rows, d]` in the dtype of `weight`, with a bias in what that and its dtype promote to.
     """
+    if bias is not None and (backend != "triton" or bias.dtype != weight.dtype):
+        return gather_sum(coefficients, latents, weight, backend, ragged) + bias
     _check_pairs(latents, weight, ragged, coefficients=coefficients)
     if backend == "triton":
         from saelens_sparse.ops import row_ops_triton
 
-        return row_ops_triton.gather_sum(coefficients, latents, weight, ragged)
+        return row_ops_triton.gather_sum(coefficients, latents, weight, ragged, bias)
     if weight.dtype in (torch.float32, torch.float64) and _has_embedding_bag(weight):
         n_pairs = _pairs_in_rows(latents, ragged)
         return F.embedding_bag(

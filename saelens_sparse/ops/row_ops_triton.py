@@ -78,14 +78,16 @@ def _gather_sum_kernel(
     coefficients_ptr,  # [N, K]
     latents_ptr,  # [N, K]
     weight_ptr,  # [L, D]
+    bias_ptr,  # [D], unused unless HAS_BIAS
     row_offsets_ptr,  # [N + 1], unused unless RAGGED
     K,
     D,
+    HAS_BIAS: tl.constexpr,
     RAGGED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[n, :] = sum_i coefficients[n, i] * weight[latents[n, i], :]"""
+    """out[n, :] = sum_i coefficients[n, i] * weight[latents[n, i], :] + bias[:]"""
     n = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
@@ -104,7 +106,11 @@ def _gather_sum_kernel(
             other=0.0,
         ).to(tl.float32)
         acc += tl.sum(tile * coefficient[:, None], axis=0)
-    tl.store(out_ptr + n * D + cols, acc.to(out_ptr.dtype.element_ty), mask=col_mask)
+    out = acc.to(out_ptr.dtype.element_ty)
+    if HAS_BIAS:  # rounded as a sum and an addition are
+        bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+        out = (out.to(tl.float32) + bias).to(out.dtype)
+    tl.store(out_ptr + n * D + cols, out, mask=col_mask)
 
 
 @triton.jit
@@ -400,6 +406,7 @@ def gather_sum(
     latents: torch.Tensor,
     weight: torch.Tensor,
     ragged: RaggedRows | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     n_rows, k, offsets = _row_arguments(latents, ragged)
     d = weight.shape[1]
@@ -407,9 +414,10 @@ def gather_sum(
     launch = GATHER_SUM
     if out.numel() > 0:
         _gather_sum_kernel[(n_rows, triton.cdiv(d, launch.BLOCK_D))](
-            out, coefficients.contiguous(), latents.contiguous(), weight.contiguous(), offsets,
-            k, d, RAGGED=ragged is not None, BLOCK_K=launch.BLOCK_K, BLOCK_D=launch.BLOCK_D,
-            num_warps=launch.num_warps,
+            out, coefficients.contiguous(), latents.contiguous(), weight.contiguous(),
+            weight if bias is None else bias.contiguous(), offsets, k, d,
+            HAS_BIAS=bias is not None, RAGGED=ragged is not None, BLOCK_K=launch.BLOCK_K,
+            BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
         )  # fmt: skip
     return out
 

@@ -278,10 +278,10 @@ class SparseTrainingSAEMixin(_Base):
         dead = code.dead
         block = None if dead is None else dead.block
         sink = self.sink_of("W_dec", code.acts.numel(), code.backend)
-        recons, dead_W_dec = code.decode(self.W_dec, block, sink)
+        recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, block, sink)
         if dead is not None:
             dead.W_dec = dead_W_dec
-        sae_out_pre = (recons + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in)
+        sae_out_pre = recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
         sae_out_pre = self.hook_sae_recons(sae_out_pre)
         sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
         return self.reshape_fn_out(sae_out_pre, self.d_head)
