@@ -202,8 +202,11 @@ def test_ratios_are_of_the_latest_run_that_has_both():
 
 
 def test_break_even_lies_where_the_line_crosses_one():
-    assert break_even([(64, 4.0), (256, 1.0 / 4.0)]) == pytest.approx([128])
-    assert break_even([(1, 0.5), (2, 2.0), (4, 0.5)]) == pytest.approx([math.sqrt(2), 2 * 2**0.5])
+    (falling,) = break_even([(64, 4.0), (256, 1.0 / 4.0)])
+    assert falling.value == pytest.approx(128) and not falling.rises
+    rising, falling = break_even([(1, 0.5), (2, 2.0), (4, 0.5)])
+    assert rising.value == pytest.approx(math.sqrt(2)) and rising.rises
+    assert falling.value == pytest.approx(2 * 2**0.5) and not falling.rises
     assert break_even([(64, 4.0), (256, 1.5)]) == []
 
 

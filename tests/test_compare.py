@@ -354,13 +354,9 @@ def test_the_page_needs_no_other_file(outcomes: dict[str, Any]) -> None:
     assert "Latents that both dictionaries share" not in outcomes["interrupted page"]
 
 
-def test_without_matplotlib_there_are_no_pictures_but_everything_else(
-    outcomes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(report, "can_draw", lambda: False)
-    comparison = command.parse_comparison(
-        [str(make_config(outcomes["output"].parent)), f"--steps={N_STEPS}", f"--output={tmp_path}"]
-    )
+def report_on_steps(config: Path, output: Path) -> None:
+    """Report on a comparison whose steps are not taken but made up."""
+    comparison = command.parse_comparison([str(config), f"--steps={N_STEPS}", f"--output={output}"])
     state, _ = command.open_output(comparison)
     for folder in comparison.folders:
         lines = (step.to_json() + "\n" for step in steps_of_an_arm(0.1))
@@ -368,6 +364,25 @@ def test_without_matplotlib_there_are_no_pictures_but_everything_else(
     findings = command.collect(comparison, state, "complete", None, None)
     assert findings is not None
     command.write_report(comparison, state, findings)
+
+
+def test_prefetching_that_was_turned_off_is_mentioned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report, "can_draw", lambda: False)
+    for prefetch in (False, True):
+        config = make_config(tmp_path, prefetch_llm_batches=prefetch)
+        output = tmp_path / f"prefetch-{prefetch}"
+        report_on_steps(config, output)
+        notes = json.loads((output / "results.json").read_text())["notes"]
+        assert any("prefetch_llm_batches is off" in note for note in notes) == prefetch
+
+
+def test_without_matplotlib_there_are_no_pictures_but_everything_else(
+    outcomes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report, "can_draw", lambda: False)
+    report_on_steps(make_config(outcomes["output"].parent), tmp_path)
     assert "<img" not in (tmp_path / "report.html").read_text()
     assert not list(tmp_path.rglob("*.png"))
     assert json.loads((tmp_path / "results.json").read_text())["status"] == "complete"

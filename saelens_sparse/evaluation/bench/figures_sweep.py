@@ -79,19 +79,27 @@ def speedups(rows: Sequence[Row], size: str) -> list[Point]:
     ]
 
 
-def break_even(points: Sequence[tuple[float, float]]) -> list[float]:
+@dataclass(frozen=True)
+class Crossing:
+    """Where a speed-up becomes a loss, or a loss a speed-up."""
+
+    value: float
+    rises: bool
+
+
+def break_even(points: Sequence[tuple[float, float]]) -> list[Crossing]:
     """
     Where a line through (value, ratio), straight in logarithms, crosses a ratio of one.
 
     Args:
         points: By ascending value; both numbers positive.
     """
-    crossings: list[float] = []
+    crossings: list[Crossing] = []
     for (value, ratio), (next_value, next_ratio) in pairwise(points):
         low, high = math.log(ratio), math.log(next_ratio)
         if low * high < 0:
-            share = low / (low - high)
-            crossings.append(value * (next_value / value) ** share)
+            crossing = value * (next_value / value) ** (low / (low - high))
+            crossings.append(Crossing(crossing, rises=high > low))
     return crossings
 
 
@@ -110,24 +118,32 @@ def _draw_speedups(panel: Axes, points: Sequence[Point]) -> None:
             markersize=5,
             label=label_of(arm),
         )
-        labelled = 0.0
-        for crossing in break_even(line):
-            panel.plot([crossing], [1.0], "D", color=color_of(arm), markersize=8, fillstyle="none")
-            if crossing < 1.5 * labelled:
-                continue  # noise around one: the labels would lie on each other
-            labelled = crossing
-            panel.annotate(
-                f"even at {_roughly(crossing)}",
-                (crossing, 1.0),
-                xytext=(0, -14 if arm == SPARSE_ARMS[0] else 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=color_of(arm),
-            )
+        _mark_break_even(panel, line, arm)
     panel.set_ylabel("times faster than stock")
     panel.set_title("Speed-up of a training step", fontsize=11)
     panel.legend(fontsize=9, frameon=False)
+
+
+def _mark_break_even(panel: Axes, line: Sequence[tuple[float, float]], arm: str) -> None:
+    """Mark crossings; labels of the first arm go below the line of it, those of others above."""
+    below = arm == SPARSE_ARMS[0]
+    labelled = 0.0
+    for crossing in break_even(line):
+        color = color_of(arm)
+        panel.plot([crossing.value], [1.0], "D", color=color, markersize=8, fillstyle="none")
+        if crossing.value < 1.5 * labelled:
+            continue  # noise around one: the labels would lie on each other
+        labelled = crossing.value
+        to_the_right = below == crossing.rises
+        panel.annotate(
+            f"even at {_roughly(crossing.value)}",
+            (crossing.value, 1.0),
+            xytext=(8 if to_the_right else -8, -14 if below else 8),
+            textcoords="offset points",
+            ha="left" if to_the_right else "right",
+            fontsize=9,
+            color=color,
+        )
 
 
 def _draw_lines(panel: Axes, rows: Sequence[Row], size: str, quantity: str) -> None:

@@ -54,6 +54,7 @@ class Comparison:
         text_tokens: How much of the embedded text to use; None is all of it.
         overwrite: Whether results of another comparison in `output` may go.
         dropped: Fields that the config's architecture has and neither arm.
+        unprefetched: Whether the config's `prefetch_llm_batches` was turned off.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Comparison:
     text_tokens: int | None
     overwrite: bool
     dropped: list[str]
+    unprefetched: bool
 
     @property
     def folders(self) -> list[ArmFolder]:
@@ -136,6 +138,7 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
         dropped=sorted(
             set(config["sae"]).difference({"metadata"}, *(arm["sae"] for arm in configs.values()))
         ),
+        unprefetched=bool(config.get("prefetch_llm_batches")),
     )
 
 

@@ -219,6 +219,11 @@ def _notes(
             "Each arm runs the language model itself, on the same text from the same seed; "
             "use_cached_activations would have it run once."
         )
+    if comparison.unprefetched:
+        notes.append(
+            "prefetch_llm_batches is off in both arms: one would fetch its batches during the "
+            "other's step. A run that prefetches hides a part of the language model's time."
+        )
     own = [name for name, runner in comparison.runners.items() if runner == "own"]
     if own:
         notes.append(f"{own[0]} is trained by SparseTrainingRunner, the other by SAELens's runner.")
