@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -110,12 +110,6 @@ def _write_as_stock(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:  
     }
 
 
-class _BegunStep(NamedTuple):
-    row_gradients: dict[torch.nn.Parameter, RowGradient]
-    sums: dict[torch.nn.Parameter, RowGradientSums]
-    norm: torch.Tensor | None  # of all gradients together; None if there are none
-
-
 class ClippingAdam(Adam):
     """
     `torch.nn.utils.clip_grad_norm_` and Adam in one pass over parameters, gradients and moments.
@@ -139,38 +133,21 @@ class ClippingAdam(Adam):
         self.row_gradients: dict[torch.nn.Parameter, list[RowGradient]] = {}
         self.copies: dict[torch.nn.Parameter, WeightCopy] = {}
         self._learning_rates: dict[tuple[int, torch.device], tuple[float, torch.Tensor]] = {}
-        self._begun: _BegunStep | None = None
-
-    @torch.no_grad()
-    def begin_step(self) -> None:
-        """
-        Queue what the next step needs of the gradients, their norm, before it is clear whether
-        there will be one: `step` goes on from here, or `abandon_step` ends it.
-        """
-        _prepare(self)
-        self._begun = self._begin()
-
-    def abandon_step(self) -> None:
-        """Forget what was begun, and the row gradients."""
-        self._begun = None
-        self.row_gradients = {}
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a step was begun."""
-        return self._begun is not None
 
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         if closure is not None:
             raise ValueError("closure must be None: gradients are clipped once a step")
-        row_gradients, sums, norm = self._begun or self._begin()
-        self._begun = None
-        if norm is None:
-            return
+        row_gradients = self._take_row_gradients()
         parameters = [p for group in self.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients and not row_gradients:
+            return
+        sums = {p: _start_sums(gradient) for p, gradient in row_gradients.items()}
+        norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
+        norms += [part.square_sum().sqrt() for part in sums.values()]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if not self._divides_gradients():
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
             super().step()
@@ -212,17 +189,6 @@ class ClippingAdam(Adam):
             self._learning_rates[key] = (value, on_device)
         return on_device
 
-    def _begin(self) -> _BegunStep:
-        row_gradients = self._take_row_gradients()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        sums = {p: _start_sums(gradient) for p, gradient in row_gradients.items()}
-        norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
-        norms += [part.square_sum().sqrt() for part in sums.values()]
-        if len(norms) > 1:
-            norms = [torch.linalg.vector_norm(torch.stack(norms))]
-        return _BegunStep(row_gradients, sums, norms[0] if norms else None)
-
     def _take_row_gradients(self) -> dict[torch.nn.Parameter, RowGradient]:
         """The row gradients that the update can take; others become gradients that are held."""
         given, self.row_gradients = self.row_gradients, {}
@@ -257,7 +223,6 @@ class ClippingAdam(Adam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.row_gradients, self.copies, self._learning_rates = {}, {}, {}
-        self._begun = None
 
     def _step_by_kernel(
         self,

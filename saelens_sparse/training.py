@@ -45,10 +45,10 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     """
     SAELens's trainer, whose step keeps the device busy and passes over the parameters once.
 
-    The host asks whether the sparse code was complete only when the whole step up to the norm of
-    the gradients is queued; a step for which it was not is taken again. Gradients are clipped
-    inside the update. The state that it saves is SAELens's, and loads in SAELens's trainer; SAEs
-    that are not sparse are trained as there.
+    The host asks whether the sparse code was complete only when the whole step but the update is
+    queued; a step for which it was not is taken again. Gradients are clipped inside the update.
+    The state that it saves is SAELens's, and loads in SAELens's trainer; SAEs that are not sparse
+    are trained as there.
     """
 
     optimizer: ClippingAdam
@@ -134,7 +134,6 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     ) -> tuple[TrainStepOutput, RowGradients]:
         """The output, and the gradients that no parameter holds."""
         sae.copies, self._replayed = self._copies, None
-        self.optimizer.abandon_step()  # that of a step which was interrupted
         try:
             return self._replay(sae, sae_in) or self._take_passes(sae, sae_in)
         finally:
@@ -154,10 +153,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         with self.autocast_if_enabled:
             output, pending = sae.start_training_forward_pass(step_input)
         output.loss.backward()
-        if not self.optimizer.has_hooks_of_others:
-            self._begin_update(sae, sae.row_gradients or {})
         if not all(part.holds() for part in pending):
-            self.optimizer.abandon_step()
             self.optimizer.zero_grad()
             sae.row_gradients = None if sae.cfg.gradient_buffers else {}
             with self.autocast_if_enabled:
@@ -232,16 +228,11 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             for copy in copies:
                 copy.version = copy.source._version
 
-    def _begin_update(self, sae: SparseTrainingSAEMixin, row_gradients: RowGradients) -> None:
+    def _update(self, sae: SparseTrainingSAEMixin, row_gradients: RowGradients) -> None:
         self.optimizer.row_gradients = {
             getattr(sae, name): parts for name, parts in row_gradients.items() if parts
         }
         self._make_room_for_copies(sae)
-        self.optimizer.begin_step()
-
-    def _update(self, sae: SparseTrainingSAEMixin, row_gradients: RowGradients) -> None:
-        if not self.optimizer.has_begun:
-            self._begin_update(sae, row_gradients)
         self.optimizer.step()
 
     def _knows_that_none_is_dead(self) -> bool:

@@ -275,34 +275,6 @@ def test_what_a_step_leaves_behind(target: Target) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_a_step_that_broke_off_leaves_nothing_for_the_next(
-    target: Target, architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states: list[dict[str, torch.Tensor]] = []
-    for breaks in (True, False):
-        torch.manual_seed(0)
-        stock, sparse = pair(architecture, target)
-        sparse.cfg.cuda_graph = False
-        trainer = own_trainer(sparse)
-        torch.manual_seed(1)
-        first, other, last = (superposed_rows(stock, target.few_rows(32)) for _ in range(3))
-        train(trainer, [first])
-        if breaks:
-            with monkeypatch.context() as patch:
-                patch.setattr(trainer, "_count_firings", lambda _: 1 / 0)
-                with pytest.raises(ZeroDivisionError):
-                    trainer.step(other)
-            trainer.optimizer.zero_grad()
-        # With a hook the gradients are not summed before it has been called.
-        trainer.optimizer.register_step_pre_hook(lambda *_: None)
-        train(trainer, [last])
-        states.append({name: p.detach() for name, p in sparse.named_parameters()})
-    for name, value in states[0].items():
-        assert torch.equal(states[1][name], value), name
-
-
-@kernels
 def test_many_pairs_a_latent_go_through_buffers(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -343,33 +343,6 @@ class TestClippingAdam:
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
-    @everywhere
-    def test_a_step_that_was_begun_is_the_same_one_and_can_be_abandoned(
-        self, target: Target
-    ) -> None:
-        device = torch.device(target.device)
-        ends: list[list[torch.Tensor]] = []
-        for early in (True, False):
-            made = parameters(torch.float32, device)
-            optimizer = ClippingAdam(made, max_norm=1e-2, lr=1e-2)
-            torch.manual_seed(1)
-            for _ in range(3):
-                if early:
-                    for parameter in made:
-                        parameter.grad = torch.full_like(parameter, 7.0)
-                    optimizer.begin_step()
-                    assert optimizer.has_begun
-                    optimizer.abandon_step()
-                for parameter in made:
-                    parameter.grad = torch.empty_like(parameter).copy_(torch.randn_like(parameter))
-                if early:
-                    optimizer.begin_step()
-                optimizer.step()
-                assert not optimizer.has_begun
-            ends.append([*made, *(optimizer.state[p]["exp_avg_sq"] for p in made)])
-        for begun, reference in zip(*ends, strict=True):
-            assert torch.equal(begun, reference)
-
     def test_survives_a_copy(self) -> None:
         made = parameters(torch.float32, torch.device("cpu"))
         optimizer = copy.deepcopy(ClippingAdam(made, max_norm=2.0))

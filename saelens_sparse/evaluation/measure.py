@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from statistics import median
 from typing import Any
 
@@ -112,9 +111,9 @@ def measure_phases(trainer: Trainer, inputs: Inputs) -> dict[str, float]:
 
     "forward" ends where the forward pass returns, "statistics" where the gradient reaches the
     loss, "backward" at the last accumulated gradient, "clip" where the optimizer's step begins;
-    "optimizer" lasts until the trainer's step returns. `SparseSAETrainer` takes the norm of the
-    gradients and its statistics in "clip", and clips in the optimizer; where passes are one CUDA
-    graph, they are "backward", and all else is "optimizer".
+    "optimizer" lasts until the trainer's step returns. `SparseSAETrainer` takes its statistics
+    after the backward pass and clips in the optimizer; where passes are one CUDA graph, they are
+    "backward", and all else is "optimizer".
     """
     watch = Stopwatch(trainer.cfg.device)
     ends: dict[str, Mark] = {}
@@ -178,40 +177,25 @@ def _wrap_own(trainer: Trainer, end_phase: Callable[[str], None]) -> _Wrapped | 
     sae = trainer.sae
     if not isinstance(trainer, SparseSAETrainer) or not isinstance(sae, SparseTrainingSAEMixin):
         return None
-    optimizer = trainer.optimizer
-    if gains(sae):
-        passes = trainer.forward_and_backward
+    passes = trainer.forward_and_backward
 
-        def marked_passes(*args: Any) -> Any:
-            result = passes(*args)
-            end_phase("backward")
-            return result
+    def marked_passes(*args: Any) -> Any:
+        result = passes(*args)
+        end_phase("backward")
+        return result
 
-        restore = [_replace_attribute(trainer, "forward_and_backward", marked_passes)]
-    else:
-        forward, begin, step = (
-            sae.start_training_forward_pass, optimizer.begin_step, optimizer.step
-        )  # fmt: skip
+    restore = [_replace_attribute(trainer, "forward_and_backward", marked_passes)]
+    if not gains(sae):
+        forward = sae.start_training_forward_pass
 
         def marked_forward(step_input: TrainStepInput) -> Any:
             result = forward(step_input)
             end_phase("forward")
             return result
 
-        def marked_begin() -> None:
-            end_phase("backward")
-            begin()
-
-        @wraps(step)  # with the mark that PyTorch's schedulers leave on it
-        def marked_step() -> None:
-            end_phase("clip")
-            step()
-
-        restore = [
-            _replace_attribute(sae, "start_training_forward_pass", marked_forward),
-            _replace_attribute(optimizer, "begin_step", marked_begin),
-            _replace_attribute(optimizer, "step", marked_step),
-        ]
+        restore.append(_replace_attribute(sae, "start_training_forward_pass", marked_forward))
+        hook = trainer.optimizer.register_step_pre_hook(lambda *_: end_phase("clip"))
+        restore.append(hook.remove)
 
     def undo() -> None:
         for part in restore:

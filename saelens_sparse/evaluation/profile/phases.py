@@ -27,7 +27,7 @@ from saelens_sparse.evaluation.profile.kernels import (
     is_own,
     is_sort,
 )
-from saelens_sparse.evaluation.profile.ranges import BEGIN, PREFIX, STEP
+from saelens_sparse.evaluation.profile.ranges import PREFIX, STEP
 from saelens_sparse.evaluation.profile.trace import DeviceEvent, HostEvent, Trace
 
 PHASES = (
@@ -140,7 +140,7 @@ class Attribution:
         node = _node_of(event)
         if node is not None:
             return Place("backward", self._part(event, node, kernel, window))
-        if any(outer.name.startswith((_OPTIMIZER, PREFIX + BEGIN)) for outer in event.chain()):
+        if any(outer.name.startswith(_OPTIMIZER) for outer in event.chain()):
             names = [kernel, *(outer.name for outer in event.chain())]
             clips = kernel == "_square_sums_kernel" or any("norm" in name for name in names)
             return Place("clip" if clips else "optimizer")

@@ -14,7 +14,6 @@ from saelens_sparse.saes.base import SparseTrainingSAEMixin
 
 PREFIX = "saelens_sparse::"
 STEP = "step"
-BEGIN = "begin_step"  # of the optimizer, where it has that: the norm of the gradients
 
 # What SAELens's forward pass calls on the SAE, in this order. The forward pass itself stays as it
 # is: its owner may replay it as a CUDA graph only as long as nobody has replaced it.
@@ -32,10 +31,9 @@ def named_parts(trainer: Trainer) -> Generator[None]:
     Within it, the parts of the trainer's forward pass are ranges of a trace: `encode`, for a
     stock Top-K in it `select`, `decode`, and `loss` (twice).
 
-    The backward pass and the optimizer's step need none: PyTorch names their operations.
+    The backward pass and the optimizer need none: PyTorch names their operations.
     """
     sae: Any = trainer.sae
-    optimizer: Any = trainer.optimizer
     own = {name: vars(sae)[name] for name in _METHODS if name in vars(sae)}
     hooks: list[Any] = []
     if not isinstance(sae, SparseTrainingSAEMixin) and hasattr(sae.activation_fn, "k"):
@@ -43,11 +41,8 @@ def named_parts(trainer: Trainer) -> Generator[None]:
     try:
         for name, part in _METHODS.items():
             setattr(sae, name, _as_range(getattr(sae, name), part))
-        if hasattr(optimizer, BEGIN):
-            setattr(optimizer, BEGIN, _as_range(getattr(optimizer, BEGIN), BEGIN))
         yield
     finally:
-        vars(optimizer).pop(BEGIN, None)
         for name in _METHODS:
             if name in own:
                 setattr(sae, name, own[name])
