@@ -22,6 +22,7 @@ from weakref import WeakSet
 import torch
 from torch.autograd.graph import increment_version
 from torch.optim import Adam, Optimizer
+from torch.optim.adam import adam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
@@ -157,8 +158,8 @@ class ClippingAdam(Adam):
         if sums or (self._is_plain() and all(_runs_kernels(part) for part in gradients)):
             self._step_by_kernel(divisor, row_gradients, sums)
             return
-        if divisor.device.type == "cpu" and divisor == 1:
-            super().step()  # which takes longer if it divides
+        if divisor.device.type == "cpu" and self._is_plain():
+            self._step_on_cpu(divisor)
             return
         self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
         try:
@@ -224,6 +225,35 @@ class ClippingAdam(Adam):
         super().__setstate__(state)
         self.row_gradients, self.copies, self._learning_rates = {}, {}, {}
 
+    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """Step and moments, as `Adam` would make them."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter)
+        return state
+
+    def _step_on_cpu(self, divisor: torch.Tensor) -> None:
+        """PyTorch's fused Adam on contiguous rows: of a gradient that is not, it makes a copy."""
+        # It takes longer if it divides.
+        grad_scale = None if divisor == 1 else divisor.float()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self._state_of(parameter)
+                weight, gradient, first, second = (
+                    tensor if parameter.is_contiguous() else tensor.T
+                    for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                )
+                adam(
+                    [weight], [gradient], [first], [second], [], [state["step"]],
+                    fused=True, grad_scale=grad_scale, lr=group["lr"], beta1=beta1, beta2=beta2,
+                    eps=group["eps"], weight_decay=0, amsgrad=False, maximize=False,
+                )  # fmt: skip
+
     def _step_by_kernel(
         self,
         divisor: torch.Tensor,
@@ -239,11 +269,7 @@ class ClippingAdam(Adam):
                     continue
                 lr = self._learning_rate(group, parameter.device)
                 settings = AdamSettings(lr, beta1, beta2, group["eps"])
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), device=parameter.device)
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(parameter)
+                state = self._state_of(parameter)
                 state["step"] += 1
                 moments = state["exp_avg"], state["exp_avg_sq"]
                 if parameter in sums:

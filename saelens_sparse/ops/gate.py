@@ -9,11 +9,9 @@ import torch
 
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.host_count import HostCopy
+from saelens_sparse.ops.pre_acts import pre_act_chunks
 from saelens_sparse.ops.ragged import RaggedRows
 from saelens_sparse.ops.weight_copy import WeightCopy
-
-# On a CPU: small enough for the cache, as in `select.py`.
-_CPU_CHUNK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -144,25 +142,16 @@ def _find_by_chunks(
     bandwidth: float,
     buffer_bytes: int,
 ) -> PendingPattern:
-    # The dense encoder's own expression, so that autocast acts on it as it does in stock.
-    d_sae = weight.shape[0]
-    row_bytes = d_sae * torch.promote_types(x.dtype, torch.float32).itemsize
-    if x.device.type == "cpu":
-        buffer_bytes = min(buffer_bytes, _CPU_CHUNK_BYTES)
-    step = max(1, buffer_bytes // row_bytes)
     parts: list[tuple[torch.Tensor, ...]] = []
-    for start in range(0, max(1, x.shape[0]), step):
-        pre_acts = x[start : start + step] @ weight.T
-        pre_acts = pre_acts.add_(bias) if pre_acts.dtype == bias.dtype else pre_acts + bias
+    for start, pre_acts in pre_act_chunks(x, weight, bias, buffer_bytes):
         gate, edge = gate_and_edge(threshold, bandwidth, pre_acts.dtype)
-        inside = pre_acts.lt(edge).logical_not_()  # a NaN is inside
-        rows, latents = inside.nonzero().unbind(1)
+        rows, latents = pre_acts.lt(edge).logical_not_().nonzero().unbind(1)  # NaN is inside
         values = pre_acts[rows, latents]
-        row_counts = (pre_acts > gate).sum(1, dtype=torch.int32)
-        parts.append((latents, values, rows + start, row_counts, inside.sum(1)))
-    latents, values, rows, row_counts, lengths = (
-        torch.cat(part) for part in zip(*parts, strict=True)
-    )
+        parts.append((latents, values, values > gate[latents], rows + start))
+    latents, values, active, rows = (torch.cat(part) for part in zip(*parts, strict=True))
+    n_rows = x.shape[0]
+    lengths = torch.bincount(rows, minlength=n_rows)
+    row_counts = torch.bincount(rows[active], minlength=n_rows).to(torch.int32)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     pattern = GatePattern(
         latents=latents,

@@ -67,13 +67,13 @@ def gather_sum(
     if ragged is not None:
         out = weight.new_zeros(ragged.n_rows, weight.shape[1], dtype=_sum_dtype(weight))
         for pairs in _pair_chunks(_pairs_in_rows(latents, ragged), weight):
-            gathered = weight[latents[pairs]].to(out.dtype)
+            gathered = F.embedding(latents[pairs], weight).to(out.dtype)
             _add_to_rows(out, ragged, pairs, gathered, coefficients[pairs].to(out.dtype))
         return out.to(weight.dtype)
     out = weight.new_empty(latents.shape[0], weight.shape[1])
     with _full_precision(weight):
         for rows in _row_chunks(latents, weight):
-            gathered = weight[latents[rows]].float()
+            gathered = F.embedding(latents[rows], weight).float()
             out[rows] = torch.bmm(coefficients[rows].float().unsqueeze(1), gathered).squeeze(1)
     return out
 
@@ -133,13 +133,14 @@ def gather_dot(
     if ragged is not None:
         out = weight.new_zeros(latents.shape, dtype=sum_dtype)
         for pairs in _pair_chunks(_pairs_in_rows(latents, ragged), weight):
-            terms = weight[latents[pairs]].to(sum_dtype) * batch[ragged.rows[pairs].long()]
+            gathered = F.embedding(latents[pairs], weight).to(sum_dtype)
+            terms = gathered * F.embedding(ragged.rows[pairs], batch)
             out[pairs] = terms.sum(1)
         return out
     out = weight.new_empty(latents.shape, dtype=sum_dtype)
     with _full_precision(weight):
         for rows in _row_chunks(latents, weight):
-            gathered = weight[latents[rows]].to(sum_dtype)
+            gathered = F.embedding(latents[rows], weight).to(sum_dtype)
             out[rows] = torch.bmm(gathered, batch[rows].to(sum_dtype).unsqueeze(2)).squeeze(2)
     return out
 
@@ -202,20 +203,16 @@ def _sum_short_segments(
     d_sae: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over sorted `latents`, each with a weight and a row of `values`."""
-    sums, totals = values.new_zeros(d_sae, values.shape[1]), values.new_zeros(d_sae)
-    if latents.numel() == 0:
-        return sums, totals
-    if _has_embedding_bag(values):
+    if latents.numel() > 0 and _has_embedding_bag(values):
         offsets = torch.searchsorted(latents, torch.arange(d_sae + 1, device=latents.device))
         sums = F.embedding_bag(
             rows, values, offsets, per_sample_weights=weights, mode="sum", include_last_offset=True
         )
-        totals = _bag_totals(weights, offsets)
-    else:
-        for part in _pair_chunks(latents.numel(), values):
-            sums.index_add_(0, latents[part], values[rows[part]] * weights[part].unsqueeze(1))
-        totals.index_add_(0, latents, weights)
-    return sums, totals
+        return sums, _bag_totals(weights, offsets)
+    sums, totals = values.new_zeros(d_sae, values.shape[1]), values.new_zeros(d_sae)
+    for part in _pair_chunks(latents.numel(), values):
+        sums.index_add_(0, latents[part], values[rows[part]] * weights[part].unsqueeze(1))
+    return sums, totals.index_add_(0, latents, weights)
 
 
 def segment_totals(order: LatentOrder, values: torch.Tensor, backend: Backend) -> torch.Tensor:
