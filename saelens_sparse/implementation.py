@@ -50,7 +50,8 @@ def choose_implementation(
             never replaced.
         device: where the weights and inputs are.
         dtype: dtype of the weights.
-        density: share of latents that are active on a row, `k / d_sae`.
+        density: share of latents that are active on a row, `k / d_sae`; 0 where it is measured
+            from step to step.
 
     Raises:
         ValueError: `requested` is unknown, or is `"triton"` where Triton cannot run.

@@ -52,7 +52,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     """
 
     optimizer: ClippingAdam
-    _copies: Mapping[str, WeightCopy] = MappingProxyType({})  # by parameter
+    _copies: Mapping[str, WeightCopy] = MappingProxyType({})  # by name of the parameter
     _graph: GraphedPass | None = None
     _replayed: GraphedPass | None = None  # what the passes of this step were, if a graph
     _steps_before_graph = STEPS_BEFORE
@@ -69,6 +69,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             save_checkpoint_fn=trainer.save_checkpoint_fn,
         )
         own.optimizer.load_state_dict(trainer.optimizer.state_dict())
+        trainer.optimizer.state.clear()  # SAELens's runner keeps that trainer to its end
         own.lr_scheduler.load_state_dict(trainer.lr_scheduler.state_dict())
         for name in (
             "activation_scaler",

@@ -157,7 +157,8 @@ class TestTrainer:
         first.save_trainer_state(tmp_path)
         resumed = make_trainer(sparse)
         resumed.load_trainer_state(tmp_path)
-        resumed = SparseSAETrainer.taking_over(resumed)
+        taken_over, resumed = resumed, SparseSAETrainer.taking_over(resumed)
+        assert not taken_over.optimizer.state  # its moments would be held twice
         assert resumed.lr_scheduler.get_last_lr() == first.lr_scheduler.get_last_lr()
         train(resumed, batches[3:])
         for name, value in state_of(resumed).items():

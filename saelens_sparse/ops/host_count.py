@@ -6,7 +6,7 @@ import torch
 class HostCopy:
     """A small tensor, copied to the host in the background.
 
-    On a GPU the copy is queued at once, and `wait` blocks only until the device has reached that
+    On a GPU the copy is queued at once, and `values` blocks only until the device has reached that
     point of its queue, not until it has finished what was queued since. While a CUDA graph is
     recorded there is nothing to copy yet.
     """

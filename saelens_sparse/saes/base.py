@@ -120,7 +120,7 @@ class SparseTrainingSAEMixin(_Base):
     _unchecked: list[Pending] | None = None
     _in_training_step = False
     # Set by a trainer during its step: where gradients go as sums over active pairs, and what its
-    # last update has written for this step, both by parameter.
+    # last update has written for this step, both by name of the parameter.
     row_gradients: dict[str, list[RowGradient]] | None = None
     copies: Mapping[str, WeightCopy] | None = None
 

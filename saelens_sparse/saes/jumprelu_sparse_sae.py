@@ -219,12 +219,6 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         return self.cfg.pre_act_loss_coefficient is not None
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        output = super().training_forward_pass(step_input)
-        self._check_l0(step_input.n_training_steps)
-        return output
-
-    @override
     def start_training_forward_pass(
         self, step_input: TrainStepInput
     ) -> tuple[TrainStepOutput, Sequence[Pending]]:
