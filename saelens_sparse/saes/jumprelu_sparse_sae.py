@@ -45,13 +45,15 @@ from saelens_sparse.saes.base import (
 
 LOSS_MODES = ("step", "tanh", "quadratic")
 
-# Shares of pairs in the pattern above which dense products are faster, by backend and by whether
-# the products run in full precision.
+# Shares of pairs in the pattern above which dense products are faster, by backend ("cpu" for
+# PyTorch on a CPU) and by whether the products run in full precision.
 MAX_SPARSE_SHARE = {
     ("triton", True): 0.09,
     ("triton", False): 0.0038,
     ("torch", True): 0.03,
     ("torch", False): 0.03,
+    ("cpu", True): 0.12,
+    ("cpu", False): 0.03,
 }
 # A path is left for the other only when that one is faster by this much.
 HYSTERESIS = 0.8
@@ -198,7 +200,8 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         choice = self.choose(density=0.0)
         if choice.name == "dense" or self.cfg.implementation != "auto":
             return choice
-        limit = MAX_SPARSE_SHARE[choice.backend, self._computes_in_full_precision]
+        backend = "cpu" if self.W_enc.device.type == "cpu" else choice.backend
+        limit = MAX_SPARSE_SHARE[backend, self._computes_in_full_precision]
         if self._gauge.prefers_sparse(limit):
             return choice
         share = self._gauge.share()
