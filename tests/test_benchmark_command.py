@@ -20,7 +20,6 @@ from saelens_sparse.evaluation.bench import (
     train_step,
 )
 from saelens_sparse.evaluation.bench.figures_sweep import break_even
-from saelens_sparse.evaluation.bench.targets import Target, target_of
 from saelens_sparse.evaluation.cases import (
     FLOAT32,
     SPARSE,
@@ -28,7 +27,6 @@ from saelens_sparse.evaluation.cases import (
     STEP_CASES,
     STEP_GROUPS,
     STOCK,
-    STOCK_COMPILE,
 )
 from saelens_sparse.evaluation.presentation import can_draw
 from saelens_sparse.evaluation.results import Row, load_rows
@@ -168,13 +166,6 @@ def test_a_sweep_varies_one_size_upwards(sweep: str):
     assert len(fixed) == 1
     assert {case.sweep for case in cases} == {sweep}
     assert all(case.name not in STEP_GROUPS["cuda"] + STEP_GROUPS["cpu"] for case in cases)
-
-
-def test_targets_are_of_an_arm_against_another():
-    key = "gemma2b", "autocast", "step"
-    assert target_of(*key, SPARSE_RUNNER.name, STOCK.name) == Target(5.0)
-    assert target_of(*key, SPARSE_RUNNER.name, STOCK_COMPILE.name) == Target(3.7)
-    assert target_of(*key, SPARSE.name, STOCK_COMPILE.name) is None
 
 
 # Ratios.
