@@ -206,7 +206,6 @@ def pretend_steps(output: Path, n_steps: int) -> None:
         "added_memory_bytes": None,
         "peak_memory_bytes": None,
         "batch_crc32": 7,
-        "threads": 1,
     }
     for architecture in ("topk", "topk_sparse"):
         lines = [json.dumps({**step, "step": index + 1}) for index in range(n_steps)]

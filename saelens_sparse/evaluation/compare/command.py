@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from saelens_sparse.evaluation.compare import embedded_inputs, open_in_stock_saelens
 from saelens_sparse.evaluation.compare.dictionaries import compare_dictionaries, has_dictionary
 from saelens_sparse.evaluation.compare.driver import (
-    Arm,
+    ArmProcess,
     ComparisonError,
     arm_environment,
     train_in_turn,
@@ -29,7 +29,7 @@ EXIT_STATUS = {"complete": 0, "failed": 1, "interrupted": 130}
 
 
 def main(args: Sequence[str]) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; returns the exit status."""
     comparison = parse_comparison(args)
     comparison.output.mkdir(parents=True, exist_ok=True)
     state, message = open_output(comparison)
@@ -84,7 +84,7 @@ def train(comparison: Comparison, state: State) -> None:
     with ExitStack() as running:
         arms = [
             running.enter_context(
-                Arm(
+                ArmProcess(
                     folder,
                     comparison.runners[folder.architecture],
                     arm_environment(

@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def folders(self) -> list[ArmFolder]:
-        """One for each arm."""
+        """Where each arm keeps what it makes."""
         return [ArmFolder(self.output / architecture) for architecture in self.configs]
 
     @property

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -30,10 +29,6 @@ class Ceilings:
     copy_bytes: float
     gemm_flops: dict[str, float]
     encoder_ms: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """As `Ceilings(**...)` takes them."""
-        return asdict(self)
 
     @property
     def best_gemm(self) -> str:

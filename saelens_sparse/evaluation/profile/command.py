@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,12 @@ def _settings(options: argparse.Namespace) -> Settings:
         architecture = options.architecture or "topk_sparse"
         shape = parse_shape(options.shape)
         case = case_of_shape(shape, architecture, options.l0, options.dead_fraction)
-        precision = FLOAT32
+        precision = PRECISIONS[options.precision or FLOAT32.name]
     else:
         cfg = load_config(options.config)
         case = case_of_config(cfg, options.architecture, options.l0, options.dead_fraction)
-        precision = precision_of_config(cfg) if options.precision is None else FLOAT32
-    if options.precision is not None:
-        precision = PRECISIONS[options.precision]
+        asked = options.precision
+        precision = precision_of_config(cfg) if asked is None else PRECISIONS[asked]
     counters = options.ncu == "auto" and why_not(device, wanted=True) is None
     return Settings(case, precision, device, steps, options.warmup_train, counters)
 
@@ -212,7 +212,7 @@ def _measure(arms: Sequence[Arm], settings: Settings, results: Record, folder: P
         if "ceilings" not in results:
             bar.set_description("ceilings")
             found = measure_ceilings(problem, settings.device)
-            results["ceilings"] = found.to_json()
+            results["ceilings"] = asdict(found)
             results["floor_ms"] = found.floor_ms(problem)
         ceilings = Ceilings(**results["ceilings"])
         bar.update()
@@ -232,7 +232,3 @@ def _record_of(arm: Arm, measurement: Measurement, ceilings: Ceilings, bar: Any)
         record = describe_failure(error)
     bar.update(begun + pieces_of(measurement.settings) - bar.n)
     return record
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
