@@ -28,6 +28,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 import saelens_sparse
 from saelens_sparse.cli import main as cli_main
 from saelens_sparse.evaluation.cases import AUTOCAST, BFLOAT16, FLOAT32, SPARSE, STOCK, Case
+from saelens_sparse.evaluation.command_line import parse_shape
 from saelens_sparse.evaluation.profile import ceilings, command, counters
 from saelens_sparse.evaluation.profile.ceilings import Ceilings
 from saelens_sparse.evaluation.profile.counters import Counted, KernelCounters, count_step, match
@@ -52,7 +53,6 @@ from saelens_sparse.evaluation.profile.settings import (
     case_of_config,
     case_of_shape,
     parse_arms,
-    parse_shape,
     precision_of_config,
 )
 from saelens_sparse.evaluation.profile.steps import count_waits, time_steps

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import get_sae_training_class
 
+from saelens_sparse.evaluation.command_line import device_problem
 from saelens_sparse.runner_config import UsageError
 
 SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
@@ -136,11 +136,8 @@ def _check_paths(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 
 def _check_device(name: str, device: str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{name}: {device!r} cannot be used here: {reason}") from error
+    if (problem := device_problem(device)) is not None:
+        raise UsageError(f"{name}: {problem}")
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import cast
 
 import torch
@@ -22,11 +22,8 @@ from tqdm import tqdm
 
 from saelens_sparse.evaluation.bench.contest import say
 from saelens_sparse.evaluation.bench.report import kernel_table
-from saelens_sparse.evaluation.bench.session import (
-    add_common_options,
-    open_results,
-    resolve_device,
-)
+from saelens_sparse.evaluation.bench.session import add_common_options, open_results
+from saelens_sparse.evaluation.command_line import DEFAULT_STEPS, Parser, parse_shape
 from saelens_sparse.evaluation.data import ActivationStream
 from saelens_sparse.evaluation.measure import measure_calls
 from saelens_sparse.evaluation.presentation import plain_table
@@ -251,41 +248,27 @@ def measure(shape: Shape, dtype_name: str, device: str, repeats: int) -> Iterato
             yield {**common, **stage, "bytes": None, "flops": None}
 
 
-def parse_shape(text: str) -> Shape:
-    """
-    Four whole numbers, d_in, d_sae, k and rows.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is something else.
-    """
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(
-            f"must be D_IN,D_SAE,K,ROWS, whole numbers above 0; got {text!r}"
-        )
-    shape = Shape(*map(int, parts))
-    if shape.k > shape.d_sae:
-        raise argparse.ArgumentTypeError(f"K must be at most D_SAE; got {text!r}")
+def shape_of(text: str) -> Shape:
+    """argparse type: the sizes of a problem."""
+    shape = Shape(*parse_shape(text))
+    if min(astuple(shape)) < 1 or shape.k > shape.d_sae:
+        raise argparse.ArgumentTypeError(f"all must be above 0 and K at most D_SAE; got {text!r}")
     return shape
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="saelens-sparse bench kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("bench kernels", __doc__)
     parser.add_argument(
         "--shape",
-        type=parse_shape,
-        metavar="D_IN,D_SAE,K,ROWS",
+        type=shape_of,
+        metavar="D_IN,D_SAE,K,BATCH",
         help=f"by default {DEFAULT_SHAPE['cuda']}, on a CPU {DEFAULT_SHAPE['cpu']}",
     )
     parser.add_argument("--dtype", default=DTYPES[0], choices=DTYPES)
     add_common_options(parser, training=False)
     args = parser.parse_args(argv)
-    resolve_device(args)
-    shape: Shape = args.shape or parse_shape(DEFAULT_SHAPE[args.device])
+    steps = args.steps or DEFAULT_STEPS[args.device]
+    shape: Shape = args.shape or shape_of(DEFAULT_SHAPE[args.device])
     results = open_results(args)
     # The last of the operations: with it, all have rows.
     whole = {"shape": shape.text, "dtype": args.dtype, "kernel": "Adam on a weight"}
@@ -293,7 +276,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{shape.text} {args.dtype} is measured already; --again measures it again.")
         return 0
     try:
-        for row in measure(shape, args.dtype, args.device, args.steps or 5):
+        for row in measure(shape, args.dtype, args.device, steps):
             results.append(row)
     except torch.OutOfMemoryError as error:
         raise UsageError(f"--shape {shape.text} needs more memory than there is") from error

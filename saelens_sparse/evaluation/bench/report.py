@@ -8,7 +8,6 @@ Ratios are taken between arms of one run only; of several runs the latest counts
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from saelens_sparse.evaluation.bench.selection import (
     pairs,
     speedup,
 )
+from saelens_sparse.evaluation.command_line import Parser
 from saelens_sparse.evaluation.presentation import Rows, markdown_table, plain_table
 from saelens_sparse.evaluation.results import RESULTS, Row, load_rows
 from saelens_sparse.runner_config import UsageError
@@ -194,11 +194,7 @@ def rows_of_files(files: Sequence[Path]) -> list[Row]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="saelens-sparse bench report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("bench report", __doc__)
     parser.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     args = parser.parse_args(argv)
