@@ -29,6 +29,7 @@ import saelens_sparse
 from saelens_sparse.cli import main as cli_main
 from saelens_sparse.evaluation.cases import AUTOCAST, BFLOAT16, FLOAT32, SPARSE, STOCK, Case
 from saelens_sparse.evaluation.command_line import parse_shape
+from saelens_sparse.evaluation.measure import time_steps
 from saelens_sparse.evaluation.profile import ceilings, command, counters
 from saelens_sparse.evaluation.profile.ceilings import Ceilings
 from saelens_sparse.evaluation.profile.counters import Counted, KernelCounters, count_step, match
@@ -55,7 +56,7 @@ from saelens_sparse.evaluation.profile.settings import (
     parse_arms,
     precision_of_config,
 )
-from saelens_sparse.evaluation.profile.steps import count_waits, time_steps
+from saelens_sparse.evaluation.profile.steps import count_waits
 from saelens_sparse.evaluation.profile.tables import kernel_table, quantity, summary_table
 from saelens_sparse.evaluation.profile.trace import HostEvent, Trace
 from saelens_sparse.evaluation.profile.usage import add_counters, kernel_rows, usage_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,7 +183,7 @@ def _row(name: str, items: Sequence[Item], n_steps: int, problem: Problem) -> di
     for item in items:
         part = f" {item.place.part}" if item.place.part else ""
         places[item.place.phase + part] += item.ms
-    occupancy = _mean(items, [i.event.occupancy if i.event else None for i in items])
+    occupancy = weighted_mean((i.ms, i.event.occupancy) for i in items if i.event)
     counted = [item for item in items if item.counters is not None]
     row: dict[str, Any] = {
         "name": name,
@@ -223,17 +223,15 @@ def _sum_of_work(items: Sequence[Item], n_steps: int) -> Work | None:
     return (1 / n_steps) * total
 
 
-def _mean(items: Sequence[Item], values: Sequence[float | None]) -> float | None:
-    """Mean of what is known, weighted by time."""
-    known = [
-        (item.ms, value) for item, value in zip(items, values, strict=True) if value is not None
-    ]
-    weight = sum(ms for ms, _ in known)
-    return sum(ms * value for ms, value in known) / weight if weight else None
+def weighted_mean(weighted: Iterable[tuple[float, float | None]]) -> float | None:
+    """Mean of the values that are known, each of which stands behind its weight."""
+    known = [(weight, value) for weight, value in weighted if value is not None]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / total if total else None
 
 
 def _mean_counter(items: Sequence[Item], metric: str) -> float | None:
-    return _mean(items, [i.counters.values.get(metric) if i.counters else None for i in items])
+    return weighted_mean((i.ms, i.counters.values.get(metric)) for i in items if i.counters)
 
 
 def _device_items(trace: Trace, attribution: Attribution) -> list[Item]:
