@@ -24,6 +24,7 @@ from saelens_sparse.evaluation.command_line import (
     add_measuring_options,
     parse_shape,
 )
+from saelens_sparse.evaluation.presentation import label_of
 from saelens_sparse.evaluation.profile.arm import (
     Measurement,
     measure_arm,
@@ -48,7 +49,7 @@ from saelens_sparse.evaluation.profile.settings import (
     parse_arms,
     precision_of_config,
 )
-from saelens_sparse.evaluation.profile.tables import LABELS, Record
+from saelens_sparse.evaluation.profile.tables import Record
 from saelens_sparse.evaluation.results import (
     describe_failure,
     environment,
@@ -179,7 +180,7 @@ def _results_to_continue(settings: Settings, folder: Path) -> Record:
     if differing:
         print(f"{folder} has results of other settings ({', '.join(differing)}): measured again")
         return here
-    kept = [LABELS[name] for name, arm in earlier["arms"].items() if arm["status"] == "ok"]
+    kept = [label_of(name) for name, arm in earlier["arms"].items() if arm["status"] == "ok"]
     if kept:
         print(f"kept from {earlier['environment']['date']}: {'; '.join(kept)} (in {folder})")
     return earlier
@@ -203,7 +204,7 @@ def _measure(arms: Sequence[Arm], settings: Settings, results: Record, folder: P
         bar.update()
         measurement = Measurement(settings, inputs, folder)
         for arm in arms:
-            bar.set_description(LABELS[arm.name])
+            bar.set_description(label_of(arm.name))
             results["arms"][arm.name] = _record_of(arm, measurement, ceilings, bar)
             write_results(results, folder)
 
