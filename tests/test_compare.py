@@ -248,6 +248,13 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
     assert load_steps(tmp_path / "steps.jsonl") == steps[:2]
 
 
+def test_steps_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    (step,) = steps_of_an_arm(0.1)[:1]
+    line = json.dumps({**json.loads(step.to_json()), "threads": 2})
+    (tmp_path / "steps.jsonl").write_text(line + "\n")
+    assert load_steps(tmp_path / "steps.jsonl") == [step]
+
+
 N_STEPS, INTERRUPTED_AT = 24, 15
 
 
