@@ -31,6 +31,8 @@ PRECISIONS = {precision.name: precision for precision in (FLOAT32, AUTOCAST, BFL
 REFERENCE_PRECISION = {"float32": FLOAT64, "autocast": FLOAT32, "bfloat16": FLOAT32}
 
 
+SPARSE_SUFFIX = "_sparse"
+"""What names of sparse architectures end in, after that of their stock counterpart."""
 MAX_FEATURES_PER_ROW = 64
 LEARNING_RATE = 3e-4
 JUMPRELU_LEARNING_RATE = 3e-6
@@ -230,7 +232,7 @@ class Arm:
 
     def architecture(self, case: Case) -> str:
         """SAELens's name of what the arm trains."""
-        return f"{case.architecture}_sparse" if self.sparse else case.architecture
+        return case.architecture + (SPARSE_SUFFIX if self.sparse else "")
 
     def takes(self, case: Case, precision: Precision) -> bool:
         """Whether the arm means something for the case in this precision; peers are Top-K only."""

@@ -9,32 +9,30 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import get_sae_training_class
 
+from saelens_sparse.evaluation.command_line import device_problem
 from saelens_sparse.runner_config import UsageError
 
 SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
-# Whatever is named here must be at least 1, and at least 0.
-POSITIVE_FIELDS = (
-    "context_size",
-    "training_tokens",
-    "train_batch_size_tokens",
-    "store_batch_size_prompts",
-    "n_batches_in_buffer",
-    "n_batches_for_norm_estimate",
-    "feature_sampling_window",
-    "n_restart_cycles",
-)
-COUNT_FIELDS = (
-    "lr_warm_up_steps",
-    "lr_decay_steps",
-    "dead_feature_window",
-    "n_checkpoints",
-    "n_eval_batches",
-)
+# The least that a field may be.
+LEAST = {
+    "context_size": 1,
+    "training_tokens": 1,
+    "train_batch_size_tokens": 1,
+    "store_batch_size_prompts": 1,
+    "n_batches_in_buffer": 1,
+    "n_batches_for_norm_estimate": 1,
+    "feature_sampling_window": 1,
+    "n_restart_cycles": 1,
+    "lr_warm_up_steps": 0,
+    "lr_decay_steps": 0,
+    "dead_feature_window": 0,
+    "n_checkpoints": 0,
+    "n_eval_batches": 0,
+}
 
 
 def check_fields(values: Mapping[str, Any], architectures: Iterable[str]) -> None:
@@ -71,10 +69,8 @@ def check_values(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     Raises:
         UsageError: with the first field whose value cannot work, and what can.
     """
-    for name in POSITIVE_FIELDS:
-        _require(getattr(cfg, name) >= 1, name, getattr(cfg, name), "1 or more")
-    for name in COUNT_FIELDS:
-        _require(getattr(cfg, name) >= 0, name, getattr(cfg, name), "0 or more")
+    for name, least in LEAST.items():
+        _require(getattr(cfg, name) >= least, name, getattr(cfg, name), f"{least} or more")
     for name in ("d_in", "d_sae"):
         _require(getattr(cfg.sae, name) >= 1, f"sae.{name}", getattr(cfg.sae, name), "1 or more")
     _require(cfg.lr > 0, "lr", cfg.lr, "above 0")
@@ -117,30 +113,21 @@ def _check_lengths(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 
 def _check_paths(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    folders = {
-        "from_pretrained_path": cfg.from_pretrained_path,
-        "resume_from_checkpoint": cfg.resume_from_checkpoint,
-        "cached_activations_path": cfg.cached_activations_path
-        if cfg.use_cached_activations
-        else None,
-    }
-    # Names with one slash or none may be those of a hub.
-    folders |= {
-        name: path
-        for name, path in (("dataset_path", cfg.dataset_path), ("model_name", cfg.model_name))
-        if path.startswith((".", "/", "~"))
-    }
-    for name, path in folders.items():
+    names = ["from_pretrained_path", "resume_from_checkpoint"]
+    if cfg.use_cached_activations:
+        names.append("cached_activations_path")
+    # Other names may be those of a hub.
+    local = (".", "/", "~")
+    names += [n for n in ("dataset_path", "model_name") if getattr(cfg, n).startswith(local)]
+    for name in names:
+        path = getattr(cfg, name)
         _require(path is None or Path(path).exists(), name, path, "a path that exists")
     _require(cfg.dataset_path != "", "dataset_path", cfg.dataset_path, "a data set's name or path")
 
 
 def _check_device(name: str, device: str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{name}: {device!r} cannot be used here: {reason}") from error
+    if (problem := device_problem(device)) is not None:
+        raise UsageError(f"{name}: {problem}")
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
@@ -170,11 +157,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
 
 
 def _describe(hint: Any) -> str:

@@ -52,50 +52,107 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """GiB allocated on the GPU when it is made, and the most since; None on a CPU."""
+    """Bytes allocated on the GPU when it is made, and the most since; None on a CPU."""
 
     def __init__(self, device: str):
-        self.before_gib: float | None = None
+        self.before_bytes: int | None = None
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.before_gib = torch.cuda.memory_allocated() / GIB
+            self.before_bytes = torch.cuda.memory_allocated()
 
     @property
-    def peak_gib(self) -> float | None:
-        if self.before_gib is None:
-            return None
-        return torch.cuda.max_memory_allocated() / GIB
+    def peak_bytes(self) -> int | None:
+        return None if self.before_bytes is None else torch.cuda.max_memory_allocated()
 
 
-def measure_steps(trainer: Trainer, inputs: Inputs, steps: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Timed:
     """
-    Time whole steps, then the phases of other steps, and say how latents fired.
+    Steps or calls, timed.
 
-    As in `SAETrainer.fit`, the output of one step is alive during the next.
+    Attributes:
+        ms: milliseconds of each.
+        peak_bytes: most that was allocated during them; None on a CPU.
+        before_bytes: allocated before them; None on a CPU.
+    """
+
+    ms: list[float]
+    peak_bytes: int | None
+    before_bytes: int | None
+
+    def to_row(self) -> dict[str, Any]:
+        """As the rows of a benchmark have it."""
+        return {
+            "steps": len(self.ms),
+            "ms": median(self.ms),
+            "ms_min": min(self.ms),
+            "ms_max": max(self.ms),
+            "peak_gib": self.peak_bytes and self.peak_bytes / GIB,
+            "before_gib": self.before_bytes and self.before_bytes / GIB,
+        }
+
+
+@dataclass(frozen=True)
+class TimedSteps(Timed):
+    """
+    Training steps, timed.
+
+    Attributes:
+        firing: `[d_sae]`, share of the rows on which each latent fired, on the CPU.
+        metrics: of the last step, by SAELens's names.
+    """
+
+    firing: torch.Tensor
+    metrics: dict[str, float]
+
+
+def time_steps(
+    trainer: Trainer,
+    inputs: Inputs,
+    steps: int,
+    done: Callable[[], object] = lambda: None,
+    untimed: int = UNTIMED_STEPS,
+) -> TimedSteps:
+    """
+    Take steps as `SAETrainer.fit` does, with the output of one alive during the next.
+
+    Args:
+        trainer: its first steps, which are not timed, are taken here.
+        inputs: what it is trained on.
+        steps: number of timed steps.
+        done: called after each.
+        untimed: number of steps before them.
     """
     watch = Stopwatch(trainer.cfg.device)
     output = None
-    for _ in range(UNTIMED_STEPS):
+    for _ in range(untimed):
         _, _, output = _timed_step(trainer, inputs, watch)
-
     memory = PeakMemory(trainer.cfg.device)
     fired_before = trainer.act_freq_scores.clone()
     marks: list[tuple[Mark, Mark]] = []
     for _ in range(steps):
         start, end, output = _timed_step(trainer, inputs, watch)
         marks.append((start, end))
-    measured = _summary(watch, marks, memory)
+        done()
     assert output is not None
-    metrics = {name: _as_float(value) for name, value in output.metrics.items()}
-    del output
+    timed = _timed(watch, marks, memory)
+    rows = steps * trainer.cfg.train_batch_size_samples
+    return TimedSteps(
+        **vars(timed),
+        firing=((trainer.act_freq_scores - fired_before) / rows).cpu(),
+        metrics={name: _as_float(value) for name, value in output.metrics.items()},
+    )
 
-    rows = trainer.cfg.train_batch_size_samples
-    firing = (trainer.act_freq_scores - fired_before) / (steps * rows)
+
+def measure_steps(trainer: Trainer, inputs: Inputs, steps: int) -> dict[str, Any]:
+    """Time whole steps, then the phases of other steps, and say how latents fired."""
+    timed = time_steps(trainer, inputs, steps)
+    row, firing = timed.to_row(), timed.firing
     return {
         "implementation": implementation_of(trainer.sae),
-        **measured,
-        "tokens_per_second": 1e3 * rows / measured["ms"],
-        "metrics": metrics,
+        **row,
+        "tokens_per_second": 1e3 * trainer.cfg.train_batch_size_samples / row["ms"],
+        "metrics": timed.metrics,
         "firing": {
             "l0": firing.sum().item(),
             "max_fraction": firing.max().item(),
@@ -212,7 +269,7 @@ def _replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def measure_calls(call: Callable[[], object], device: str, repeats: int) -> dict[str, Any]:
-    """Time and memory of a call that leaves nothing behind."""
+    """Time and memory of a call that leaves nothing behind, as rows have them."""
     watch = Stopwatch(device)
     for _ in range(UNTIMED_STEPS):
         call()
@@ -222,7 +279,7 @@ def measure_calls(call: Callable[[], object], device: str, repeats: int) -> dict
         start = watch.mark()
         call()
         marks.append((start, watch.mark()))
-    return _summary(watch, marks, memory)
+    return _timed(watch, marks, memory).to_row()
 
 
 def _timed_step(
@@ -235,18 +292,9 @@ def _timed_step(
     return start, watch.mark(), output
 
 
-def _summary(
-    watch: Stopwatch, marks: Sequence[tuple[Mark, Mark]], memory: PeakMemory
-) -> dict[str, Any]:
-    times = [watch.milliseconds(start, end) for start, end in marks]
-    return {
-        "steps": len(times),
-        "ms": median(times),
-        "ms_min": min(times),
-        "ms_max": max(times),
-        "peak_gib": memory.peak_gib,
-        "before_gib": memory.before_gib,
-    }
+def _timed(watch: Stopwatch, marks: Sequence[tuple[Mark, Mark]], memory: PeakMemory) -> Timed:
+    ms = [watch.milliseconds(start, end) for start, end in marks]
+    return Timed(ms, memory.peak_bytes, memory.before_bytes)
 
 
 def _as_float(value: Any) -> float:

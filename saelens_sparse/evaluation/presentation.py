@@ -9,12 +9,15 @@ from __future__ import annotations
 import base64
 import html
 import importlib.util
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from saelens_sparse.evaluation.results import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +29,36 @@ PALETTE = (SPARSE_COLOR, STOCK_COLOR, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 """Colours of the lines or bars of a figure that compares more than the two arms."""
 NOTE_COLOR = "0.35"
 """Of remarks and marks inside a figure."""
+
+
+@dataclass(frozen=True)
+class ArmStyle:
+    """How an arm is named in tables and figures, and how it is drawn."""
+
+    label: str
+    color: str
+    marker: str = "o"
+
+
+_ARM_STYLES = {
+    "stock": ArmStyle("stock", STOCK_COLOR, "^"),
+    "stock_tf32": ArmStyle("stock, TF32", "#E69F00"),
+    "stock_compile": ArmStyle("stock, compiled", "#CC79A7"),
+    "sparse": ArmStyle("sparse", SPARSE_COLOR, "o"),
+    "sparse_runner": ArmStyle("sparse, own runner", "#009E73", "s"),
+    "sparsify": ArmStyle("sparsify", "#56B4E9"),
+}
+
+
+def style_of(arm: str) -> ArmStyle:
+    """How the arm of that name is shown, wherever it is."""
+    return _ARM_STYLES.get(arm, ArmStyle(arm, "#000000"))
+
+
+def label_of(arm: str) -> str:
+    """The arm's name in tables and figures."""
+    return style_of(arm).label
+
 
 Rows = Sequence[Sequence[str]]
 
@@ -80,10 +113,9 @@ def new_figure(
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG, which appears only once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
-    figure.savefig(scratch, dpi=DOTS_PER_INCH, format="png", facecolor="white")
-    scratch.replace(path)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=DOTS_PER_INCH, format="png", facecolor="white")
+    write_whole(path, png.getvalue())
 
 
 def percent(share: float, sign: str = "") -> str:
@@ -102,6 +134,14 @@ def percent(share: float, sign: str = "") -> str:
         return f"{value:{sign}.2g}%"
     digits = 2 if size < 10 else 1 if size < 100 else 0
     return f"{value:{sign}.{digits}f}%"
+
+
+def milliseconds(ms: float) -> str:
+    """With as many decimals as a step's parts need."""
+    for bound, digits in ((1, 3), (10, 2), (1000, 1)):
+        if ms < bound:
+            return f"{ms:.{digits}f}"
+    return f"{ms:,.0f}"
 
 
 def plain_table(rows: Rows) -> str:

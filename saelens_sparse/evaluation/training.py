@@ -111,6 +111,12 @@ def train_step(trainer: Trainer, batch: torch.Tensor) -> TrainStepOutput:
     return output
 
 
+def take_step(trainer: Trainer, inputs: Inputs) -> TrainStepOutput:
+    """One step on the next batch, with the case's dead latents held dead."""
+    hold_dead(trainer, inputs.dead_latents)
+    return train_step(trainer, next(trainer.data_provider))
+
+
 def prepare_inputs(case: Case, precision: Precision, device: str, warmup_train: int) -> Inputs:
     """
     Make the case's batches, and weights by planting the true features and a short training.

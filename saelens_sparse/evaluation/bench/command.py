@@ -15,16 +15,15 @@ a command lists its options.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 
 from saelens_sparse.evaluation.bench import figures, forward, kernels, report, train_step
 from saelens_sparse.evaluation.bench.session import (
     add_common_options,
     open_results,
-    resolve_device,
     run_contest,
 )
+from saelens_sparse.evaluation.command_line import Parser
 from saelens_sparse.evaluation.presentation import can_draw
 from saelens_sparse.evaluation.results import load_rows
 
@@ -40,25 +39,20 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def run_default(argv: Sequence[str]) -> int:
     """`saelens-sparse bench [OPTIONS]`: everything meant for the device, tables and figures."""
-    parser = argparse.ArgumentParser(
-        prog="saelens-sparse bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("bench", __doc__)
     parser.add_argument(
         "--quick", action="store_true", help="small cases and few steps: a minute on two CPU cores"
     )
     add_common_options(parser)
     args = parser.parse_args(argv)
-    resolve_device(args)
+    if args.quick:
+        parser.set_defaults(steps=3, warmup_train=10)
+        args = parser.parse_args(argv)
     results = open_results(args)
     for contest in CONTESTS:
         args.cases = list(contest.groups["quick"] if args.quick else contest.groups[args.device])
         args.precision = []
         args.arms = [arm.name for arm in contest.arms if arm.sparse or not args.quick]
-        if args.quick:
-            args.steps = args.steps or 3
-            args.warmup_train = 10 if args.warmup_train is None else args.warmup_train
         run_contest(contest, results, args)
 
     rows = load_rows([results.path])

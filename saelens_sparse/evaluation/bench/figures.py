@@ -9,7 +9,6 @@ Each device has a folder of its own.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from saelens_sparse.evaluation.bench.figures_roofline import draw_roofline
 from saelens_sparse.evaluation.bench.figures_sweep import draw_sweep
 from saelens_sparse.evaluation.bench.report import rows_of_files
 from saelens_sparse.evaluation.bench.selection import devices_of
+from saelens_sparse.evaluation.command_line import Parser
 from saelens_sparse.evaluation.presentation import can_draw
 from saelens_sparse.evaluation.results import FIGURES, RESULTS, Row, slug
 
@@ -64,11 +64,7 @@ def _draw_device(rows: Sequence[Row], folder: Path) -> Iterable[Path]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="saelens-sparse bench figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("bench figures", __doc__)
     parser.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
     parser.add_argument(
         "--to", type=Path, help="folder to draw into; by default the project's or one beside FILE"

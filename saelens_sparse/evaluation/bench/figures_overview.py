@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saelens_sparse.evaluation.bench.figures_style import caption, color_of, label_of, short_ms
+from saelens_sparse.evaluation.bench.figures_style import caption
 from saelens_sparse.evaluation.bench.selection import (
     SPARSE_ARMS,
     latest,
@@ -16,7 +16,15 @@ from saelens_sparse.evaluation.bench.selection import (
     speedup,
 )
 from saelens_sparse.evaluation.cases import STEP_CASES, STOCK
-from saelens_sparse.evaluation.presentation import NOTE_COLOR, PALETTE, new_figure, save_png
+from saelens_sparse.evaluation.presentation import (
+    NOTE_COLOR,
+    PALETTE,
+    label_of,
+    milliseconds,
+    new_figure,
+    save_png,
+    style_of,
+)
 from saelens_sparse.evaluation.results import Row
 
 if TYPE_CHECKING:
@@ -86,9 +94,9 @@ def _draw_speedup_bars(panel: Axes, found: Sequence[tuple[Row, Row]], cases: Seq
             for stock, _ in of_arm
         ]
         ratios = [speedup(*pair) or 0.0 for pair in of_arm]
-        panel.barh(places, ratios, BAR * 0.92, color=color_of(arm), label=label_of(arm))
+        panel.barh(places, ratios, BAR * 0.92, color=style_of(arm).color, label=label_of(arm))
         for place, ratio, (stock, sparse) in zip(places, ratios, of_arm, strict=True):
-            times = f"{short_ms(stock['ms'])} to {short_ms(sparse['ms'])} ms"
+            times = f"{milliseconds(stock['ms'])} to {milliseconds(sparse['ms'])} ms"
             panel.text(
                 ratio + 0.012 * longest, place, f"{ratio:.1f}x  ", va="center", fontsize=9,
                 weight="bold",
@@ -97,7 +105,7 @@ def _draw_speedup_bars(panel: Axes, found: Sequence[tuple[Row, Row]], cases: Seq
                 times, (ratio + 0.012 * longest, place), xytext=(36, 0),
                 textcoords="offset points", va="center", fontsize=7.5, color=NOTE_COLOR,
             )  # fmt: skip
-    panel.axvline(1.0, color=color_of(STOCK.name), linewidth=1.5, label=label_of(STOCK.name))
+    panel.axvline(1.0, color=style_of(STOCK.name).color, linewidth=1.5, label=label_of(STOCK.name))
     panel.set_xlim(0, 1.62 * longest)
     panel.set_xlabel("times faster than stock")
     panel.grid(visible=False, axis="y")
@@ -140,11 +148,13 @@ def draw_breakdown(rows: Sequence[Row], folder: Path) -> Path | None:
                 ink = "white" if color in (PALETTE[0], PALETTE[1], PALETTE[2]) else "black"
                 middle = start + share / 2
                 panel.text(
-                    middle, place, short_ms(ms), ha="center", va="center", fontsize=8, color=ink
+                    middle, place, milliseconds(ms), ha="center", va="center", fontsize=8, color=ink
                 )
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for place, row in zip(places, timed, strict=True):
-        panel.text(101, place, f"{short_ms(row['ms'])} ms", va="center", fontsize=9, weight="bold")
+        panel.text(
+            101, place, f"{milliseconds(row['ms'])} ms", va="center", fontsize=9, weight="bold"
+        )
     for heat in heats:
         first = next(i for i, r in enumerate(timed) if (r["case"], r["precision"]) == heat)
         title = f"{_label(timed[first]).replace(chr(10), ', ')}, {heat[1]}"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saelens_sparse.evaluation.bench.figures_style import caption, short_ms
+from saelens_sparse.evaluation.bench.figures_style import caption
 from saelens_sparse.evaluation.presentation import (
     NOTE_COLOR,
     SPARSE_COLOR,
     STOCK_COLOR,
+    milliseconds,
     new_figure,
     save_png,
 )
@@ -144,7 +145,7 @@ def _label_points(panel: Axes, points: Sequence[tuple[float, float, Row]]) -> No
         _, height = per_point * panel.transData.transform((1, points[0][2][name]))
         taken.append(_Box(frame.left, height - 1, frame.right, height + 12))
     for (x, y), (x_data, y_data, row) in zip(canvas, points, strict=True):
-        text = f"{row['kernel']}, {short_ms(row['ms'])} ms"
+        text = f"{row['kernel']}, {milliseconds(row['ms'])} ms"
         width = 4.6 * len(text)
         best, place, least = taken[0], (9.0, 0.0), math.inf
         for shift in (0, -11, 11, -22, 22, -33, 33, -44, 44):

@@ -1,59 +1,17 @@
-"""What the benchmark's figures share: how arms look, and which rows a figure was drawn from."""
+"""What the benchmark's figures share: their axes, and which rows a figure was drawn from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from saelens_sparse.evaluation.presentation import (
-    NOTE_COLOR,
-    PALETTE,
-    SPARSE_COLOR,
-    STOCK_COLOR,
-)
+from saelens_sparse.evaluation.presentation import NOTE_COLOR
 from saelens_sparse.evaluation.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
-COLORS = {
-    "stock": STOCK_COLOR,
-    "stock_tf32": "#E69F00",
-    "stock_compile": "#CC79A7",
-    "sparse": SPARSE_COLOR,
-    "sparse_runner": "#009E73",
-    "sparsify": "#56B4E9",
-    "dictionary_learning": "#000000",
-}
-LABELS = {
-    "stock": "stock",
-    "stock_tf32": "stock, TF32",
-    "stock_compile": "stock, compiled",
-    "sparse": "sparse",
-    "sparse_runner": "sparse, own runner",
-    "sparsify": "sparsify",
-    "dictionary_learning": "dictionary_learning",
-}
-MARKERS = {"sparse": "o", "sparse_runner": "s", "stock": "^"}
-
-
-def color_of(arm: str) -> str:
-    """The arm's colour in every figure."""
-    return COLORS.get(arm, PALETTE[-1])
-
-
-def label_of(arm: str) -> str:
-    """The arm's name in every figure."""
-    return LABELS.get(arm, arm)
-
-
-def short_ms(value: float) -> str:
-    """Milliseconds in three digits or so."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def caption(figure: Figure, rows: Iterable[Row]) -> None:

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saelens_sparse.evaluation.bench.figures_style import (
-    MARKERS,
     caption,
-    color_of,
-    label_of,
     plain_numbers,
     readable_ratios,
 )
 from saelens_sparse.evaluation.bench.selection import SPARSE_ARMS, latest, pairs, speedup
 from saelens_sparse.evaluation.cases import STOCK
-from saelens_sparse.evaluation.presentation import NOTE_COLOR, new_figure, save_png
+from saelens_sparse.evaluation.presentation import NOTE_COLOR, new_figure, save_png, style_of
 from saelens_sparse.evaluation.results import Row
 
 if TYPE_CHECKING:
@@ -111,17 +108,19 @@ def _draw_speedups(panel: Axes, points: Sequence[Point]) -> None:
         line = sorted((point.value, point.ratio) for point in points if point.arm == arm)
         if not line:
             continue
-        panel.plot(
-            *zip(*line, strict=True),
-            color=color_of(arm),
-            marker=MARKERS[arm],
-            markersize=5,
-            label=label_of(arm),
-        )
+        _draw_line(panel, line, arm)
         _mark_break_even(panel, line, arm)
     panel.set_ylabel("times faster than stock")
     panel.set_title("Speed-up of a training step", fontsize=11)
     panel.legend(fontsize=9, frameon=False)
+
+
+def _draw_line(panel: Axes, line: Sequence[tuple[float, float]], arm: str) -> None:
+    style = style_of(arm)
+    values, numbers = zip(*line, strict=True)
+    panel.plot(
+        values, numbers, color=style.color, marker=style.marker, markersize=5, label=style.label
+    )
 
 
 def _mark_break_even(panel: Axes, line: Sequence[tuple[float, float]], arm: str) -> None:
@@ -129,7 +128,7 @@ def _mark_break_even(panel: Axes, line: Sequence[tuple[float, float]], arm: str)
     below = arm == SPARSE_ARMS[0]
     labelled = 0.0
     for crossing in break_even(line):
-        color = color_of(arm)
+        color = style_of(arm).color
         panel.plot([crossing.value], [1.0], "D", color=color, markersize=8, fillstyle="none")
         if crossing.value < 1.5 * labelled:
             continue  # noise around one: the labels would lie on each other
@@ -154,13 +153,7 @@ def _draw_lines(panel: Axes, rows: Sequence[Row], size: str, quantity: str) -> N
             if row["arm"] == arm and row["status"] == "ok" and row.get(quantity)
         )
         if line:
-            panel.plot(
-                *zip(*line, strict=True),
-                color=color_of(arm),
-                marker=MARKERS[arm],
-                markersize=5,
-                label=label_of(arm),
-            )
+            _draw_line(panel, line, arm)
     panel.set_yscale("log", base=2)
     bottom, top = panel.get_ylim()
     powers = [2.0**i for i in range(-6, 15)]

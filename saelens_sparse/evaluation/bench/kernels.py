@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import cast
 
 import torch
@@ -22,11 +22,8 @@ from tqdm import tqdm
 
 from saelens_sparse.evaluation.bench.contest import say
 from saelens_sparse.evaluation.bench.report import kernel_table
-from saelens_sparse.evaluation.bench.session import (
-    add_common_options,
-    open_results,
-    resolve_device,
-)
+from saelens_sparse.evaluation.bench.session import add_common_options, open_results
+from saelens_sparse.evaluation.command_line import DEFAULT_STEPS, Parser, parse_shape
 from saelens_sparse.evaluation.data import ActivationStream
 from saelens_sparse.evaluation.measure import measure_calls
 from saelens_sparse.evaluation.presentation import plain_table
@@ -57,7 +54,7 @@ class Shape:
 
 
 @dataclass
-class Problem:
+class OperationInputs:
     """One batch, its weights and how the operations are run."""
 
     shape: Shape
@@ -81,7 +78,7 @@ class Operation:
     flops: float
 
 
-def make_problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> OperationInputs:
     """A batch of activations, and weights of which a third point along its features."""
     stream = ActivationStream(shape.d_in, 8192, 40.0, device)
     generator = torch.Generator(device).manual_seed(1)
@@ -96,7 +93,7 @@ def make_problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
     bias = 0.01 * torch.randn(shape.d_sae, device=device, generator=generator)
     norms = torch.rand(shape.d_sae, device=device, generator=generator) + 0.5
     runs_triton = device == "cuda" and triton_problem(torch.device(device), dtype) is None
-    return Problem(
+    return OperationInputs(
         shape=shape,
         backend="triton" if runs_triton else "torch",
         x=(stream.batch(shape.rows, 0) - stream.mean * stream.scale).to(dtype),
@@ -106,18 +103,18 @@ def make_problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
     )
 
 
-def operations(problem: Problem) -> Iterator[Operation]:
+def operations(inputs: OperationInputs) -> Iterator[Operation]:
     """The operations of a step, each with the dense one that it replaces."""
-    shape, x, weight, backend = problem.shape, problem.x, problem.weight, problem.backend
+    shape, x, weight, backend = inputs.shape, inputs.x, inputs.weight, inputs.backend
     item = x.element_size()
     batch_bytes, weight_bytes = x.numel() * item, weight.numel() * item
     code_bytes = shape.rows * shape.d_sae * item
     product = 2.0 * x.numel() * shape.d_sae
 
     def select() -> object:
-        return select_topk(x, weight, problem.bias, problem.norms, shape.k, backend, BUFFER_BYTES)
+        return select_topk(x, weight, inputs.bias, inputs.norms, shape.k, backend, BUFFER_BYTES)
 
-    selection = select_topk(x, weight, problem.bias, problem.norms, shape.k, backend, BUFFER_BYTES)
+    selection = select_topk(x, weight, inputs.bias, inputs.norms, shape.k, backend, BUFFER_BYTES)
     active, acts = selection.scores > 0, selection.pre_acts.relu()
     order = LatentOrder.of(selection.latents, active, shape.d_sae)
     pairs = shape.rows * shape.k
@@ -163,7 +160,7 @@ def operations(problem: Problem) -> Iterator[Operation]:
 
     code = x @ weight.T  # [rows, d_sae]
     dense_bytes = batch_bytes + weight_bytes + code_bytes
-    yield Operation("select", "stock", lambda: _dense_select(problem), dense_bytes, product)
+    yield Operation("select", "stock", lambda: _dense_select(inputs), dense_bytes, product)
     yield Operation("decode", "stock", lambda: code @ weight, dense_bytes, product)
     yield Operation(
         "gradient of activations", "stock", lambda: grad @ weight.T, dense_bytes, product
@@ -178,9 +175,9 @@ def operations(problem: Problem) -> Iterator[Operation]:
         yield Operation("Adam on a weight", side, optimizer.step, 7.0 * weight_bytes, 0.0)
 
 
-def _dense_select(problem: Problem) -> torch.Tensor:
-    scores = torch.addmm(problem.bias, problem.x, problem.weight.T) * problem.norms
-    return scores.topk(problem.shape.k, sorted=False).indices
+def _dense_select(inputs: OperationInputs) -> torch.Tensor:
+    scores = torch.addmm(inputs.bias, inputs.x, inputs.weight.T) * inputs.norms
+    return scores.topk(inputs.shape.k, sorted=False).indices
 
 
 def milliseconds(call: Callable[[], object], device: str, repeats: int) -> float:
@@ -207,13 +204,13 @@ def product_rate(dtype: torch.dtype, device: str, repeats: int) -> float:
     return 2 * n**3 / milliseconds(lambda: left @ right, device, repeats) / 1e9
 
 
-def selection_stages(problem: Problem, repeats: int) -> list[tuple[str, float]]:
+def selection_stages(inputs: OperationInputs, repeats: int) -> list[tuple[str, float]]:
     """The kernels of a selection and their milliseconds, by PyTorch's profiler; CUDA only."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
             select_topk(
-                problem.x, problem.weight, problem.bias, problem.norms, problem.shape.k,
-                problem.backend, BUFFER_BYTES,
+                inputs.x, inputs.weight, inputs.bias, inputs.norms, inputs.shape.k,
+                inputs.backend, BUFFER_BYTES,
             )  # fmt: skip
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
@@ -234,9 +231,9 @@ def measure(shape: Shape, dtype_name: str, device: str, repeats: int) -> Iterato
         "product_tflops": product_rate(dtype, device, repeats),
         "screen_tflops": product_rate(low, device, repeats),
     }
-    problem = make_problem(shape, dtype, device)
-    common["backend"] = problem.backend
-    for operation in tqdm(operations(problem), total=12, unit="kernel", disable=None):
+    inputs = make_inputs(shape, dtype, device)
+    common["backend"] = inputs.backend
+    for operation in tqdm(operations(inputs), total=12, unit="kernel", disable=None):
         yield {
             **common,
             "kernel": operation.kernel,
@@ -245,47 +242,33 @@ def measure(shape: Shape, dtype_name: str, device: str, repeats: int) -> Iterato
             "bytes": operation.bytes,
             "flops": operation.flops,
         }
-    if device == "cuda" and problem.backend == "triton":
-        for name, ms in selection_stages(problem, repeats):
+    if device == "cuda" and inputs.backend == "triton":
+        for name, ms in selection_stages(inputs, repeats):
             stage: Row = {"kernel": name, "part_of": "select", "side": "sparse", "ms": ms}
             yield {**common, **stage, "bytes": None, "flops": None}
 
 
-def parse_shape(text: str) -> Shape:
-    """
-    Four whole numbers, d_in, d_sae, k and rows.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is something else.
-    """
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(
-            f"must be D_IN,D_SAE,K,ROWS, whole numbers above 0; got {text!r}"
-        )
-    shape = Shape(*map(int, parts))
-    if shape.k > shape.d_sae:
-        raise argparse.ArgumentTypeError(f"K must be at most D_SAE; got {text!r}")
+def shape_of(text: str) -> Shape:
+    """argparse type: the sizes of a problem."""
+    shape = Shape(*parse_shape(text))
+    if min(astuple(shape)) < 1 or shape.k > shape.d_sae:
+        raise argparse.ArgumentTypeError(f"all must be above 0 and K at most D_SAE; got {text!r}")
     return shape
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="saelens-sparse bench kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("bench kernels", __doc__)
     parser.add_argument(
         "--shape",
-        type=parse_shape,
-        metavar="D_IN,D_SAE,K,ROWS",
+        type=shape_of,
+        metavar="D_IN,D_SAE,K,BATCH",
         help=f"by default {DEFAULT_SHAPE['cuda']}, on a CPU {DEFAULT_SHAPE['cpu']}",
     )
     parser.add_argument("--dtype", default=DTYPES[0], choices=DTYPES)
     add_common_options(parser, training=False)
     args = parser.parse_args(argv)
-    resolve_device(args)
-    shape: Shape = args.shape or parse_shape(DEFAULT_SHAPE[args.device])
+    steps = args.steps or DEFAULT_STEPS[args.device]
+    shape: Shape = args.shape or shape_of(DEFAULT_SHAPE[args.device])
     results = open_results(args)
     # The last of the operations: with it, all have rows.
     whole = {"shape": shape.text, "dtype": args.dtype, "kernel": "Adam on a weight"}
@@ -293,7 +276,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{shape.text} {args.dtype} is measured already; --again measures it again.")
         return 0
     try:
-        for row in measure(shape, args.dtype, args.device, args.steps or 5):
+        for row in measure(shape, args.dtype, args.device, steps):
             results.append(row)
     except torch.OutOfMemoryError as error:
         raise UsageError(f"--shape {shape.text} needs more memory than there is") from error

@@ -3,19 +3,16 @@ Tables from the rows that the benchmarks have appended.
 
     saelens-sparse bench report [FILE.jsonl ...]
 
-Ratios are taken between arms of one run only; of several runs the latest counts. Targets stand in
-parentheses.
+Ratios are taken between arms of one run only; of several runs the latest counts.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saelens_sparse.evaluation.bench.agreement import Differences, kind_of
 from saelens_sparse.evaluation.bench.selection import (
-    contest_key,
     devices_of,
     latest,
     memory_share,
@@ -23,7 +20,7 @@ from saelens_sparse.evaluation.bench.selection import (
     pairs,
     speedup,
 )
-from saelens_sparse.evaluation.bench.targets import Target, target_of
+from saelens_sparse.evaluation.command_line import Parser
 from saelens_sparse.evaluation.presentation import Rows, markdown_table, plain_table
 from saelens_sparse.evaluation.results import RESULTS, Row, load_rows
 from saelens_sparse.runner_config import UsageError
@@ -148,25 +145,16 @@ def _result(row: Row) -> str:
 
 
 def _speedup(other: Row, sparse: Row) -> str:
-    target = _target(other, sparse)
-    aim = f" ({target.speedup:g}x)" if target else ""
     ratio = speedup(other, sparse)
     if ratio is None:
-        return f"-{aim}"
+        return "-"
     checked = sparse["checked"] and (other.get("peer") is None or other["checked"])
-    return f"{ratio:.2f}x{aim}{'' if checked else ', unchecked'}"
+    return f"{ratio:.2f}x{'' if checked else ', unchecked'}"
 
 
 def _memory(other: Row, sparse: Row) -> str:
-    target = _target(other, sparse)
-    aim = f" ({target.memory:.0%})" if target and target.memory else ""
     share = memory_share(other, sparse)
-    return f"-{aim}" if share is None else f"{share:.0%}{aim}"
-
-
-def _target(other: Row, sparse: Row) -> Target | None:
-    case, precision, operation = contest_key(sparse)
-    return target_of(case, precision, operation, sparse["arm"], other["arm"])
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _largest(differences: Differences, kind: str) -> str:
@@ -206,11 +194,7 @@ def rows_of_files(files: Sequence[Path]) -> list[Row]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="saelens-sparse bench report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("bench report", __doc__)
     parser.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     args = parser.parse_args(argv)

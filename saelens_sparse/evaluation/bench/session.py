@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from saelens_sparse.evaluation.bench.contest import Contest, say
 from saelens_sparse.evaluation.bench.report import tables
 from saelens_sparse.evaluation.cases import PRECISIONS, STOCK, Arm, Case, Precision
+from saelens_sparse.evaluation.command_line import (
+    DEFAULT_STEPS,
+    Parser,
+    add_measuring_options,
+)
 from saelens_sparse.evaluation.results import RESULTS, ResultsFile, environment
 from saelens_sparse.runner_config import UsageError
-
-DEFAULT_STEPS = {"cuda": 20, "cpu": 5}
-WARMUP_TRAIN = 30
 
 
 def main_of(name: str, contest_class: type[Contest[Any]], argv: Sequence[str]) -> int:
     """Run a contest as `saelens-sparse bench NAME ARGV` and print its tables."""
     args = _parser(name, contest_class).parse_args(argv)
-    resolve_device(args)
     results = open_results(args)
     run_contest(contest_class, results, args)
     if results.rows:
@@ -41,7 +41,7 @@ def run_contest(
         results,
         device=args.device,
         steps=args.steps or DEFAULT_STEPS[args.device],
-        warmup_train=WARMUP_TRAIN if args.warmup_train is None else args.warmup_train,
+        warmup_train=args.warmup_train,
         again=args.again,
     )
     arms = [arm for arm in contest_class.arms if arm.name in {STOCK.name, *args.arms}]
@@ -73,27 +73,9 @@ def open_results(args: argparse.Namespace) -> ResultsFile:
     return results
 
 
-def resolve_device(args: argparse.Namespace) -> None:
-    """Settle `args.device` where it was left open; refuse one that is not there."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no CUDA device here; --device cpu works")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def add_common_options(parser: argparse.ArgumentParser, *, training: bool = True) -> None:
-    """Options of all commands that measure, with those of a training where there is one."""
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="by default the GPU if present")
-    parser.add_argument(
-        "--steps", type=positive, help="timed steps or calls, at most; by default 20, on a CPU 5"
-    )
-    if training:
-        parser.add_argument(
-            "--warmup-train",
-            type=positive_or_zero,
-            metavar="STEPS",
-            help="training steps that lead from planted features to the weights used; by default "
-            f"{WARMUP_TRAIN}",
-        )
+def add_common_options(parser: Parser, *, training: bool = True) -> None:
+    """Options of all commands that append rows."""
+    add_measuring_options(parser, training=training)
     parser.add_argument(
         "--out",
         type=Path,
@@ -122,27 +104,9 @@ def names_of(
     return parse
 
 
-def positive(text: str) -> int:
-    """Parser of a number above zero."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0; got {text!r}")
-    return int(text)
-
-
-def positive_or_zero(text: str) -> int:
-    """Parser of a number that is not negative."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
-    return int(text)
-
-
-def _parser(name: str, contest_class: type[Contest[Any]]) -> argparse.ArgumentParser:
+def _parser(name: str, contest_class: type[Contest[Any]]) -> Parser:
     arms: Sequence[Arm] = contest_class.arms
-    parser = argparse.ArgumentParser(
-        prog=f"saelens-sparse bench {name}",
-        description=sys.modules[contest_class.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(f"bench {name}", sys.modules[contest_class.__module__].__doc__)
     groups = dict(contest_class.groups)
     single = [name for name, case in contest_class.cases.items() if case.sweep is None]
     parser.add_argument(

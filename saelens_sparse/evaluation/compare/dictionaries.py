@@ -92,11 +92,11 @@ def share(
         Counts, by threshold and in both directions, ready for JSON.
     """
     units = [_unit(decoder, mask, device) for decoder, mask in zip(decoders, alive, strict=True)]
-    rows = [mask.nonzero().squeeze(1).to(device) for mask in alive]
-    if min(map(len, rows)) == 0:
-        return {"alive": [len(row) for row in rows], "thresholds": {}}
+    n_alive = [len(unit) for unit in units]
+    if min(n_alive) == 0:
+        return {"alive": n_alive, "thresholds": {}}
     of_a, of_b = match(*units, on_rows=on_rows)
-    mutual = of_b.index[of_a.index] == torch.arange(len(rows[0]), device=device)
+    mutual = of_b.index[of_a.index] == torch.arange(n_alive[0], device=device)
     same = _same_index(decoders, alive, device)
     moved = [
         None if start is None else _unit(start, mask, device).mul_(unit).sum(1)
@@ -113,15 +113,10 @@ def share(
         }
 
     histogram = torch.histc(of_a.cosine.float(), HISTOGRAM_BINS, min=0, max=1)
-    paired = rows[1][of_a.index[mutual]] == rows[0][mutual]
     return {
-        "alive": [len(row) for row in rows],
+        "alive": n_alive,
         "alive_in_both": len(same),
         "thresholds": {str(threshold): counts(threshold) for threshold in THRESHOLDS},
-        "one_to_one": _count(mutual),
-        "one_to_one_at_same_index": _count(paired),
-        "median_cosine": [float(of_a.cosine.median()), float(of_b.cosine.median())],
-        "median_cosine_to_start": [None if m is None else float(m.median()) for m in moved],
         "histogram": [int(count) for count in histogram],
     }
 

@@ -23,7 +23,7 @@ class ComparisonError(Exception):
     """A part of the comparison failed; the message says which one, and where to look."""
 
 
-class Arm:
+class ArmProcess:
     """
     A training process of `arm.py`, which takes a step whenever it is asked to.
 
@@ -69,7 +69,7 @@ class Arm:
     def architecture(self) -> str:
         return self.folder.architecture
 
-    def __enter__(self) -> Arm:
+    def __enter__(self) -> ArmProcess:
         return self
 
     def __exit__(
@@ -140,7 +140,7 @@ class Arm:
 
 
 def train_in_turn(
-    arms: Sequence[Arm], n_steps: int, on_checkpoint: Callable[[int, list[str]], None]
+    arms: Sequence[ArmProcess], n_steps: int, on_checkpoint: Callable[[int, list[str]], None]
 ) -> None:
     """
     Give the arms their turns, a step each, until all have taken `n_steps`; then let them finish.
@@ -173,7 +173,7 @@ def train_in_turn(
         arm.finish()
 
 
-def _progress(arms: Sequence[Arm]) -> str:
+def _progress(arms: Sequence[ArmProcess]) -> str:
     """What the progress bar says: the arms' latest losses and times."""
     losses = " | ".join(f"{arm.steps[-1].mse:.4g}" for arm in arms)
     times = " | ".join(f"{1e3 * arm.steps[-1].seconds:.0f}" for arm in arms)

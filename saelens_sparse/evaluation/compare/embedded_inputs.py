@@ -139,7 +139,6 @@ def prepare(config: dict[str, Any], text_tokens: int | None = None) -> None:
 
 
 def main(args: list[str]) -> None:
-    """Entry point."""
     parser = argparse.ArgumentParser(description="Make a model, a text and its activations.")
     parser.add_argument("config", nargs="?", type=Path, default=EMBEDDED_CONFIGS["topk_sparse"])
     parser.add_argument("--text-tokens", type=int)

@@ -51,7 +51,6 @@ class Summary:
     tokens_per_second_end_to_end: float
     added_memory_mib: float | None
     peak_memory_mib: float | None
-    threads: int
 
 
 def summarize(architecture: str, steps: Sequence[Step], batch_size: int) -> Summary:
@@ -86,7 +85,6 @@ def summarize(architecture: str, steps: Sequence[Step], batch_size: int) -> Summ
         tokens_per_second_end_to_end=tokens / (step_seconds + data_seconds),
         added_memory_mib=_mib(max((step.added_memory_bytes or 0 for step in steps), default=0)),
         peak_memory_mib=_mib(max((step.peak_memory_bytes or 0 for step in steps), default=0)),
-        threads=steps[-1].threads,
     )
 
 

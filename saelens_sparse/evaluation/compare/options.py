@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from saelens_sparse.evaluation.cases import SPARSE_SUFFIX
+from saelens_sparse.evaluation.command_line import default_device
 from saelens_sparse.evaluation.compare.arguments import build_parser
 from saelens_sparse.evaluation.compare.embedded_inputs import EMBEDDED_CONFIGS, INPUT_FIELDS
 from saelens_sparse.evaluation.compare.records import ArmFolder
@@ -22,7 +23,6 @@ from saelens_sparse.evaluation.config_checks import check_fields, check_values
 from saelens_sparse.runner_config import UsageError, load_config
 from saelens_sparse.saes.base import SparseTrainingSAEMixin
 
-SPARSE_SUFFIX = "_sparse"
 # The embedded config's sizes are for a CPU; at those a GPU would mostly wait for its host.
 GPU_D_SAE, GPU_BATCH_SIZE = 65_536, 4096
 # Options that are fields of the config.
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def folders(self) -> list[ArmFolder]:
-        """One for each arm."""
+        """Where each arm keeps what it makes."""
         return [ArmFolder(self.output / architecture) for architecture in self.configs]
 
     @property
@@ -94,15 +94,13 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
 
     Raises:
         UsageError: a setting that cannot work, by its name; nothing has been loaded yet.
-        SystemExit: argparse has said what is wrong.
     """
-    parser = build_parser()
-    options = parser.parse_args(args)
+    options = build_parser().parse_args(args)
     embedded = options.config is None
     if not embedded:
         for option in ("text_tokens", "cache"):
             if getattr(options, option) is not None:
-                parser.error(f"argument --{option.replace('_', '-')}: CONFIG brings its own inputs")
+                raise UsageError(f"--{option.replace('_', '-')}: CONFIG brings its own inputs")
     config = _embedded_config(options) if embedded else _file_config(options.config)
     name = config.pop("name")
     of_config = config["sae"]["architecture"]
@@ -111,13 +109,13 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
     output = (options.output or Path("output") / f"compare_{name}").resolve()
     for option, path in (("output", output), ("cache", options.cache)):
         if path is not None and path.exists() and not path.is_dir():
-            parser.error(f"argument --{option}: {path} is not a folder")
+            raise UsageError(f"--{option}: {path} is not a folder")
 
     if options.text_tokens is not None:
         config["cached_activations_path"] += f"-{options.text_tokens}-tokens"
     for option in ("k", "l0_coefficient", "implementation"):
         if getattr(options, option) is not None:
-            _check_option(parser, option, pair)
+            _check_option(option, pair)
     check_fields(config, {of_config, *pair})
     configs = {architecture: _arm_config(config, architecture, output) for architecture in pair}
     for arm in configs.values():
@@ -164,7 +162,7 @@ def _embedded_config(options: argparse.Namespace) -> dict[str, Any]:
     path = EMBEDDED_CONFIGS[architecture]
     config = json.loads(path.read_text())
     steps = config["training_tokens"] // config["train_batch_size_tokens"]
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = options.device or default_device()
     if options.device.startswith("cuda"):
         options.d_sae = options.d_sae or GPU_D_SAE
         options.batch_size = options.batch_size or GPU_BATCH_SIZE
@@ -243,12 +241,12 @@ def _set_field(config: dict[str, Any], field: str, value: Any) -> None:
     config[name] = value
 
 
-def _check_option(parser: argparse.ArgumentParser, option: str, pair: Sequence[str]) -> None:
+def _check_option(option: str, pair: Sequence[str]) -> None:
     """An option that no arm has a field for is a mistake."""
     classes = [SAE_TRAINING_CLASS_REGISTRY[architecture][1] for architecture in pair]
     if not any(option in config_class.__dataclass_fields__ for config_class in classes):
         names = " and ".join(pair)
-        parser.error(f"argument --{option.replace('_', '-')}: {names} have no such setting")
+        raise UsageError(f"--{option.replace('_', '-')}: {names} have no such setting")
 
 
 def _arm_config(config: dict[str, Any], architecture: str, output: Path) -> dict[str, Any]:

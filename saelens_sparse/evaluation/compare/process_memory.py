@@ -9,7 +9,7 @@ import torch
 _CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-class PeakMemory:
+class ProcessMemory:
     """
     The most memory that training steps held, leaving out what happens between them.
 

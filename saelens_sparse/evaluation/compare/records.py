@@ -29,7 +29,6 @@ class Step:
         added_memory_bytes: Most that any step so far held above what was held before the first.
         peak_memory_bytes: Most that any step so far held: language model and buffers included.
         batch_crc32: Checksum of the batch.
-        threads: That PyTorch may use on the CPU.
     """
 
     step: int
@@ -44,7 +43,6 @@ class Step:
     added_memory_bytes: int | None
     peak_memory_bytes: int | None
     batch_crc32: int
-    threads: int
 
     @property
     def mse(self) -> float:
@@ -130,5 +128,6 @@ def load_steps(path: Path) -> list[Step]:
             values: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             break
+        values.pop("threads", None)  # which earlier versions wrote
         steps.append(Step(**values))
     return steps

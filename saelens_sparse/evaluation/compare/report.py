@@ -35,7 +35,7 @@ from saelens_sparse.evaluation.presentation import (
     html_text,
     plain_table,
 )
-from saelens_sparse.evaluation.results import environment
+from saelens_sparse.evaluation.results import environment, write_whole
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def write_report(comparison: Comparison, state: State, findings: Findings) -> No
         "opened_in_stock_saelens": findings.opened,
         "notes": findings.notes,
     }
-    _write(output / "results.json", json.dumps(_finite(results), indent=2) + "\n")
+    write_whole(output / "results.json", json.dumps(_finite(results), indent=2) + "\n")
 
     pictures: dict[str, Path] = {}
     if can_draw():
@@ -127,7 +127,7 @@ def write_report(comparison: Comparison, state: State, findings: Findings) -> No
         )
         (output / "figures" / "curves.png").replace(output / "curves.png")
     page = html_page(title, _sections(comparison, findings, table, pictures, where))
-    _write(output / "report.html", page)
+    write_whole(output / "report.html", page)
 
     print(f"\n{plain_table(table)}\n")
     if findings.shared is not None:
@@ -267,9 +267,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)

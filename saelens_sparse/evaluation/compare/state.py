@@ -12,6 +12,7 @@ from typing import Any
 
 from saelens_sparse.evaluation.compare.options import Comparison
 from saelens_sparse.evaluation.compare.records import ArmFolder, load_steps
+from saelens_sparse.evaluation.results import write_whole
 from saelens_sparse.runner_config import UsageError
 
 STATE_FILE = "state.json"
@@ -40,9 +41,7 @@ class State:
 
     def save(self, output: Path) -> None:
         """Write it, whole or not at all."""
-        scratch = output / (STATE_FILE + ".partial")
-        scratch.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        scratch.replace(output / STATE_FILE)
+        write_whole(output / STATE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     def record_checkpoint(self, step: int, architectures: Sequence[str], paths: list[str]) -> None:
         """Both arms have a checkpoint after `step` steps."""

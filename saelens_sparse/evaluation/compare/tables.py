@@ -9,7 +9,7 @@ from typing import Any
 from saelens_sparse.evaluation.compare.metrics import Deviation, Summary, with_language_model
 from saelens_sparse.evaluation.presentation import percent
 
-Row = tuple[str, ...]
+Cells = tuple[str, ...]
 
 EVALUATION_ROWS = (
     ("CE loss recovered", "ce_loss_score", "{:.4f}"),
@@ -29,9 +29,9 @@ Evaluations = Sequence[Mapping[str, Any] | None]
 
 def main_table(
     a: Summary, b: Summary, apart: Deviation, evaluations: Evaluations, cached: bool
-) -> list[Row]:
+) -> list[Cells]:
     """The table of the terminal: a column for each arm, and one that compares them."""
-    rows: list[Row] = [("", a.architecture, b.architecture, f"{b.architecture} is")]
+    rows: list[Cells] = [("", a.architecture, b.architecture, f"{b.architecture} is")]
 
     def add(
         label: str, first: Any, second: Any, pattern: str, compare: Callable[[Any, Any], str]
@@ -46,8 +46,8 @@ def main_table(
     ) -> None:
         add(label, getattr(a, field), getattr(b, field), pattern, compare)
 
-    of_summary("loss of the first step", "first_loss", "{:.4f}", _relative)
-    of_summary("final MSE", "final_mse", "{:.4f}", _relative)
+    of_summary("loss of the first step", "first_loss", "{:.4f}", _in_percent)
+    of_summary("final MSE", "final_mse", "{:.4f}", _in_percent)
     rows += [
         ("  MSE of a step, median apart", "", "", percent(apart.median)),
         (f"  at most (step {apart.largest_at})", "", "", percent(apart.largest)),
@@ -86,13 +86,13 @@ def end_to_end(
     return [("cached activations", *measured), ("language model", first, second)]
 
 
-def loss_table(a: Summary, b: Summary) -> list[Row]:
+def loss_table(a: Summary, b: Summary) -> list[Cells]:
     """Every term of the loss, as a mean over the last tenth of the steps."""
-    rows: list[Row] = [("final value of", a.architecture, b.architecture, f"{b.architecture} is")]
+    rows: list[Cells] = [("final value of", a.architecture, b.architecture, f"{b.architecture} is")]
     losses_a, losses_b = ({"loss": arm.final_loss, **arm.final_losses} for arm in (a, b))
     for name in {**losses_a, **losses_b}:
         if name in losses_a and name in losses_b:
-            compared = _relative(losses_a[name], losses_b[name])
+            compared = _in_percent(losses_a[name], losses_b[name])
         else:
             compared = ""
         values = [
@@ -102,9 +102,9 @@ def loss_table(a: Summary, b: Summary) -> list[Row]:
     return rows
 
 
-def evaluation_table(names: Sequence[str], evaluations: Evaluations) -> list[Row]:
+def evaluation_table(names: Sequence[str], evaluations: Evaluations) -> list[Cells]:
     """What SAELens's evals say about both; a header alone where they were skipped."""
-    rows: list[Row] = [("", *names, "difference")]
+    rows: list[Cells] = [("", *names, "difference")]
     for label, key, pattern in EVALUATION_ROWS:
         values = [_value(evaluation, key) for evaluation in evaluations]
         if None not in values:
@@ -114,10 +114,10 @@ def evaluation_table(names: Sequence[str], evaluations: Evaluations) -> list[Row
     return rows
 
 
-def dictionary_table(names: Sequence[str], shared: Mapping[str, Any]) -> list[Row]:
+def dictionary_table(names: Sequence[str], shared: Mapping[str, Any]) -> list[Cells]:
     """How many latents are shared, by how alike they must be."""
     a, b = names
-    rows: list[Row] = [("of the latents that are alive", *_headers(shared))]
+    rows: list[Cells] = [("of the latents that are alive", *_headers(shared))]
     alive = shared["alive"]
 
     def line(label: str, key: str, total: int, index: int | None = None) -> None:
@@ -164,7 +164,7 @@ def _value(evaluation: Mapping[str, Any] | None, key: str) -> Any:
     return None if evaluation is None else evaluation.get(key)
 
 
-def _relative(a: float, b: float) -> str:
+def _in_percent(a: float, b: float) -> str:
     if a == b:
         return percent(0.0)
     return percent(b / a - 1, "+") if a and math.isfinite(a) else ""

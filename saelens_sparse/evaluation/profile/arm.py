@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from saelens_sparse.evaluation.cases import Arm
+from saelens_sparse.evaluation.measure import TimedSteps, time_steps
 from saelens_sparse.evaluation.profile.ceilings import Ceilings
 from saelens_sparse.evaluation.profile.counters import (
     DRAM_BYTES,
@@ -23,10 +25,9 @@ from saelens_sparse.evaluation.profile.memory import held_at_peak, standing_byte
 from saelens_sparse.evaluation.profile.phases import Attribution, Sizes
 from saelens_sparse.evaluation.profile.settings import Settings
 from saelens_sparse.evaluation.profile.steps import (
-    Timed,
+    FIRST_STEPS,
     count_waits,
     prepared_trainer,
-    time_steps,
     trace_steps,
 )
 from saelens_sparse.evaluation.profile.trace import Trace
@@ -35,6 +36,7 @@ from saelens_sparse.evaluation.profile.usage import (
     add_counters,
     kernel_rows,
     usage_of,
+    weighted_mean,
 )
 from saelens_sparse.evaluation.profile.work import Problem
 from saelens_sparse.evaluation.training import (
@@ -123,7 +125,7 @@ def measure_arm(
     torch.set_float32_matmul_precision(arm.matmul_precision)
     release_memory(settings.device)
     trainer = prepared_trainer(arm, settings, inputs)
-    timed = time_steps(trainer, inputs, settings.steps, lambda: done(1))
+    timed = time_steps(trainer, inputs, settings.steps, lambda: done(1), untimed=FIRST_STEPS)
     waits = count_waits(trainer, inputs)
     path = measurement.folder / f"trace_{arm.name}.json.gz"
     trace_steps(trainer, inputs, path, with_memory=False)
@@ -167,8 +169,8 @@ def _sizes(settings: Settings) -> Sizes:
     return Sizes(settings.case.batch, settings.case.d_in, settings.case.d_sae)
 
 
-def _times(timed: Timed, usage: Usage, settings: Settings, traced_ms: float) -> dict[str, Any]:
-    ms, busy = timed.median_ms, usage.busy_ms
+def _times(timed: TimedSteps, usage: Usage, settings: Settings, traced_ms: float) -> dict[str, Any]:
+    ms, busy = median(timed.ms), usage.busy_ms
     # A profiler hardly changes how long kernels take, but a CPU's operations it does.
     divided_ms = ms if settings.device == "cuda" else traced_ms
     return {
@@ -187,7 +189,9 @@ def _times(timed: Timed, usage: Usage, settings: Settings, traced_ms: float) -> 
     }
 
 
-def _memory(trainer: Trainer, measurement: Measurement, arm: Arm, timed: Timed) -> dict[str, Any]:
+def _memory(
+    trainer: Trainer, measurement: Measurement, arm: Arm, timed: TimedSteps
+) -> dict[str, Any]:
     """The peak of the timed steps, and what holds that of a traced one."""
     path = measurement.folder / f"memory_trace_{arm.name}.json.gz"
     gradients = trace_steps(trainer, measurement.inputs, path, with_memory=True)
@@ -227,22 +231,16 @@ def _waiting_calls(trace: Trace, attribution: Attribution) -> dict[str, dict[str
 
 def _hardware(usage: Usage, counted: Counted) -> dict[str, float | None]:
     """Of all kernels of a step together, weighted by their time."""
-    kernels = [item for item in usage.items if item.event and item.event.kind == "kernel"]
-    total = sum(item.ms for item in kernels)
-    known = [item for item in kernels if item.event and item.event.occupancy is not None]
-    if not total or not known:
-        return {"estimated_occupancy": None}
-    time = sum(item.ms for item in known)
-    estimated = sum(i.ms * i.event.occupancy for i in known if i.event and i.event.occupancy)
-    found: dict[str, float | None] = {"estimated_occupancy": estimated / time}
+    estimated = weighted_mean((item.ms, item.event.occupancy) for item in usage.items if item.event)
+    found = {"estimated_occupancy": estimated}
     if not counted.kernels:
         return found
     lasting = sum(kernel.values.get(DURATION, 0.0) for kernel in counted.kernels)
     for name, metric in (("occupancy", OCCUPANCY), ("tensor_pipe_share", TENSOR_SHARE)):
-        with_it = [k for k in counted.kernels if metric in k.values]
-        weight = sum(k.values.get(DURATION, 0.0) for k in with_it)
-        weighted = sum(k.values[metric] * k.values.get(DURATION, 0.0) for k in with_it)
-        found[name] = weighted / weight if weight else None
+        found[name] = weighted_mean(
+            (kernel.values.get(DURATION, 0.0), kernel.values.get(metric))
+            for kernel in counted.kernels
+        )
     moved = sum(kernel.values.get(DRAM_BYTES, 0.0) for kernel in counted.kernels)
     found["dram_bytes"] = moved
     found["dram_bytes_per_second"] = 1e9 * moved / lasting if lasting else None

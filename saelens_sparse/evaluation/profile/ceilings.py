@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
+from saelens_sparse.evaluation.measure import measure_calls
 from saelens_sparse.evaluation.profile.work import Problem
 
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
@@ -30,10 +29,6 @@ class Ceilings:
     copy_bytes: float
     gemm_flops: dict[str, float]
     encoder_ms: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """As `Ceilings(**...)` takes them."""
-        return asdict(self)
 
     @property
     def best_gemm(self) -> str:
@@ -79,19 +74,4 @@ def _product_ms(rows: int, inner: int, columns: int, dtype: torch.dtype, device:
 
 def _milliseconds(call: Callable[[], object], device: str) -> float:
     """Of the fastest of a few calls: a ceiling is what can be reached."""
-    for _ in range(3):
-        call()
-    times: list[float] = []
-    for _ in range(_REPEATS[device]):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - begun))
-    return min(times)
+    return measure_calls(call, device, _REPEATS[device])["ms_min"]

@@ -10,14 +10,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 import saelens_sparse
-from saelens_sparse.evaluation.cases import FLOAT32, Arm
+from saelens_sparse.evaluation.cases import FLOAT32, PRECISIONS, SPARSE_SUFFIX, Arm
+from saelens_sparse.evaluation.command_line import (
+    DEFAULT_STEPS,
+    Parser,
+    add_measuring_options,
+    parse_shape,
+)
+from saelens_sparse.evaluation.presentation import label_of
 from saelens_sparse.evaluation.profile.arm import (
     Measurement,
     measure_arm,
@@ -35,16 +42,14 @@ from saelens_sparse.evaluation.profile.report import (
 )
 from saelens_sparse.evaluation.profile.settings import (
     ARMS,
-    PRECISIONS,
     Settings,
     architectures,
     case_of_config,
     case_of_shape,
     parse_arms,
-    parse_shape,
     precision_of_config,
 )
-from saelens_sparse.evaluation.profile.tables import LABELS, Record
+from saelens_sparse.evaluation.profile.tables import Record
 from saelens_sparse.evaluation.results import (
     describe_failure,
     environment,
@@ -53,7 +58,6 @@ from saelens_sparse.evaluation.results import (
 from saelens_sparse.evaluation.training import prepare_inputs
 from saelens_sparse.runner_config import UsageError, load_config
 
-DEFAULT_STEPS = {"cuda": 20, "cpu": 5}
 _BAR = "{desc:20} {percentage:3.0f}% |{bar:30}| {elapsed}"
 
 
@@ -86,19 +90,20 @@ def main(args: Sequence[str]) -> int:
     return 0 if all(shown["arms"][name]["status"] == "ok" for name in wanted) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="saelens-sparse profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser("profile", __doc__)
     parser.add_argument(
         "config", nargs="?", help="runner config (JSON) whose SAE, batch size and precision to take"
     )
-    parser.add_argument("--shape", metavar="D_IN,D_SAE,K,BATCH", help="these instead of a config")
+    parser.add_argument(
+        "--shape",
+        type=parse_shape,
+        metavar="D_IN,D_SAE,K,BATCH",
+        help="these instead of a config",
+    )
     parser.add_argument(
         "--architecture",
-        help=f"{', '.join(f'{name}_sparse' for name in architectures())}; "
+        help=f"{', '.join(name + SPARSE_SUFFIX for name in architectures())}; "
         "by default the config's, with --shape topk_sparse",
     )
     parser.add_argument(
@@ -116,16 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dead-fraction", type=float, default=0.0, help="share of latents held dead; default 0"
     )
-    parser.add_argument("--steps", type=int, help="timed steps; by default 20, on a CPU 5")
-    parser.add_argument(
-        "--warmup-train",
-        type=int,
-        default=30,
-        help="training steps that lead from planted features to the weights used; default 30",
-    )
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="by default a GPU if there is one"
-    )
+    add_measuring_options(parser)
     parser.add_argument("--output", help="folder of the results; by default named by the problem")
     parser.add_argument(
         "--ncu",
@@ -145,27 +141,17 @@ def _settings(options: argparse.Namespace) -> Settings:
     """
     if (options.config is None) == (options.shape is None):
         raise UsageError("profile: give either a config file or --shape D_IN,D_SAE,K,BATCH")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: 'cuda' cannot be used here; allowed: cpu")
-    steps = DEFAULT_STEPS[device] if options.steps is None else options.steps
-    for name, value, least in (
-        ("--steps", steps, 1),
-        ("--warmup-train", options.warmup_train, 1),
-    ):
-        if value < least:
-            raise UsageError(f"{name}: must be {least} or more; got {value}")
     if options.shape is not None:
         architecture = options.architecture or "topk_sparse"
-        shape = parse_shape(options.shape)
-        case = case_of_shape(shape, architecture, options.l0, options.dead_fraction)
-        precision = FLOAT32
+        case = case_of_shape(options.shape, architecture, options.l0, options.dead_fraction)
+        precision = PRECISIONS[options.precision or FLOAT32.name]
     else:
         cfg = load_config(options.config)
         case = case_of_config(cfg, options.architecture, options.l0, options.dead_fraction)
-        precision = precision_of_config(cfg) if options.precision is None else FLOAT32
-    if options.precision is not None:
-        precision = PRECISIONS[options.precision]
+        asked = options.precision
+        precision = precision_of_config(cfg) if asked is None else PRECISIONS[asked]
+    device = options.device
+    steps = options.steps or DEFAULT_STEPS[device]
     counters = options.ncu == "auto" and why_not(device, wanted=True) is None
     return Settings(case, precision, device, steps, options.warmup_train, counters)
 
@@ -194,7 +180,7 @@ def _results_to_continue(settings: Settings, folder: Path) -> Record:
     if differing:
         print(f"{folder} has results of other settings ({', '.join(differing)}): measured again")
         return here
-    kept = [LABELS[name] for name, arm in earlier["arms"].items() if arm["status"] == "ok"]
+    kept = [label_of(name) for name, arm in earlier["arms"].items() if arm["status"] == "ok"]
     if kept:
         print(f"kept from {earlier['environment']['date']}: {'; '.join(kept)} (in {folder})")
     return earlier
@@ -212,13 +198,13 @@ def _measure(arms: Sequence[Arm], settings: Settings, results: Record, folder: P
         if "ceilings" not in results:
             bar.set_description("ceilings")
             found = measure_ceilings(problem, settings.device)
-            results["ceilings"] = found.to_json()
+            results["ceilings"] = asdict(found)
             results["floor_ms"] = found.floor_ms(problem)
         ceilings = Ceilings(**results["ceilings"])
         bar.update()
         measurement = Measurement(settings, inputs, folder)
         for arm in arms:
-            bar.set_description(LABELS[arm.name])
+            bar.set_description(label_of(arm.name))
             results["arms"][arm.name] = _record_of(arm, measurement, ceilings, bar)
             write_results(results, folder)
 
@@ -232,7 +218,3 @@ def _record_of(arm: Arm, measurement: Measurement, ceilings: Ceilings, bar: Any)
         record = describe_failure(error)
     bar.update(begun + pieces_of(measurement.settings) - bar.n)
     return record
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from saelens_sparse.evaluation.profile.settings import ARMS, Settings
-from saelens_sparse.evaluation.profile.steps import UNTIMED_STEPS, prepared_trainer, take_step
-from saelens_sparse.evaluation.training import prepare_inputs
+from saelens_sparse.evaluation.profile.steps import FIRST_STEPS, prepared_trainer
+from saelens_sparse.evaluation.training import prepare_inputs, take_step
 
 
 def main(path: Path) -> None:
@@ -26,7 +26,7 @@ def main(path: Path) -> None:
     )
     trainer = prepared_trainer(ARMS[request["arm"]], settings, inputs)
     output = None
-    for _ in range(UNTIMED_STEPS):
+    for _ in range(FIRST_STEPS):
         output = take_step(trainer, inputs)
     torch.cuda.synchronize()
     torch.cuda.profiler.start()

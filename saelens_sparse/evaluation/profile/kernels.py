@@ -1,9 +1,12 @@
-"""Names of kernels: how they are shortened, and what is known of each by its name alone."""
+"""Kernels by their names: how these are shortened, and what is known of each by its name alone."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from saelens_sparse.evaluation.profile.work import ADAM_FLOPS, ADAM_PASSES, Problem, Work
 
 # PyTorch's and cuBLAS's names of matrix products.
 _GEMM = re.compile(r"gemm|nvjet|cutlass.*(tensorop|simt)|xmma|gemv|splitK", re.IGNORECASE)
@@ -29,38 +32,150 @@ class Place:
 
 
 ACTIVATIONS, OTHER = "activations", "other"
+WEIGHT = "a weight"
+"""The part of kernels that serve both weights: what surrounds them tells which."""
 
-# This package's kernels, where the name says it all. The sums over a latent's pairs serve every
-# weight: see `WEIGHT_SUMS`.
-PLACES = {
-    "_round_rows_kernel": Place("encode"),
-    "_latent_terms_kernel": Place("encode"),
-    "_row_squares_kernel": Place("encode"),
-    "_group_maxima_kernel": Place("select"),
-    "_group_terms_kernel": Place("select"),
-    "_reaching_groups_kernel": Place("select"),
-    "_candidates_kernel": Place("select"),
-    "_refine_kernel": Place("select"),
-    "_rescore_kernel": Place("select"),
-    "_select_kernel": Place("select"),
-    "_mark_kernel": Place("select"),
-    "_count_marks_kernel": Place("select"),
-    "_list_marks_kernel": Place("select"),
-    "_resolve_kernel": Place("select"),
-    "_pair_gate_kernel": Place("select"),
-    "_dense_gate_kernel": Place("select"),
-    "_gather_sum_kernel": Place("decode"),
-    "_topk_values_kernel": Place("loss"),
-    "_gather_dot_kernel": Place("backward", ACTIVATIONS),
-    "_pair_gate_gradients_kernel": Place("backward", ACTIVATIONS),
-    "_dense_gate_gradients_kernel": Place("backward", ACTIVATIONS),
-    "_segment_totals_kernel": Place("backward", "threshold"),
-    "_row_combination_kernel": Place("backward", "b_dec"),
-    "_square_sums_kernel": Place("clip"),
-    "_adam_kernel": Place("optimizer"),
-    "_update_kernel": Place("optimizer"),
+
+@dataclass(frozen=True)
+class OwnKernel:
+    """
+    What is known of a kernel of this package by its name.
+
+    Attributes:
+        place: where in the step it belongs.
+        work: that of a step, from the number of launches in it; None if it depends on the data.
+    """
+
+    place: Place
+    work: Callable[[Problem, float], Work] | None = None
+
+
+def _gather(p: Problem) -> Work:
+    return _pairs(p, p.pairs) + Work(p.n_rows * p.d_in * p.weight_bytes)
+
+
+def _pairs(p: Problem, pairs: float) -> Work:
+    """A row of a matrix, a coefficient and a latent for each pair."""
+    row = p.d_in * p.weight_bytes
+    return Work(pairs * (row + 12), 2.0 * pairs * p.d_in, at_least=not p.selected)
+
+
+def _partial_sums(p: Problem) -> Work:
+    return _pairs(p, p.long_pairs)
+
+
+def _segment_sum(p: Problem) -> Work:
+    written = float(p.d_sae) * p.d_in * p.weight_bytes
+    return _pairs(p, p.pairs - p.long_pairs) + Work(written)
+
+
+def _square_sums(p: Problem) -> Work:
+    return _pairs(p, p.pairs - p.long_pairs) + Work(0.0, 2.0 * p.d_sae * p.d_in)
+
+
+def _update(p: Problem) -> Work:
+    elements = float(p.d_sae) * p.d_in
+    updated = Work(6.0 * elements * p.weight_bytes, ADAM_FLOPS * elements)
+    # One of the two weights is written in low precision too.
+    return updated + _pairs(p, p.pairs - p.long_pairs) + Work(elements)
+
+
+def _add_rows(p: Problem) -> Work:
+    elements = float(p.n_dead) * p.d_in
+    return Work(3.0 * elements * p.weight_bytes, elements)
+
+
+def _dead_values(p: Problem) -> Work:
+    elements = float(p.n_rows) * p.n_dead
+    return Work(elements * (2 * (2 if p.exact else 4) + 1), 2.0 * elements)
+
+
+def _dense_passes(tensors: int) -> Callable[[Problem], Work]:
+    def work(p: Problem) -> Work:
+        elements = float(p.n_rows) * p.d_sae
+        return Work(tensors * elements * (2 if p.exact else 4), 4.0 * elements)
+
+    return work
+
+
+# What works on chunks of the batch is launched for each; together they are the whole of it.
+def _round_rows(p: Problem, launches: float) -> Work:
+    rows = p.n_rows + (p.d_sae if launches > 1 else 0)
+    return Work(6.0 * rows * p.d_in, 6.0 * rows * p.d_in)
+
+
+def _read_screen(p: Problem, _: float) -> Work:
+    elements = float(p.n_rows) * p.d_sae
+    return Work(2.0 * elements, (2.0 if p.exact else 8.0) * elements)
+
+
+def _read_marks(p: Problem, _: float) -> Work:
+    return Work(p.n_rows * p.d_sae / 8)
+
+
+def _rescore(p: Problem, _: float) -> Work:
+    return Work(p.pairs * p.d_in * p.weight_bytes, 2.0 * p.pairs * p.d_in, at_least=True)
+
+
+def _adam(p: Problem, launches: float) -> Work:
+    """One launch for each parameter, of which the two weights may be updated elsewhere."""
+    weights = 2 * p.d_sae * p.d_in
+    elements = p.n_parameters if launches > 3 else p.n_parameters - weights
+    return Work(float(ADAM_PASSES * p.weight_bytes * elements), float(ADAM_FLOPS * elements))
+
+
+def _each(work: Callable[[Problem], Work]) -> Callable[[Problem, float], Work]:
+    """The work of a step from that of one launch."""
+    return lambda problem, launches: launches * work(problem)
+
+
+_ENCODE, _SELECT = Place("encode"), Place("select")
+_ACTIVATIONS, _WEIGHT = Place("backward", ACTIVATIONS), Place("backward", WEIGHT)
+
+OWN_KERNELS = {
+    "_round_rows_kernel": OwnKernel(_ENCODE, _round_rows),
+    "_latent_terms_kernel": OwnKernel(_ENCODE),
+    "_row_squares_kernel": OwnKernel(_ENCODE),
+    "_group_maxima_kernel": OwnKernel(_SELECT, _read_screen),
+    "_group_terms_kernel": OwnKernel(_SELECT),
+    "_reaching_groups_kernel": OwnKernel(_SELECT),
+    "_candidates_kernel": OwnKernel(_SELECT),
+    "_refine_kernel": OwnKernel(_SELECT),
+    "_rescore_kernel": OwnKernel(_SELECT, _rescore),
+    "_select_kernel": OwnKernel(_SELECT),
+    "_mark_kernel": OwnKernel(_SELECT, _read_screen),
+    "_count_marks_kernel": OwnKernel(_SELECT, _read_marks),
+    "_list_marks_kernel": OwnKernel(_SELECT, _read_marks),
+    "_resolve_kernel": OwnKernel(_SELECT),
+    "_pair_gate_kernel": OwnKernel(_SELECT),
+    "_dense_gate_kernel": OwnKernel(_SELECT, _each(_dense_passes(2))),
+    "_gather_sum_kernel": OwnKernel(Place("decode"), _each(_gather)),
+    "_topk_values_kernel": OwnKernel(Place("loss"), _each(_dead_values)),
+    "_gather_dot_kernel": OwnKernel(_ACTIVATIONS, _each(_gather)),
+    "_pair_gate_gradients_kernel": OwnKernel(_ACTIVATIONS),
+    "_dense_gate_gradients_kernel": OwnKernel(_ACTIVATIONS, _each(_dense_passes(3))),
+    "_segment_totals_kernel": OwnKernel(Place("backward", "threshold")),
+    "_row_combination_kernel": OwnKernel(Place("backward", "b_dec")),
+    "_partial_sums_kernel": OwnKernel(_WEIGHT, _each(_partial_sums)),
+    "_segment_sum_kernel": OwnKernel(_WEIGHT, _each(_segment_sum)),
+    "_add_rows_kernel": OwnKernel(_WEIGHT, _each(_add_rows)),
+    "_square_sums_kernel": OwnKernel(Place("clip"), _each(_square_sums)),
+    "_adam_kernel": OwnKernel(Place("optimizer"), _adam),
+    "_update_kernel": OwnKernel(Place("optimizer"), _each(_update)),
 }
-WEIGHT_SUMS = ("_partial_sums_kernel", "_segment_sum_kernel", "_add_rows_kernel")
+
+
+def kernel_work(name: str, problem: Problem, launches: float) -> Work | None:
+    """
+    The work of one of this package's kernels in a step; None if not known.
+
+    Args:
+        name: of the kernel.
+        problem: that it works on.
+        launches: how often it is launched in a step.
+    """
+    own = OWN_KERNELS.get(name)
+    return None if own is None or own.work is None else own.work(problem, launches)
 
 
 def base_name(name: str) -> str:
@@ -82,11 +197,6 @@ def base_name(name: str) -> str:
         if character == "(" and depth == 1:
             break
     return "".join(kept).strip().split("::")[-1].strip() or name
-
-
-def is_own(name: str) -> bool:
-    """Whether it is a kernel of this package, of those that are known here."""
-    return name in PLACES or name in WEIGHT_SUMS
 
 
 def is_gemm(name: str) -> bool:

@@ -19,16 +19,15 @@ from dataclasses import dataclass, field
 from saelens_sparse.evaluation.profile.kernels import (
     ACTIVATIONS,
     OTHER,
-    PLACES,
-    WEIGHT_SUMS,
+    OWN_KERNELS,
+    WEIGHT,
     Place,
     base_name,
     is_gemm,
-    is_own,
     is_sort,
 )
 from saelens_sparse.evaluation.profile.ranges import PREFIX, STEP
-from saelens_sparse.evaluation.profile.trace import DeviceEvent, HostEvent, Trace
+from saelens_sparse.evaluation.profile.trace import DeviceEvent, HostEvent, Trace, flat_shapes
 
 PHASES = (
     "encode",
@@ -142,7 +141,7 @@ class Attribution:
             return Place("backward", self._part(event, node, kernel, window))
         if any(outer.name.startswith(_OPTIMIZER) for outer in event.chain()):
             names = [kernel, *(outer.name for outer in event.chain())]
-            clips = kernel == "_square_sums_kernel" or any("norm" in name for name in names)
+            clips = _own_phase(kernel) == "clip" or any("norm" in name for name in names)
             return Place("clip" if clips else "optimizer")
         return self._in_forward(event, window, kernel)
 
@@ -207,11 +206,9 @@ class Attribution:
         name = node.name.removeprefix(_NODE)
         encodes = phase in ("encode", "select") or "Encode" in name
         weight = "W_enc" if encodes else "W_dec"
-        if kernel in WEIGHT_SUMS:
-            return weight
-        if kernel in PLACES:
-            place = PLACES[kernel]
-            return place.part or ACTIVATIONS
+        if kernel in OWN_KERNELS:
+            part = OWN_KERNELS[kernel].place.part or ACTIVATIONS
+            return weight if part == WEIGHT else part
         if "Norm" in name:
             return "W_dec"
         operation = next((outer for outer in event.chain() if outer.kind == "op"), node)
@@ -270,19 +267,20 @@ def places_in_order(names: Sequence[str]) -> list[Place]:
     weights = iter(("W_dec", "W_enc"))
     weight, last = "", ""
     for name in names:
-        place = after
-        if name == "_gather_dot_kernel" and after.phase in ("encode", "select"):
-            place = after = Place("select")  # JumpReLU's candidates are recomputed by it
-        elif name in WEIGHT_SUMS:
+        place, own = after, OWN_KERNELS[name].place if name in OWN_KERNELS else None
+        before_decoder = after.phase in ("encode", "select")
+        if own is not None and own.part == ACTIVATIONS and before_decoder:
+            place = after = Place("select")  # JumpReLU's candidates are recomputed as gradients are
+        elif own is not None and own.part == WEIGHT:
             # Of one weight: partial sums if there are long segments, sums, added rows if any.
             begins = name == "_partial_sums_kernel" or last != "_partial_sums_kernel"
             if begins and name != "_add_rows_kernel":
                 weight = next(weights, weight)
             place = after = Place("backward", weight)
-        elif name in PLACES:
-            place = PLACES[name]
+        elif own is not None:
+            place = own
             after = Place("loss") if place.phase == "decode" else place
-        elif is_sort(name) and after.phase in ("encode", "select"):
+        elif is_sort(name) and before_decoder:
             place = after = Place("select")
         elif after.phase == "backward" and "gemv" in name:
             place = Place("backward", "b_dec")
@@ -314,17 +312,8 @@ def result_shape(operation: HostEvent) -> tuple[int, ...]:
     return largest
 
 
-def flat_shapes(shapes: Sequence[object]) -> list[tuple[int, ...]]:
-    """The shapes of an operation's inputs, those in lists of tensors one by one."""
-    flat: list[tuple[int, ...]] = []
-    for shape in shapes:
-        if not isinstance(shape, Sequence):
-            continue
-        if any(isinstance(item, Sequence) for item in shape):
-            flat += flat_shapes([*shape])
-        else:
-            flat.append(tuple(int(str(size)) for size in shape))
-    return flat
+def _own_phase(kernel: str) -> str:
+    return OWN_KERNELS[kernel].place.phase if kernel in OWN_KERNELS else ""
 
 
 def _node_of(event: HostEvent) -> HostEvent | None:
@@ -337,7 +326,7 @@ def _launches_graph(event: HostEvent) -> bool:
 
 def _selects(event: HostEvent, kernel: str) -> bool:
     """Whether what is within an encoder's range finds the active latents."""
-    if is_own(kernel):
-        return kernel == "_gather_dot_kernel" or PLACES.get(kernel, Place("")).phase == "select"
+    if kernel in OWN_KERNELS:
+        return _own_phase(kernel) != "encode"
     names = [outer.name.removeprefix("aten::") for outer in event.chain() if outer.kind == "op"]
     return any(name in _SELECTING for name in names)

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from saelens_sparse.evaluation.presentation import (
     NOTE_COLOR,
-    SPARSE_COLOR,
-    STOCK_COLOR,
     can_draw,
+    label_of,
+    milliseconds,
     new_figure,
     save_png,
+    style_of,
 )
 from saelens_sparse.evaluation.profile.phases import PHASES
 from saelens_sparse.evaluation.profile.tables import (
-    LABELS,
     Record,
     measured,
-    milliseconds,
     quantity,
 )
 
@@ -38,11 +37,6 @@ _PHASE_COLORS = {
     "clip": "#CC79A7",
     "optimizer": "0.25",
     "other": "0.65",
-}
-_ARM_STYLES = {
-    "stock": (STOCK_COLOR, "o"),
-    "sparse": (SPARSE_COLOR, "s"),
-    "sparse_runner": ("#009E73", "D"),
 }
 _IDLE = "idle"
 _NAMED_KERNELS = 4
@@ -139,7 +133,7 @@ def _draw_bars(axis: Axes, arms: dict[str, Record], floor_ms: float) -> None:
             fontsize=9.5,
         )
     axis.axvline(floor_ms, color="black", linestyle=":", linewidth=1.4, label="floor")
-    axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axis.set_yticks(range(len(names)), [label_of(name) for name in names])
     axis.set_xlim(0, 1.22 * widest)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
@@ -165,17 +159,17 @@ def _draw_roofline(results: Record, path: Path) -> Path | None:
     unit, name_of_unit = (1e12, "TFLOP/s") if top > 1e12 else (1e9, "GFLOP/s")
     _draw_ceilings(axis, ceilings, left, right, unit)
     for name, arm in arms.items():
-        color, marker = _ARM_STYLES[name]
+        style = style_of(name)
         rows = [row for of, row in points if of == name]
         axis.scatter(
             [row["flops"] / row["bytes"] for row in rows],
             [1e3 * row["flops"] / row["ms"] / unit for row in rows],
             [25 + 700 * row["ms"] / arm["busy_ms"] for row in rows],
-            color=color,
-            marker=marker,
+            color=style.color,
+            marker=style.marker,
             alpha=0.65,
             edgecolors="white",
-            label=LABELS[name],
+            label=style.label,
         )
     axis.set_xscale("log")
     axis.set_yscale("log")

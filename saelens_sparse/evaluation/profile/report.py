@@ -11,13 +11,13 @@ from saelens_sparse.evaluation.presentation import (
     html_page,
     html_table,
     html_text,
+    label_of,
     plain_table,
 )
 from saelens_sparse.evaluation.profile.pictures import draw
 from saelens_sparse.evaluation.profile.settings import Settings
 from saelens_sparse.evaluation.profile.tables import (
     ALL_KERNELS,
-    LABELS,
     MANY_KERNELS,
     Record,
     ceilings_table,
@@ -29,16 +29,14 @@ from saelens_sparse.evaluation.profile.tables import (
     summary_table,
     waits_table,
 )
+from saelens_sparse.evaluation.results import write_whole
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 
 
 def write_results(results: Record, folder: Path) -> None:
     """Write `results.json`, which appears only once it is whole."""
-    path = folder / RESULTS_FILE
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(json.dumps(results, indent=1) + "\n")
-    scratch.replace(path)
+    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
 def read_results(folder: Path) -> Record | None:
@@ -73,7 +71,9 @@ def write_report(results: Record, folder: Path) -> None:
         sections.append(Section("Ceilings", picture + html_table(ceilings_table(results))))
         what = "Kernels" if results["settings"]["device"] == "cuda" else "Operations"
         sections += [
-            Section(f"{what}: {LABELS[name]}", html_table(kernel_table(results, arm, ALL_KERNELS)))
+            Section(
+                f"{what}: {label_of(name)}", html_table(kernel_table(results, arm, ALL_KERNELS))
+            )
             for name, arm in arms.items()
         ]
         traces = ", ".join(arm["trace"] for arm in arms.values())
@@ -88,7 +88,7 @@ def write_report(results: Record, folder: Path) -> None:
             )
         )
     page = html_page("One training step, taken apart", sections)
-    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
+    write_whole(folder / REPORT_FILE, page)
 
 
 def terminal_text(results: Record) -> str:
@@ -100,7 +100,7 @@ def terminal_text(results: Record) -> str:
         parts += [plain_table(table) for table in (memory_table(results),) if table]
         for name, arm in arms.items():
             table = plain_table(kernel_table(results, arm, MANY_KERNELS, brief=True))
-            parts.append(f"{LABELS[name]}\n{table}")
+            parts.append(f"{label_of(name)}\n{table}")
         parts += [plain_table(ceilings_table(results)), "\n".join(sources(results))]
     return "\n\n".join(parts)
 
@@ -112,7 +112,7 @@ def _heading(results: Record) -> str:
 
 def _failures(results: Record) -> list[str]:
     return [
-        f"{LABELS[name]}: {arm['status']}: {arm['message']}"
+        f"{label_of(name)}: {arm['status']}: {arm['message']}"
         for name, arm in results["arms"].items()
         if arm["status"] != "ok"
     ]

@@ -16,8 +16,10 @@ from saelens_sparse.evaluation.cases import (
     BFLOAT16,
     FLOAT32,
     L0_COEFFICIENT,
+    PRECISIONS,
     SPARSE,
     SPARSE_RUNNER,
+    SPARSE_SUFFIX,
     STOCK,
     Arm,
     Case,
@@ -26,8 +28,6 @@ from saelens_sparse.evaluation.cases import (
 from saelens_sparse.runner_config import UsageError
 
 ARMS = {arm.name: arm for arm in (STOCK, SPARSE, SPARSE_RUNNER)}
-PRECISIONS = {precision.name: precision for precision in (FLOAT32, AUTOCAST, BFLOAT16)}
-SPARSE_SUFFIX = "_sparse"
 DEFAULT_L0 = 64.0
 # Fields of an SAE's config that the case states itself, or that say nothing about a step.
 _NOT_OPTIONS = {"d_in", "d_sae", "k", "dtype", "device", "metadata"}
@@ -212,22 +212,6 @@ def parse_arms(text: str) -> list[Arm]:
     if unknown := [name for name in names if name not in ARMS]:
         raise UsageError(f"--arms: unknown {', '.join(unknown)}; allowed: {', '.join(ARMS)}")
     return [arm for name, arm in ARMS.items() if name in names]
-
-
-def parse_shape(text: str) -> list[int]:
-    """
-    The four sizes of `--shape`.
-
-    Raises:
-        UsageError: they are not four whole numbers.
-    """
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(
-            f"--shape: {text!r} is not d_in,d_sae,k,batch: four whole numbers, "
-            "such as 768,24576,32,4096"
-        )
-    return [int(part) for part in parts]
 
 
 def _base_of(architecture: str, option: str) -> str:

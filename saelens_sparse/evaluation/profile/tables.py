@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from saelens_sparse.evaluation.presentation import Rows
+from saelens_sparse.evaluation.measure import GIB
+from saelens_sparse.evaluation.presentation import Rows, label_of, milliseconds
 from saelens_sparse.evaluation.profile.phases import PARTS, PHASES
 
 Record = dict[str, Any]
 
-LABELS = {
-    "stock": "stock",
-    "sparse": "sparse",
-    "sparse_runner": "sparse, own runner",
-}
 UNKNOWN = "-"
-GIB = 2.0**30
 MANY_KERNELS = 14
 """Rows of a kernel table on a terminal; a page has `ALL_KERNELS`."""
 ALL_KERNELS = 60
@@ -59,7 +54,7 @@ def summary_table(results: Record) -> Rows:
     """One column for each arm: how long its step takes, why, and what it holds."""
     arms = results["arms"]
     on_device = results["settings"]["device"] == "cuda"
-    rows = [["", *(LABELS[name] for name in arms)]]
+    rows = [["", *(label_of(name) for name in arms)]]
 
     def add(label: str, cell: Any) -> None:
         cells = [cell(arm) if arm["status"] == "ok" else UNKNOWN for arm in arms.values()]
@@ -103,7 +98,7 @@ def summary_table(results: Record) -> Rows:
 def phase_table(results: Record) -> Rows:
     """Milliseconds of each arm by phase, and of the backward phase by what the gradient is of."""
     arms = measured(results)
-    rows = [["phase, ms", *(LABELS[name] for name in arms)]]
+    rows = [["phase, ms", *(label_of(name) for name in arms)]]
     for phase in PHASES:
         times = [arm["phases_ms"][phase] for arm in arms.values()]
         if any(times):
@@ -132,7 +127,7 @@ def memory_table(results: Record) -> Rows:
         for holder, held in arm["memory"]["parts_bytes"].items():
             holders[holder] = max(holders.get(holder, 0.0), held)
     most = max(holders.values())
-    rows = [["at the peak, GiB", *(LABELS[name] for name in arms)]]
+    rows = [["at the peak, GiB", *(label_of(name) for name in arms)]]
     small = [holder for holder, held in holders.items() if held < 0.002 * most]
     for holder in [holder for holder in holders if holder not in small]:
         held = [arm["memory"]["parts_bytes"].get(holder, 0.0) for arm in arms.values()]
@@ -186,8 +181,8 @@ def kernel_table(results: Record, arm: Record, limit: int, *, brief: bool = Fals
     }
     if on_device:
         columns["tensor cores"] = lambda row: "yes" if row["tensor_cores"] else ""
-        columns["occupancy"] = lambda row: percent(
-            row.get("occupancy") or row["estimated_occupancy"]
+        columns["occupancy"] = lambda row: share(
+            row.get("occupancy") or row["estimated_occupancy"], 100
         )
     if any(row.get("dram_bytes") is not None for row in kernels):
         columns["DRAM bytes"] = lambda row: quantity(row.get("dram_bytes"), "B")
@@ -234,24 +229,16 @@ def sources(results: Record) -> list[str]:
         counters = arm["counters"]
         if counters["share_of_time"]:
             said.append(
-                f"{LABELS[name]}: occupancy, DRAM traffic and use of tensor cores are hardware "
+                f"{label_of(name)}: occupancy, DRAM traffic and use of tensor cores are hardware "
                 "counters of another step under Nsight Compute, matched to "
                 f"{counters['share_of_time']:.0%} of the kernels' time; the rest is estimated."
             )
         else:
             reason = counters["reason"] or "no kernel could be matched"
-            reasons.setdefault(reason, []).append(LABELS[name])
+            reasons.setdefault(reason, []).append(label_of(name))
     for reason, names in reasons.items():
         said.append(f"{'; '.join(names)}: no hardware counters ({reason}). {_ESTIMATED}")
     return [*said, _ABOUT_WAITS]
-
-
-def milliseconds(ms: float) -> str:
-    """With as many decimals as a step's parts need."""
-    for bound, digits in ((1, 3), (10, 2), (1000, 1)):
-        if ms < bound:
-            return f"{ms:.{digits}f}"
-    return f"{ms:,.0f}"
 
 
 def _range(least: float, most: float) -> str:
@@ -272,11 +259,6 @@ def gibibytes(bytes_: float | None) -> str:
 def share(part: float | None, whole: float) -> str:
     """`part` as percent of `whole`."""
     return UNKNOWN if part is None or not whole else f"{part / whole:.0%}"
-
-
-def percent(value: float | None) -> str:
-    """A number that is percent already."""
-    return UNKNOWN if value is None else f"{value:.0f}%"
 
 
 def quantity(value: float | None, unit: str) -> str:
@@ -316,7 +298,7 @@ def _waiting_ms(arm: Record) -> str:
 def _occupancy(arm: Record) -> str:
     counted = arm["hardware"].get("occupancy")
     estimated = arm["hardware"].get("estimated_occupancy")
-    return percent(counted) if counted is not None else f"{percent(estimated)} (estimate)"
+    return share(counted, 100) if counted is not None else f"{share(estimated, 100)} (estimate)"
 
 
 def _peak(arm: Record) -> str:
@@ -329,7 +311,7 @@ def waits_table(results: Record) -> Rows:
     rows: list[Sequence[str]] = [["arm", "where", "times", "ms"]]
     for name, arm in measured(results).items():
         for line, count in (arm["waits"] or {}).items():
-            rows.append([LABELS[name], line, str(count), UNKNOWN])
+            rows.append([label_of(name), line, str(count), UNKNOWN])
         for call, cost in (arm["waiting_calls"] or {}).items():
-            rows.append([LABELS[name], call, f"{cost['count']:.1f}", milliseconds(cost["ms"])])
+            rows.append([label_of(name), call, f"{cost['count']:.1f}", milliseconds(cost["ms"])])
     return rows if len(rows) > 1 else []

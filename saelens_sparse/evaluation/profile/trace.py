@@ -174,6 +174,19 @@ class Trace:
         return trace
 
 
+def flat_shapes(shapes: Sequence[object]) -> list[tuple[int, ...]]:
+    """The shapes of an operation's inputs, those in lists of tensors one by one."""
+    flat: list[tuple[int, ...]] = []
+    for shape in shapes:
+        if not isinstance(shape, Sequence):
+            continue
+        if any(isinstance(item, Sequence) for item in shape):
+            flat += flat_shapes([*shape])
+        else:
+            flat.append(tuple(int(str(size)) for size in shape))
+    return flat
+
+
 def _host_event(event: Mapping[str, Any], arguments: Mapping[str, Any]) -> HostEvent:
     start = float(event["ts"])
     return HostEvent(

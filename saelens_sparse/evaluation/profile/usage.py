@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +17,17 @@ from saelens_sparse.evaluation.profile.counters import (
     match,
 )
 from saelens_sparse.evaluation.profile.kernels import (
+    OWN_KERNELS,
     Place,
     base_name,
-    is_own,
     is_tensor_core_gemm,
+    kernel_work,
 )
 from saelens_sparse.evaluation.profile.phases import PARTS, PHASES, Attribution
 from saelens_sparse.evaluation.profile.trace import DeviceEvent, HostEvent, Trace
 from saelens_sparse.evaluation.profile.work import (
     Problem,
     Work,
-    kernel_work,
     operation_work,
     uses_tensor_cores,
 )
@@ -127,10 +127,9 @@ def usage_of(trace: Trace, attribution: Attribution, on_device: bool, allows_tf3
             item.work = None if item.event.bytes is None else Work(2.0 * item.event.bytes)
             if item.event.kind == "fill" and item.event.bytes is not None:
                 item.work = Work(float(item.event.bytes))
-        elif item.operation is not None and not is_own(item.name):
+        elif item.operation is not None and item.name not in OWN_KERNELS:
             work = None if _is_part(item) else operation_work(item.operation)
-            if work is not None:
-                item.work = Work(share * work.bytes, share * work.flops, work.at_least)
+            item.work = None if work is None else share * work
         if on_device and item.event is not None:
             name = base_name(item.event.name)
             named = is_tensor_core_gemm(name)
@@ -176,13 +175,15 @@ def kernel_rows(usage: Usage, problem: Problem) -> list[dict[str, Any]]:
 def _row(name: str, items: Sequence[Item], n_steps: int, problem: Problem) -> dict[str, Any]:
     ms = sum(item.ms for item in items) / n_steps
     launches = len(items) / n_steps
-    own = is_own(name)
-    work = kernel_work(name, problem, launches) if own else _sum_of_work(items, n_steps)
+    if name in OWN_KERNELS:
+        work = kernel_work(name, problem, launches)
+    else:
+        work = _sum_of_work(items, n_steps)
     places: dict[str, float] = defaultdict(float)
     for item in items:
         part = f" {item.place.part}" if item.place.part else ""
         places[item.place.phase + part] += item.ms
-    occupancy = _mean(items, [i.event.occupancy if i.event else None for i in items])
+    occupancy = weighted_mean((i.ms, i.event.occupancy) for i in items if i.event)
     counted = [item for item in items if item.counters is not None]
     row: dict[str, Any] = {
         "name": name,
@@ -218,21 +219,19 @@ def _sum_of_work(items: Sequence[Item], n_steps: int) -> Work | None:
     for item in known:
         assert item.work is not None
         total += item.work
-    at_least = total.at_least or len(known) < len(items)
-    return Work(total.bytes / n_steps, total.flops / n_steps, at_least)
+    total += Work(0.0, at_least=len(known) < len(items))
+    return (1 / n_steps) * total
 
 
-def _mean(items: Sequence[Item], values: Sequence[float | None]) -> float | None:
-    """Mean of what is known, weighted by time."""
-    known = [
-        (item.ms, value) for item, value in zip(items, values, strict=True) if value is not None
-    ]
-    weight = sum(ms for ms, _ in known)
-    return sum(ms * value for ms, value in known) / weight if weight else None
+def weighted_mean(weighted: Iterable[tuple[float, float | None]]) -> float | None:
+    """Mean of the values that are known, each of which stands behind its weight."""
+    known = [(weight, value) for weight, value in weighted if value is not None]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / total if total else None
 
 
 def _mean_counter(items: Sequence[Item], metric: str) -> float | None:
-    return _mean(items, [i.counters.values.get(metric) if i.counters else None for i in items])
+    return weighted_mean((i.ms, i.counters.values.get(metric)) for i in items if i.counters)
 
 
 def _device_items(trace: Trace, attribution: Attribution) -> list[Item]:
@@ -246,8 +245,9 @@ def _device_items(trace: Trace, attribution: Attribution) -> list[Item]:
             chain = event.launch.chain()
             operation = next((outer for outer in chain if outer.kind == "op"), None)
         name = base_name(event.name)
-        if not is_own(name) and operation is not None and operation.name.startswith("aten::"):
-            name = f"{operation.name.removeprefix('aten::')}: {name}"
+        asked = "" if operation is None else operation.name
+        if asked.startswith("aten::") and name not in OWN_KERNELS:
+            name = f"{asked.removeprefix('aten::')}: {name}"
         step = -1 if event.launch is None else attribution.step_of(event.launch)
         items.append(Item(name, event.duration / 1e3, place, step, operation, event))
     return items

@@ -1,4 +1,4 @@
-"""How many bytes an operation or kernel asks for and how many products and sums it computes.
+"""How many bytes an operation asks for and how many products and sums it computes.
 
 Bytes are those of all inputs and outputs, each counted as often as it is asked for. Caches may
 serve part of them, so that this over time can exceed what memory delivers: only hardware counters
@@ -8,11 +8,9 @@ tell the two apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from saelens_sparse.evaluation.profile.phases import flat_shapes
-from saelens_sparse.evaluation.profile.trace import HostEvent
+from saelens_sparse.evaluation.profile.trace import HostEvent, flat_shapes
 
 # Sizes of elements by the name of their type in a trace.
 _ITEM_BYTES = {
@@ -64,6 +62,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         at_least = self.at_least or other.at_least
         return Work(self.bytes + other.bytes, self.flops + other.flops, at_least)
+
+    def __rmul__(self, factor: float) -> Work:
+        return Work(factor * self.bytes, factor * self.flops, self.at_least)
 
 
 @dataclass(frozen=True)
@@ -188,120 +189,3 @@ def _broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     width = max(len(shape) for shape in shapes)
     padded = [(1,) * (width - len(shape)) + shape for shape in shapes]
     return tuple(max(sizes) for sizes in zip(*padded, strict=True))
-
-
-def kernel_work(name: str, problem: Problem, launches: float) -> Work | None:
-    """
-    The work of one of this package's kernels in a step; None if not known.
-
-    Args:
-        name: of the kernel.
-        problem: that it works on.
-        launches: how often it is launched in a step.
-    """
-    if name in _PER_LAUNCH:
-        one = _PER_LAUNCH[name](problem)
-        return Work(launches * one.bytes, launches * one.flops, one.at_least)
-    if name in _PER_STEP:
-        return _PER_STEP[name](problem, launches)
-    return None
-
-
-def _gather(p: Problem) -> Work:
-    rows = p.n_rows * p.d_in * p.weight_bytes
-    pairs = _pairs(p, p.pairs)
-    return Work(pairs.bytes + rows, pairs.flops, pairs.at_least)
-
-
-def _pairs(p: Problem, pairs: float) -> Work:
-    """A row of a matrix, a coefficient and a latent for each pair."""
-    row = p.d_in * p.weight_bytes
-    return Work(pairs * (row + 12), 2.0 * pairs * p.d_in, at_least=not p.selected)
-
-
-def _partial_sums(p: Problem) -> Work:
-    return _pairs(p, p.long_pairs)
-
-
-def _segment_sum(p: Problem) -> Work:
-    written = float(p.d_sae) * p.d_in * p.weight_bytes
-    return _pairs(p, p.pairs - p.long_pairs) + Work(written)
-
-
-def _square_sums(p: Problem) -> Work:
-    return _pairs(p, p.pairs - p.long_pairs) + Work(0.0, 2.0 * p.d_sae * p.d_in)
-
-
-def _update(p: Problem) -> Work:
-    elements = float(p.d_sae) * p.d_in
-    updated = Work(6.0 * elements * p.weight_bytes, ADAM_FLOPS * elements)
-    # One of the two weights is written in low precision too.
-    return updated + _pairs(p, p.pairs - p.long_pairs) + Work(elements)
-
-
-def _add_rows(p: Problem) -> Work:
-    elements = float(p.n_dead) * p.d_in
-    return Work(3.0 * elements * p.weight_bytes, elements)
-
-
-def _dead_values(p: Problem) -> Work:
-    elements = float(p.n_rows) * p.n_dead
-    return Work(elements * (2 * (2 if p.exact else 4) + 1), 2.0 * elements)
-
-
-def _dense_passes(tensors: int) -> Callable[[Problem], Work]:
-    def work(p: Problem) -> Work:
-        elements = float(p.n_rows) * p.d_sae
-        return Work(tensors * elements * (2 if p.exact else 4), 4.0 * elements)
-
-    return work
-
-
-# Chunks of rows are launched one by one: together they are the whole batch.
-def _round_rows(p: Problem, launches: float) -> Work:
-    rows = p.n_rows + (p.d_sae if launches > 1 else 0)
-    return Work(6.0 * rows * p.d_in, 6.0 * rows * p.d_in)
-
-
-def _read_screen(p: Problem, launches: float) -> Work:  # noqa: ARG001
-    elements = float(p.n_rows) * p.d_sae
-    return Work(2.0 * elements, (2.0 if p.exact else 8.0) * elements)
-
-
-def _read_marks(p: Problem, launches: float) -> Work:  # noqa: ARG001
-    return Work(p.n_rows * p.d_sae / 8)
-
-
-def _rescore(p: Problem, launches: float) -> Work:  # noqa: ARG001
-    return Work(p.pairs * p.d_in * p.weight_bytes, 2.0 * p.pairs * p.d_in, at_least=True)
-
-
-def _adam(p: Problem, launches: float) -> Work:
-    """One launch for each parameter, of which the two weights may be updated elsewhere."""
-    weights = 2 * p.d_sae * p.d_in
-    elements = p.n_parameters if launches > 3 else p.n_parameters - weights
-    return Work(float(ADAM_PASSES * p.weight_bytes * elements), float(ADAM_FLOPS * elements))
-
-
-_PER_LAUNCH: Mapping[str, Callable[[Problem], Work]] = {
-    "_gather_sum_kernel": _gather,
-    "_gather_dot_kernel": _gather,
-    "_partial_sums_kernel": _partial_sums,
-    "_segment_sum_kernel": _segment_sum,
-    "_square_sums_kernel": _square_sums,
-    "_update_kernel": _update,
-    "_add_rows_kernel": _add_rows,
-    "_topk_values_kernel": _dead_values,
-    "_dense_gate_kernel": _dense_passes(2),
-    "_dense_gate_gradients_kernel": _dense_passes(3),
-}
-_PER_STEP: Mapping[str, Callable[[Problem, float], Work]] = {
-    "_round_rows_kernel": _round_rows,
-    "_group_maxima_kernel": _read_screen,
-    "_mark_kernel": _read_screen,
-    "_count_marks_kernel": _read_marks,
-    "_list_marks_kernel": _read_marks,
-    "_rescore_kernel": _rescore,
-    "_adam_kernel": _adam,
-}
-KNOWN_KERNELS = (*_PER_LAUNCH, *_PER_STEP)
