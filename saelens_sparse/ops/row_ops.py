@@ -50,6 +50,8 @@ def gather_sum(
     Returns:
         `[n_rows, d]` in the dtype of `weight`, with a bias in what that and its dtype promote to.
     """
+    if bias is not None and list(bias.shape) != [weight.shape[1]]:
+        raise ValueError(f"bias must have shape {[weight.shape[1]]}; got {list(bias.shape)}")
     if bias is not None and (backend != "triton" or bias.dtype != weight.dtype):
         return gather_sum(coefficients, latents, weight, backend, ragged) + bias
     _check_pairs(latents, weight, ragged, coefficients=coefficients)

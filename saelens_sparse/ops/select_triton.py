@@ -151,7 +151,7 @@ def _group_terms_kernel(
     RUN: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The largest of the latents' terms in every group, NaN if one is."""
+    """The largest of the latents' terms in every group, infinite if one is NaN."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     GROUPS: tl.constexpr = COLS // RUN
     groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
@@ -185,9 +185,11 @@ def _reaching_groups_kernel(
 ):
     """T, a lower bound of the k-th largest true maximum; the groups that may reach it.
 
-    A group's true maximum is within c |m| + d of its screened one, m, where d is the largest of
-    the group's bounds less what depends on the product, and c |product| <= c |score| + c |bias|:
-    both ends of a latent's interval grow with its screened score.
+    A group's true maximum is within d + c p of its screened one, m. Here d is the largest of the
+    group's bounds less what depends on the product, and p a bound on the products: |m| plus the
+    largest |bias|, or |x'| |w'| where that is less, so that a latent which its bias switches off
+    does not loosen the bound of its group. |bias| is at most |m| + |x'| |w'| in turn. Both ends of
+    a latent's interval grow with its screened score, so that m's interval holds for the group.
     """
     n = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, BLOCK_G)
@@ -201,11 +203,16 @@ def _reaching_groups_kernel(
         )
         terms = group_terms_ptr + group
         bound = SUBNORMAL * inverse * tl.load(terms, mask=mask, other=0.0)
+        bias = tl.load(terms + G, mask=mask, other=0.0)
+        norm = tl.load(terms + 2 * G, mask=mask, other=0.0)
+        residual = tl.load(terms + 3 * G, mask=mask, other=0.0)
+        bound += weight_norm * norm + weight_residual * residual
+        magnitude = tl.abs(maximum)
+        largest = 1.002 * weight_residual * (norm + residual)
+        product = tl.minimum(magnitude + bias, largest, propagate_nan=tl.PropagateNan.ALL)
+        bias = tl.minimum(bias, magnitude + largest, propagate_nan=tl.PropagateNan.ALL)
         # Besides the product's rounding those of three additions in float32, here and there.
-        bound += (ROUNDING + 6e-7) * tl.load(terms + G, mask=mask, other=0.0)
-        bound += weight_norm * tl.load(terms + 2 * G, mask=mask, other=0.0)
-        bound += weight_residual * tl.load(terms + 3 * G, mask=mask, other=0.0)
-        bound += (ROUNDING + 3e-7) * tl.abs(maximum)
+        bound += ROUNDING * product + 6e-7 * bias + 3e-7 * magnitude
         lower = maximum - bound
         upper = maximum + bound
         # What has no bound may be anything: its group reaches T, and does not raise it.
