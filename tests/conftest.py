@@ -115,7 +115,14 @@ def seeded() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what no target has: a dtype of another one, a path of another backend."""
+    """Skip tests marked `gpu` where there is none.
+
+    Leave out what no target has: a dtype of another one, a path of another backend.
+    """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
     def exists(item: pytest.Item) -> bool:
         params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
@@ -134,11 +141,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
-    for marker in (
-        "gpu: needs a CUDA device",
-        "default_algorithms: runs without PyTorch's deterministic algorithms",
-    ):
-        config.addinivalue_line("markers", marker)
     for warning_filter in (
         # A warning that points at this package's own lines is a defect.
         r"error:::saelens_sparse(\.|$)",

@@ -61,6 +61,3 @@ def require_gpu_memory(gib: float) -> None:
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gib:
         pytest.skip(f"needs {gib} GiB of free GPU memory; {free:.0f} GiB are free")
-
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

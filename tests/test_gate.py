@@ -20,7 +20,7 @@ from saelens_sparse.ops import (
 from saelens_sparse.ops.dense_gate import dense_gate, dense_gate_gradients
 from saelens_sparse.ops.gate import PendingPattern
 from tests.conftest import Target
-from tests.ops_helpers import assert_within_budget, on_gpu, random_latents, require_gpu_memory
+from tests.ops_helpers import assert_within_budget, random_latents, require_gpu_memory
 
 BUFFER_BYTES = 64 * 2**20
 
@@ -1173,7 +1173,6 @@ def test_ragged_row_ops_name_the_argument_with_a_wrong_shape(
         segment_totals(pairs.order(), zeros(33), backend)
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("gpu_backend", ["torch", "triton"])
 @pytest.mark.parametrize(
@@ -1202,7 +1201,6 @@ def test_pattern_matches_float64_at_a_training_shape(
         assert_pattern(problem, pattern, torch.bfloat16 if autocast else None, clear=0.5)
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True])
 def test_pattern_addresses_products_beyond_32_bits(autocast: bool) -> None:
@@ -1237,7 +1235,6 @@ def test_pattern_addresses_products_beyond_32_bits(autocast: bool) -> None:
     assert_pattern(last_problem, last, torch.bfloat16 if autocast else None)
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("gpu_backend", ["torch", "triton"])
 def test_dense_gate_matches_float64_at_a_training_shape(gpu_backend: Backend) -> None:
@@ -1259,7 +1256,6 @@ def test_dense_gate_matches_float64_at_a_training_shape(gpu_backend: Backend) ->
     assert torch.equal(grad_threshold.cpu().double(), -through.sum(0))
 
 
-@on_gpu
 @pytest.mark.gpu
 def test_dense_gate_addresses_products_beyond_32_bits() -> None:
     """The last rows of a huge batch give what the same rows give by themselves."""

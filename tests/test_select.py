@@ -9,7 +9,7 @@ import torch
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops import HostCount, Selection, select_topk, start_select_topk, topk_values
 from tests.conftest import Target
-from tests.ops_helpers import assert_within_budget, on_gpu, require_gpu_memory
+from tests.ops_helpers import assert_within_budget, require_gpu_memory
 
 BUFFER_BYTES = 64 * 2**20
 
@@ -830,7 +830,6 @@ def test_host_count_counts_what_is_true(n: int, device: torch.device) -> None:
     assert isinstance(count.wait(), int)
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [1, 32, 64])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda f: f.__name__)
@@ -842,14 +841,12 @@ def test_select_topk_matches_float64_at_a_training_shape(
     assert_selects_topk(problem, problem.select("triton"), distinct)
 
 
-@on_gpu
 @pytest.mark.gpu
 def test_select_topk_recomputes_no_ordinary_row_at_a_training_shape() -> None:
     for distribution in (plain, no_norms, outlier_inputs, all_negative):
         assert distribution(2048, 768, 24_576, 32).to("cuda").select("triton").rows_recomputed == 0
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("buffer_gib", [0.25, 24])
 @pytest.mark.parametrize("autocast", [False, True])
