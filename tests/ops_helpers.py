@@ -56,6 +56,12 @@ def assert_within_budget(
     )
 
 
+def within(actual: torch.Tensor, expected: torch.Tensor, error: torch.Tensor) -> bool:
+    """Written so that a NaN fails."""
+    assert actual.shape == expected.shape
+    return bool(((actual.cpu().double() - expected).abs() <= error).all())
+
+
 def require_gpu_memory(gib: float) -> None:
     """Skip a test for which the GPU has too little free memory."""
     free = torch.cuda.mem_get_info()[0] / 2**30

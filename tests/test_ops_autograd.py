@@ -340,7 +340,6 @@ def test_clipped_latents_get_no_gradient(backend: Backend, device: torch.device)
         assert not gradient.any(), name
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton|numpy)")
 def test_a_nan_input_shows_in_the_outputs_and_in_the_gradients(
     backend: Backend, device: torch.device
 ) -> None:
