@@ -128,9 +128,8 @@ def seeded() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is none.
-
-    Leave out what no target has: a dtype of another one, a path of another backend.
+    """Skip tests marked `gpu` where there is none, and leave out those that no target has: with a
+    dtype of another one, or a path of another backend.
     """
     if not torch.cuda.is_available():
         for item in items:
