@@ -116,6 +116,9 @@ def test_weights_of_one_architecture_load_as_the_other(
         for parameter in other.parameters():
             parameter.zero_()
     other.load_weights_from_checkpoint(tmp_path)
+    assert {n: v.shape for n, v in other.state_dict().items()} == {
+        n: v.shape for n, v in saved.state_dict().items()
+    }
     for name, value in saved.named_parameters():
         assert torch.equal(getattr(other, name), value), name
 
