@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Read when libraries are imported, so set before any of them is.
@@ -27,6 +28,10 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 import pytest
+
+pytest.register_assert_rewrite(
+    *(f"tests.{path.stem}" for path in Path(__file__).parent.glob("*_helpers.py"))
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,14 @@ def device(target: Target) -> torch.device:
     return torch.device(target.device)
 
 
+@pytest.fixture(
+    params=[torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"]
+)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Those of the target; see `pytest_collection_modifyitems`."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def fill_uninitialized_memory_with_nan(request: pytest.FixtureRequest) -> Iterator[None]:
     """`torch.empty` and its like give NaN, so that an output nobody wrote shows.
@@ -115,7 +128,13 @@ def seeded() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what no target has: a dtype of another one, a path of another backend."""
+    """Skip tests marked `gpu` where there is none, and leave out those that no target has: with a
+    dtype of another one, or a path of another backend.
+    """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
     def exists(item: pytest.Item) -> bool:
         params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
@@ -134,14 +153,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
-    for marker in (
-        "gpu: needs a CUDA device",
-        "default_algorithms: runs without PyTorch's deterministic algorithms",
-    ):
-        config.addinivalue_line("markers", marker)
     for warning_filter in (
         # A warning that points at this package's own lines is a defect.
         r"error:::saelens_sparse(\.|$)",
+        # NumPy, on which Triton's interpreter runs, on arithmetic with NaN and infinities.
+        "ignore::RuntimeWarning:(triton|numpy)",
         "ignore:.*does not have a deterministic implementation:UserWarning",
         "ignore:Deterministic behavior was enabled:UserWarning",
     ):

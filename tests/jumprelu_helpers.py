@@ -1,13 +1,17 @@
 """Stock and sparse JumpReLU SAEs, and inputs that decide every gate and every window edge."""
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 
 from saelens_sparse import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
-from tests.conftest import TARGETS, Target
+from tests.conftest import TARGETS, Target, marks
 from tests.sae_helpers import (
+    FLOAT32,
     FLOAT64,
     Precision,
     compare_steps,
@@ -28,12 +32,47 @@ FUSED = {
 # Each way to compute a step: sparse with either backend, and the fused dense path.
 PATHS = {**TARGETS, **FUSED}
 
+MODES: dict[str, dict[str, Any]] = {
+    "step": {"jumprelu_sparsity_loss_mode": "step"},
+    "tanh": {"jumprelu_sparsity_loss_mode": "tanh"},
+    "quadratic": {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 4.5},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    f"{mode}-{'ste-to-input' if ste else 'ste-to-threshold'}-"
+    f"{'centred' if centre else 'uncentred'}": {
+        **MODES[mode],
+        "jumprelu_ste_to_input": ste,
+        "apply_b_dec_to_input": centre,
+    }
+    for mode, ste, centre in itertools.product(MODES, (True, False), (True, False))
+}
+# Each mode once, and each mode twice; every option takes both of its values.
+THREE_OPTIONS, SIX_OPTIONS = (
+    dict(list(OPTIONS.items())[i] for i in chosen) for chosen in ((0, 7, 9), (0, 3, 5, 6, 8, 11))
+)
+D_IN, D_SAE = 13, 64
+
+
+def parameters_of(targets: Mapping[str, Target]) -> list[Any]:
+    return [
+        pytest.param(target, id=name, marks=marks(target))
+        for name, target in targets.items()
+        if target.runs_here
+    ]
+
+
+# A step in Triton's interpreter takes seconds: what has to do with the kernels runs there too.
+FAST_PATHS = {name: target for name, target in PATHS.items() if not target.interpreted}
+every_path = pytest.mark.parametrize("target", parameters_of(PATHS))
+every_fast_path = pytest.mark.parametrize("target", parameters_of(FAST_PATHS))
+every_mode = pytest.mark.parametrize("mode", MODES)
+
 
 def make_jumprelu(
     *, dtype: torch.dtype = torch.float32, device: str = "cpu", **cfg: Any
 ) -> JumpReLUTrainingSAE:
     """A stock SAE with random weights and thresholds from the global generator."""
-    cfg = {"d_in": 13, "d_sae": 64, **cfg}
+    cfg = {"d_in": D_IN, "d_sae": D_SAE, **cfg}
     stock = JumpReLUTrainingSAE(
         JumpReLUTrainingSAEConfig(**cfg, dtype=str(dtype).removeprefix("torch."), device=device)
     )
@@ -151,3 +190,18 @@ def compare_jumprelu_steps(
     sparse = sparse_jumprelu(stock, target.backend)
     assert sparse.implementation.name == target.backend
     compare_steps(stock, sparse, x, dead, precision, **options)
+
+
+def bandwidth_of(precision: Precision) -> float:
+    """One that holds decided pre-activations."""
+    return 0.0625 if margin_of(precision) < 0.01 else 0.5
+
+
+def make_case(
+    target: Target, precision: Precision = FLOAT32, n_rows: int = 40, **cfg: Any
+) -> tuple[JumpReLUTrainingSAE, torch.Tensor]:
+    """A stock SAE in a given precision, and inputs that it decides."""
+    d_sae = 20 if target.interpreted else D_SAE
+    cfg = {"d_sae": d_sae, "jumprelu_bandwidth": bandwidth_of(precision), **cfg}
+    stock = make_jumprelu(dtype=precision.dtype, device=target.device, **cfg)
+    return stock, decided_inputs(stock, target.few_rows(n_rows), precision)

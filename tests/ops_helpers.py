@@ -56,11 +56,14 @@ def assert_within_budget(
     )
 
 
+def within(actual: torch.Tensor, expected: torch.Tensor, error: torch.Tensor) -> bool:
+    """Written so that a NaN fails."""
+    assert actual.shape == expected.shape
+    return bool(((actual.cpu().double() - expected).abs() <= error).all())
+
+
 def require_gpu_memory(gib: float) -> None:
     """Skip a test for which the GPU has too little free memory."""
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gib:
         pytest.skip(f"needs {gib} GiB of free GPU memory; {free:.0f} GiB are free")
-
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

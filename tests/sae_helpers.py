@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saelens_sparse.lazy import OnDemandTensor
-from tests.conftest import TARGETS, Target, marks
+from tests.conftest import TARGETS, Target, marks, target_parameters
 
 Values = dict[str, torch.Tensor]
 
@@ -41,6 +41,14 @@ FLOAT64 = Precision("float64", torch.float64)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16)
 AUTOCAST = Precision("autocast", torch.float32, autocast=True)
 PRECISIONS = (FLOAT32, FLOAT64, BFLOAT16, AUTOCAST)
+
+# Of 64 latents.
+N_DEAD = {"no-dead": 0, "few-dead": 3, "many-dead": 20, "all-dead": 64}
+
+input_or_not = pytest.mark.parametrize(
+    "input_gradient", [False, True], ids=["constant-input", "input-gradient"]
+)
+not_interpreted = pytest.mark.parametrize("target", target_parameters(interpreted=False))
 
 
 def runs(target: Target, precision: Precision) -> bool:
@@ -236,8 +244,37 @@ def step_values(
     return on_cpu({**values, **gradients(sae)})
 
 
+def random_objective(*names: str) -> Callable[[TrainStepOutput], torch.Tensor]:
+    """A loss that reads tensors of the step's output with fixed random weights."""
+
+    def objective(output: TrainStepOutput) -> torch.Tensor:
+        total = torch.zeros((), dtype=output.sae_out.dtype, device=output.sae_out.device)
+        for name in names:
+            value = getattr(output, name)
+            generator = torch.Generator().manual_seed(len(name))
+            weights = torch.randn(value.shape, generator=generator).bfloat16()
+            total = total + (value * weights.to(value)).sum()
+        return total
+
+    return objective
+
+
 def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
     return (value - oracle).norm().item()
+
+
+def parameters(sae: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return on_cpu(dict(sae.named_parameters()))
+
+
+def assert_same_training(
+    actual: torch.nn.Module, expected: torch.nn.Module, tolerance: float = 1e-4
+) -> None:
+    """Parameters agree up to the rounding that some steps of Adam have grown."""
+    expected_parameters = parameters(expected)
+    for name, value in parameters(actual).items():
+        distance = (value - expected_parameters[name]).norm()
+        assert distance <= tolerance * expected_parameters[name].norm() + 1e-9, name
 
 
 def require_within_budget(
@@ -262,6 +299,12 @@ def require_within_budget(
         assert actual <= allowed, f"{name}: error {actual:.3e}, allowed {allowed:.3e}"
 
 
+def shrunk_to_float64(float32: Values, oracle: Values) -> Values:
+    """Values whose errors are those of `float32` in proportion to the unit of rounding."""
+    shrink = FLOAT64.eps / FLOAT32.eps
+    return {name: oracle[name] + shrink * (value - oracle[name]) for name, value in float32.items()}
+
+
 def compare_steps(
     stock: TrainingSAE[Any],
     sparse: TrainingSAE[Any],
@@ -279,11 +322,7 @@ def compare_steps(
     options["autocast"] = precision.autocast
     stock_values = step_values(yardstick, x, dead, **options)
     if narrow:
-        shrink = precision.eps / FLOAT32.eps
-        stock_values = {
-            name: oracle[name] + shrink * (value - oracle[name])
-            for name, value in stock_values.items()
-        }
+        stock_values = shrunk_to_float64(stock_values, oracle)
     sparse_values = step_values(sparse, x, dead, **options)
     # What stock keeps in float32 is rounded to it in every arm.
     floors = {
@@ -307,6 +346,69 @@ def make_trainer(sae: TrainingSAE[Any], batches: Any = None, **cfg: Any) -> SAET
         **cfg,
     }
     return SAETrainer(SAETrainerConfig(**settings), sae, iter(batches or ()))
+
+
+def trajectory(sae: TrainingSAE[Any], batches: list[torch.Tensor], **options: Any) -> Values:
+    """Losses, statistics and final parameters of steps of SAELens's trainer."""
+    trainer = make_trainer(sae, **{"dead_feature_window": 3, "lr": 3e-3, **options})
+    steps: list[Values] = []
+    for batch in batches:
+        n_dead = trainer.dead_neurons.sum()
+        output = trainer.step(batch.to(sae.dtype))
+        trainer.n_training_steps += 1
+        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+        step = {"loss": output.loss, **output.losses, "n_dead": n_dead}
+        step["l0"] = torch.tensor(log["metrics/l0"])
+        threshold = getattr(sae, "threshold", None)
+        if threshold is not None:
+            step["lowest threshold"] = threshold.min()
+        steps.append(on_cpu(step))
+    stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    final = {
+        **{f"final {name}": parameter for name, parameter in sae.named_parameters()},
+        "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired,
+        "act_freq_scores": trainer.act_freq_scores,
+    }
+    return {**stacked, **on_cpu(final)}
+
+
+def structured_batches(
+    n_steps: int, n_rows: int, d_in: int, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Sparse sums of 64 random directions with Zipf-like frequencies, and a little noise."""
+    directions = torch.nn.functional.normalize(torch.randn(64, d_in), dim=-1)
+    presence = (torch.arange(1, 65) ** -0.7).clamp(max=0.9)
+    batches = []
+    for _ in range(n_steps):
+        strengths = (torch.rand(n_rows, 64) < presence) * (0.5 * torch.randn(n_rows, 64)).exp()
+        batches.append((strengths @ directions + 0.02 * torch.randn(n_rows, d_in)).to(dtype))
+    return batches
+
+
+def training_curve(
+    sae: TrainingSAE[Any], batches: list[torch.Tensor], **options: Any
+) -> list[dict[str, Any]]:
+    """What SAELens logs at each step of a whole training, "threshold" and what it "ran on"."""
+    n_steps, n_rows = len(batches), len(batches[0])
+    settings = {
+        "total_training_samples": n_steps * n_rows,
+        "train_batch_size_samples": n_rows,
+        "dead_feature_window": 30,
+    }
+    trainer = make_trainer(sae, **settings, **options)
+    logs: list[dict[str, Any]] = []
+    for x in batches:
+        implementation = getattr(sae, "implementation", None)
+        output = trainer.step(x)
+        trainer.n_training_steps += 1
+        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+        if implementation is not None:
+            log["ran on"] = implementation.name
+        threshold = getattr(sae, "threshold", None)
+        if threshold is not None:
+            log["threshold"] = threshold.mean().item()
+        logs.append(log)
+    return logs
 
 
 class LargestTensor(TorchDispatchMode):

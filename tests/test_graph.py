@@ -10,11 +10,7 @@ from saelens_sparse.training import SparseSAETrainer
 from tests.sae_helpers import make_stock, sparse_like, superposed_rows
 from tests.test_training import own_trainer, state_of, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.default_algorithms,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.default_algorithms]
 
 
 def trainer_and_batches(

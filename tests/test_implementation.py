@@ -14,7 +14,6 @@ from saelens_sparse.implementation import (
     choose_implementation,
     triton_problem,
 )
-from tests.ops_helpers import on_gpu
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 SPARSE = 64 / 65_536
@@ -205,7 +204,6 @@ def test_the_interpreter_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_problem(CPU, torch.float32) is not None
 
 
-@on_gpu
 @pytest.mark.gpu
 def test_triton_is_chosen_on_this_gpu() -> None:
     assert triton_problem(CUDA, torch.float32) is None

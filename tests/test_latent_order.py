@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from saelens_sparse.ops import LatentOrder
-from tests.ops_helpers import on_gpu, random_latents
+from tests.ops_helpers import random_latents
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """An order does not depend on the backend that uses it."""
     return torch.device(request.param)

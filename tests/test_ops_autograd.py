@@ -13,7 +13,7 @@ from saelens_sparse.ops import (
     select_topk,
 )
 from tests.conftest import Target
-from tests.ops_helpers import assert_within_budget, on_gpu
+from tests.ops_helpers import assert_within_budget
 
 N_ROWS, D_IN, D_SAE, K = 9, 10, 30, 5
 
@@ -340,7 +340,6 @@ def test_clipped_latents_get_no_gradient(backend: Backend, device: torch.device)
         assert not gradient.any(), name
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton|numpy)")
 def test_a_nan_input_shows_in_the_outputs_and_in_the_gradients(
     backend: Backend, device: torch.device
 ) -> None:
@@ -532,7 +531,6 @@ def test_keep_topk_drops_nan_where_it_is_not_kept(backend: Backend, device: torc
     assert torch.equal(gradients[1], torch.tensor([0.0, 6.0, 5.0], device=device))
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("gpu_backend", ["torch", "triton"])
 def test_gradients_under_autocast_match_the_dense_encoder_under_autocast(

@@ -19,7 +19,6 @@ from tests.conftest import Target
 from tests.ops_helpers import (
     assert_within_budget,
     dense_code,
-    on_gpu,
     random_latents,
     require_gpu_memory,
 )
@@ -473,7 +472,6 @@ def test_backend_triton_runs_the_triton_kernels(
     assert called == ["gather_sum", "gather_dot", "segment_sum", "add_rows"]
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("law", ["uniform", "zipf"])
 @pytest.mark.parametrize("gpu_dtype", [torch.float32, torch.bfloat16])
@@ -492,7 +490,6 @@ def test_row_ops_match_float64_at_a_training_shape(
     check_segment_sum(gpu_backend, latents, active, d_sae, coefficients, batch, gpu_dtype)
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("gpu_backend", ["torch", "triton"])
 def test_row_ops_address_weights_beyond_32_bits(gpu_backend: Backend) -> None:
@@ -529,7 +526,6 @@ def test_row_ops_address_weights_beyond_32_bits(gpu_backend: Backend) -> None:
     assert not grads[1:-tail].any()
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("gpu_backend", ["torch", "triton"])
 def test_row_ops_address_batches_beyond_32_bits(gpu_backend: Backend) -> None:

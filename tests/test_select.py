@@ -1,5 +1,6 @@
+"""The search for the k largest scores of each row."""
+
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -7,241 +8,24 @@ import pytest
 import torch
 
 from saelens_sparse.implementation import Backend
-from saelens_sparse.ops import HostCount, Selection, select_topk, start_select_topk, topk_values
+from saelens_sparse.ops import HostCount, Selection, start_select_topk
 from tests.conftest import Target
-from tests.ops_helpers import assert_within_budget, on_gpu, require_gpu_memory
-
-BUFFER_BYTES = 64 * 2**20
-
-# NumPy, on which Triton's interpreter runs, warns about arithmetic with NaN and infinities.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton|numpy)")
-
-
-@dataclass
-class Problem:
-    """Arguments of `select_topk`, float32 unless moved."""
-
-    x: torch.Tensor  # [n_rows, d_in]
-    weight: torch.Tensor  # [d_sae, d_in]
-    bias: torch.Tensor  # [d_sae]
-    norms: torch.Tensor | None  # [d_sae]
-    k: int
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Problem":
-        norms = None if self.norms is None else self.norms.to(device, dtype)
-        return Problem(
-            self.x.to(device, dtype),
-            self.weight.to(device, dtype),
-            self.bias.to(device, dtype),
-            norms,
-            self.k,
-        )
-
-    def select(self, backend: Backend, buffer_bytes: int = BUFFER_BYTES) -> Selection:
-        return select_topk(
-            self.x, self.weight, self.bias, self.norms, self.k, backend, buffer_bytes
-        )
-
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pre-activations and scores `[n_rows, d_sae]` of the dense encoder."""
-        pre_acts = self.x @ self.weight.T + self.bias
-        return pre_acts, pre_acts if self.norms is None else pre_acts * self.norms
-
-
-def random_problem(
-    n_rows: int, d_in: int, d_sae: int, k: int, *, with_norms: bool = True
-) -> Problem:
-    return Problem(
-        x=torch.randn(n_rows, d_in),
-        weight=torch.randn(d_sae, d_in) / d_in**0.5,
-        bias=0.1 * torch.randn(d_sae),
-        norms=torch.rand(d_sae) + 0.5 if with_norms else None,
-        k=k,
-    )
-
-
-def plain(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    return random_problem(n_rows, d_in, d_sae, k)
-
-
-def no_norms(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    return random_problem(n_rows, d_in, d_sae, k, with_norms=False)
-
-
-def zipf_encoder_norms(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    problem = random_problem(n_rows, d_in, d_sae, k)
-    problem.weight /= (torch.randperm(d_sae) + 1).unsqueeze(1)
-    problem.bias.zero_()
-    return problem
-
-
-def outlier_inputs(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    """A few input dimensions far larger than the others, and a large mean."""
-    problem = random_problem(n_rows, d_in, d_sae, k)
-    problem.x += 3
-    problem.x[:, 1] += 80
-    problem.x[:, d_in // 2] *= 100
-    return problem
-
-
-def large_biases(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    problem = random_problem(n_rows, d_in, d_sae, k)
-    problem.bias *= 1000
-    return problem
-
-
-def equal_large_biases(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    """Scores are close to each other in comparison with their size."""
-    problem = random_problem(n_rows, d_in, d_sae, k, with_norms=False)
-    problem.bias.fill_(300.0)
-    return problem
-
-
-def all_negative(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    problem = random_problem(n_rows, d_in, d_sae, k)
-    problem.bias -= 20
-    return problem
-
-
-def wide_norms(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    problem = random_problem(n_rows, d_in, d_sae, k)
-    problem.norms = 10 ** (6 * torch.rand(d_sae) - 3)
-    return problem
-
-
-def wide_row_scales(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    """Rows whose squares would leave float32's range, beside ordinary ones."""
-    problem = random_problem(n_rows, d_in, d_sae, k)
-    problem.x *= torch.logspace(-30, 30, n_rows).unsqueeze(1)
-    problem.bias.zero_()
-    return problem
-
-
-def tiny_weights(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    problem = random_problem(n_rows, d_in, d_sae, k, with_norms=False)
-    problem.weight *= 1e-25
-    problem.bias.zero_()
-    return problem
-
-
-def huge_weights(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    problem = random_problem(n_rows, d_in, d_sae, k, with_norms=False)
-    problem.weight *= 1e25
-    return problem
-
-
-def neighbouring_latents(n_rows: int, d_in: int, d_sae: int, k: int) -> Problem:
-    """Each row's largest scores lie beside each other."""
-    problem = random_problem(n_rows, d_in, d_sae, k)
-    start = d_sae // 3
-    problem.bias[start : start + k + k // 2] += 8
-    return problem
-
-
-DISTRIBUTIONS: list[Callable[[int, int, int, int], Problem]] = [
-    plain,
-    no_norms,
-    zipf_encoder_norms,
-    outlier_inputs,
-    large_biases,
-    equal_large_biases,
+from tests.ops_helpers import assert_within_budget, require_gpu_memory
+from tests.select_helpers import (
+    BUFFER_BYTES,
+    DISTRIBUTIONS,
+    Problem,
     all_negative,
-    wide_norms,
-    wide_row_scales,
-    tiny_weights,
-    huge_weights,
-    neighbouring_latents,
-]
-
-
-def assert_selects_topk(problem: Problem, selection: Selection, distinct: float = 0.6) -> None:
-    """Values within the error budget; the very set of a float64 computation where it is clear.
-
-    Args:
-        problem: float32 arguments.
-        selection: what was selected.
-        distinct: share of rows, at least, for which rounding cannot change the set.
-    """
-    n_rows, k = problem.x.shape[0], problem.k
-    assert selection.latents.shape == (n_rows, k)
-    assert selection.latents.dtype == torch.int64
-    assert_keys(selection, problem.weight.shape[0])
-    assert_distinct_latents(selection, problem.weight.shape[0])
-
-    pre_acts, scores = problem.dense()
-    exact_pre_acts, exact_scores = problem.to(problem.x.device, torch.float64).dense()
-    assert selection.pre_acts.dtype == pre_acts.dtype
-    assert selection.scores.dtype == scores.dtype
-    size = problem.x.double().abs() @ problem.weight.double().abs().T + problem.bias.abs()
-    latents = selection.latents
-    assert_within_budget(
-        selection.pre_acts,
-        pre_acts.gather(1, latents),
-        exact_pre_acts.gather(1, latents),
-        size.gather(1, latents),
-    )
-    score_size = size if problem.norms is None else size * problem.norms
-    assert_within_budget(
-        selection.scores,
-        scores.gather(1, latents),
-        exact_scores.gather(1, latents),
-        score_size.gather(1, latents),
-    )
-
-    # The scores themselves, in order, are those of the true top k.
-    exact_top = exact_scores.topk(min(k + 1, exact_scores.shape[1])).values
-    assert_within_budget(
-        selection.scores.sort(descending=True).values,
-        scores.topk(k).values,
-        exact_top[:, :k],
-        score_size,
-    )
-
-    if k == exact_scores.shape[1]:
-        return
-    rounding = 4 * (scores.double() - exact_scores).abs().amax(1)
-    is_clear = exact_top[:, k - 1] - exact_top[:, k] > rounding
-    assert is_clear.double().mean() >= distinct
-    expected = exact_scores.topk(k).indices.sort().values
-    assert torch.equal(latents.sort().values[is_clear], expected[is_clear])
-
-
-def assert_keys(selection: Selection, d_sae: int) -> None:
-    """The latent where it is active, `d_sae` where the ReLU clips it; a NaN is active."""
-    assert selection.keys.dtype == torch.int32
-    expected = selection.latents.masked_fill(selection.scores <= 0, d_sae)
-    assert torch.equal(selection.keys.long(), expected)
-
-
-def assert_distinct_latents(selection: Selection, d_sae: int) -> None:
-    latents = selection.latents.sort().values
-    assert (latents >= 0).all()
-    assert (latents < d_sae).all()
-    assert (latents.diff() > 0).all()
-
-
-def assert_same_scores(problem: Problem, selection: Selection) -> None:
-    """Sorted scores of a float32 computation, NaN and infinities included; any set on ties."""
-    assert_distinct_latents(selection, problem.weight.shape[0])
-    assert_keys(selection, problem.weight.shape[0])
-    pre_acts, scores = problem.dense()
-    expected = scores.topk(problem.k).values
-    actual = selection.scores.topk(problem.k).values
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-    torch.testing.assert_close(
-        selection.pre_acts,
-        pre_acts.gather(1, selection.latents),
-        rtol=1e-4,
-        atol=1e-5,
-        equal_nan=True,
-    )
-    torch.testing.assert_close(
-        selection.scores,
-        scores.gather(1, selection.latents),
-        rtol=1e-4,
-        atol=1e-5,
-        equal_nan=True,
-    )
+    assert_distinct_latents,
+    assert_keys,
+    assert_same_scores,
+    assert_selects_topk,
+    equal_large_biases,
+    no_norms,
+    outlier_inputs,
+    plain,
+    random_problem,
+)
 
 
 @pytest.fixture
@@ -671,138 +455,6 @@ def test_select_topk_names_an_input_of_a_wrong_shape(
         problem.select(backend)
 
 
-def assert_keeps_topk(
-    products: torch.Tensor,
-    bias: torch.Tensor,
-    norms: torch.Tensor | None,
-    k: int,
-    backend: Backend,
-) -> None:
-    values, kept = topk_values(products, bias, norms, k, backend)
-    assert values.dtype == products.dtype
-    assert kept.dtype == torch.bool
-    assert values.shape == kept.shape == products.shape
-    n = bias.numel()
-    assert (kept.sum(1) == k).all()
-    assert not kept[:, n:].any()
-    assert torch.equal(values[~kept], torch.zeros_like(values[~kept]))
-    # Of the sums in float32 the k largest, NaN above everything.
-    pre_acts = products[:, :n].float() + bias.float()
-    scores = pre_acts if norms is None else pre_acts * norms
-    actual = scores[kept[:, :n]].view(-1, k).topk(k).values
-    torch.testing.assert_close(actual, scores.topk(k).values, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(
-        values[kept], pre_acts.to(products.dtype)[kept[:, :n]], rtol=0, atol=0, equal_nan=True
-    )
-
-
-@pytest.mark.parametrize("with_norms", [False, True])
-@pytest.mark.parametrize(
-    ("n", "width", "k"),
-    [
-        (1, 1, 1),
-        (7, 7, 3),
-        (100, 128, 50),
-        (128, 128, 128),
-        (129, 129, 1),
-        (255, 256, 254),
-        (250, 257, 31),
-        (3, 64, 2),
-    ],
-)
-def test_topk_values_is_the_set_of_torch_topk(
-    n: int, width: int, k: int, with_norms: bool, backend: Backend, device: torch.device
-) -> None:
-    products, bias = torch.randn(5, width).to(device), torch.randn(n).to(device)
-    norms = (torch.rand(n) + 0.1).to(device) if with_norms else None
-    assert_keeps_topk(products, bias, norms, k, backend)
-    scores = products[:, :n] + bias
-    if norms is not None:
-        scores = scores * norms
-    expected = torch.zeros_like(products, dtype=torch.bool)
-    expected.scatter_(1, scores.topk(k).indices, True)
-    assert torch.equal(topk_values(products, bias, norms, k, backend)[1], expected)
-
-
-def test_topk_values_keeps_exactly_k_on_ties_infinities_and_nan(
-    backend: Backend, device: torch.device
-) -> None:
-    inf, nan = torch.inf, torch.nan
-    negative_nan = float(torch.tensor(nan).copysign(torch.tensor(-1.0)))
-    products = torch.tensor(
-        [
-            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
-            [-0.0, 0.0, -0.0, 0.0, -1.0, 0.0],
-            [-inf, -inf, -inf, -inf, -inf, -inf],
-            [-inf, 1.0, -inf, -inf, -2.0, -inf],
-            [nan, nan, nan, nan, nan, nan],
-            [1.0, negative_nan, inf, -inf, 2.0, negative_nan],
-            [1.0, nan, 2.0, inf, nan, -inf],
-            [inf, inf, inf, inf, inf, 5.0],
-            [1.0, 2.0, 2.0, 2.0, 2.0, 3.0],
-            [-1.0, -2.0, -3.0, -1e-30, 1e-30, -1e38],
-        ],
-        device=device,
-    )
-    bias = torch.zeros(6, device=device)
-    padded = torch.nn.functional.pad(products, (0, 2), value=9.0)
-    for k in (1, 2, 3, 5, 6):
-        assert_keeps_topk(products, bias, None, k, backend)
-        assert_keeps_topk(padded, bias, None, k, backend)
-
-
-def test_topk_values_takes_bfloat16_and_non_contiguous_products(
-    target: Target, backend: Backend, device: torch.device
-) -> None:
-    assert_keeps_topk(
-        torch.randn(70, 5).to(device).T, torch.randn(66).to(device), None, 20, backend
-    )
-    products = torch.randn(1, 70).to(device).expand(4, 70)
-    assert_keeps_topk(products, torch.randn(140).to(device)[::2], None, 20, backend)
-    if not target.interpreted:
-        # A bfloat16 product and a float32 bias, as under autocast.
-        products = torch.randn(6, 300).to(device, torch.bfloat16)
-        assert_keeps_topk(products, torch.randn(300).to(device), None, 150, backend)
-
-
-def test_topk_values_of_an_empty_batch(backend: Backend, device: torch.device) -> None:
-    values, kept = topk_values(
-        torch.zeros(0, 9, device=device), torch.zeros(8, device=device), None, 4, backend
-    )
-    assert values.shape == kept.shape == (0, 9)
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 9), (10, 9), (9, 8), (3, 10)])
-def test_topk_values_names_sizes_out_of_range(
-    k: int, n: int, backend: Backend, device: torch.device
-) -> None:
-    with pytest.raises(ValueError, match=rf"got k={k}, {n} and 9"):
-        topk_values(
-            torch.zeros(2, 9, device=device), torch.zeros(n, device=device), None, k, backend
-        )
-
-
-def test_topk_values_in_triton_is_for_rows_that_fit_into_registers(
-    backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend != "triton":
-        pytest.skip("about the Triton backend")
-    select_triton = import_module("saelens_sparse.ops.select_triton")
-    widths: list[int] = []
-    original = select_triton.topk_values
-
-    def spy(products: torch.Tensor, *args: Any) -> Any:
-        widths.append(products.shape[1])
-        return original(products, *args)
-
-    monkeypatch.setattr(select_triton, "topk_values", spy)
-    widest = select_triton.MAX_KEEP_COLUMNS
-    for width in (widest, widest + 1):
-        products, bias = torch.randn(2, width).to(device), torch.randn(width).to(device)
-        assert_keeps_topk(products, bias, None, 1000, backend)
-    assert widths == [widest]
-
-
 @pytest.mark.parametrize("stride", [1, 32, 512])
 def test_select_topk_screens_live_latents_in_any_pattern_without_recomputing_any(
     stride: int, backend: Backend, device: torch.device
@@ -830,7 +482,6 @@ def test_host_count_counts_what_is_true(n: int, device: torch.device) -> None:
     assert isinstance(count.wait(), int)
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [1, 32, 64])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda f: f.__name__)
@@ -842,14 +493,12 @@ def test_select_topk_matches_float64_at_a_training_shape(
     assert_selects_topk(problem, problem.select("triton"), distinct)
 
 
-@on_gpu
 @pytest.mark.gpu
 def test_select_topk_recomputes_no_ordinary_row_at_a_training_shape() -> None:
     for distribution in (plain, no_norms, outlier_inputs, all_negative):
         assert distribution(2048, 768, 24_576, 32).to("cuda").select("triton").rows_recomputed == 0
 
 
-@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("buffer_gib", [0.25, 24])
 @pytest.mark.parametrize("autocast", [False, True])

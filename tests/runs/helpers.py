@@ -1,0 +1,121 @@
+"""Configurations of runs so small that they take a second."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import LoggingConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from saelens_sparse import SparseTopKTrainingSAEConfig
+
+CONTEXT, VOCABULARY, D_MODEL = 16, 50, 16
+D_SAE, K = 128, 4
+HOOK = "blocks.0.hook_mlp_out"
+N_TOKENS, BATCH = 1280, 64
+Config = type[TrainingSAEConfig]
+BOTH: list[Config] = [TopKTrainingSAEConfig, SparseTopKTrainingSAEConfig]
+# Runs SAELens's stock runner; see the fixture `run`.
+Run = Callable[..., LanguageModelSAETrainingRunner]
+what_libraries_say = [
+    # What SAELens, TransformerLens and datasets say about tiny data and about themselves.
+    pytest.mark.filterwarnings("ignore:.*dataset.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*sourceTensor.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*HookedTransformer is deprecated.*"),
+]
+
+
+def sae_config(config_class: Config = SparseTopKTrainingSAEConfig, **options: Any) -> Any:
+    if config_class is SparseTopKTrainingSAEConfig:
+        options = {"implementation": "torch", **options}
+    settings: dict[str, Any] = {"d_in": D_MODEL, "d_sae": D_SAE, "k": K, **options}
+    return config_class(**settings)
+
+
+def jumprelu_config(architecture: str, **options: Any) -> Any:
+    """A configuration that goes from half of the latents to few, in float64: no rounding of the
+    encoder decides a gate.
+    """
+    _, config_class = get_sae_training_class(architecture)
+    settings: dict[str, Any] = {
+        "d_in": D_MODEL, "d_sae": D_SAE, "dtype": "float64", "jumprelu_bandwidth": 0.2,
+        "l0_coefficient": 0.3, "l0_warm_up_steps": 4, "pre_act_loss_coefficient": 3e-3, **options,
+    }  # fmt: skip
+    return config_class(**settings)
+
+
+def config_of(architecture: str) -> Any:
+    """A configuration of any architecture, stock or sparse."""
+    if architecture.startswith("jumprelu"):
+        return jumprelu_config(architecture)
+    return sae_config(get_sae_training_class(architecture)[1])
+
+
+def runner_config(
+    sae: TrainingSAEConfig, folder: Path, **options: Any
+) -> LanguageModelSAERunnerConfig[Any]:
+    settings: dict[str, Any] = {
+        "hook_name": HOOK,
+        "dataset_path": "made",
+        "context_size": CONTEXT,
+        "training_tokens": N_TOKENS,
+        "store_batch_size_prompts": 8,
+        "train_batch_size_tokens": BATCH,
+        "n_batches_in_buffer": 16,
+        "n_batches_for_norm_estimate": 4,
+        "n_eval_batches": 2,
+        "dead_feature_window": 5,
+        "lr": 3e-3,
+        "verbose": False,
+        "checkpoint_path": str(folder / "checkpoints"),
+        "output_path": str(folder / "output"),
+        "logger": LoggingConfig(log_to_wandb=False),
+        **options,
+    }
+    return LanguageModelSAERunnerConfig(sae=sae, **settings)
+
+
+def multi_config(
+    saes: Mapping[str, TrainingSAEConfig], folder: Path, **options: Any
+) -> MultiSAETrainingRunnerConfig:
+    settings: dict[str, Any] = {
+        "hook_names": HOOK,
+        "dataset_path": "made",
+        "context_size": CONTEXT,
+        "training_tokens": N_TOKENS,
+        "store_batch_size_prompts": 8,
+        "train_batch_size_tokens": BATCH,
+        "n_batches_in_buffer": 16,
+        "n_batches_for_norm_estimate": 4,
+        "n_eval_batches": 2,
+        "dead_feature_window": 5,
+        "lr": 3e-3,
+        "checkpoint_path": str(folder / "checkpoints"),
+        "output_path": str(folder / "output"),
+        "logger": LoggingConfig(log_to_wandb=False),
+        **options,
+    }
+    return MultiSAETrainingRunnerConfig(saes=saes, **settings)
+
+
+def checkpoints(cfg: LanguageModelSAERunnerConfig[Any]) -> list[Path]:
+    assert cfg.checkpoint_path is not None
+    return sorted(Path(cfg.checkpoint_path).iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat
