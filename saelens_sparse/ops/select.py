@@ -191,13 +191,17 @@ def _exact_topk(
     buffer_bytes: int,
 ) -> Selection:
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    d_sae = weight.shape[0]
+    d_sae, buffer = weight.shape[0], None
     for _, chunk in pre_act_chunks(x, weight, bias, buffer_bytes):
         rows = max(1, chunk.shape[0])
         if chunk.device.type == "cpu":
             rows = max(1, _CPU_SCORE_BYTES // (d_sae * chunk.element_size()))
         for pre_acts in chunk.split(rows):
-            scores = pre_acts if norms is None else pre_acts * norms
+            scores = pre_acts
+            if norms is not None:
+                if buffer is None:  # fresh memory for each part would cost more than the product
+                    buffer = torch.empty_like(pre_acts, dtype=torch.result_type(pre_acts, norms))
+                scores = torch.mul(pre_acts, norms, out=buffer[: pre_acts.shape[0]])
             top_scores, latents = scores.topk(k, dim=-1, sorted=False)
             parts.append((latents, pre_acts.gather(1, latents), top_scores))
     latents, pre_acts, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
