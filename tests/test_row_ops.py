@@ -427,6 +427,8 @@ def test_row_ops_name_the_argument_with_a_wrong_shape(
     latents = random_latents(4, 6, 2, device=device)
     with pytest.raises(ValueError, match=r"coefficients must have shape \[4, 2\]; got \[4, 3\]"):
         gather_sum(zeros(4, 3), latents, zeros(6, 5), backend)
+    with pytest.raises(ValueError, match=r"bias must have shape \[5\]; got \[4\]"):
+        gather_sum(zeros(4, 2), latents, zeros(6, 5), backend, bias=zeros(4))
     with pytest.raises(ValueError, match=r"batch must have shape \[4, 5\]; got \[4, 6\]"):
         gather_dot(zeros(4, 6), latents, zeros(6, 5), backend)
     with pytest.raises(ValueError, match=r"latents and weight must have two dimensions.*\[4\]"):

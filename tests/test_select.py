@@ -100,6 +100,20 @@ def test_select_topk_takes_a_non_contiguous_input(backend: Backend, device: torc
     assert_selects_topk(problem, problem.select(backend))
 
 
+@pytest.mark.parametrize("bias", [-1e3, -1e9, float("-inf")])
+def test_select_topk_recomputes_no_row_for_latents_that_a_bias_switches_off(
+    bias: float, backend: Backend, device: torch.device
+) -> None:
+    """One in sixteen, so that most of the groups that the screen compares have one."""
+    problem = random_problem(4, 64, 4096, 16, with_norms=False)
+    problem.bias[torch.rand(4096) < 1 / 16] = bias
+    problem = problem.to(device)
+    selection = problem.select(backend)
+    expected = problem.dense()[1].topk(problem.k, sorted=True).values
+    torch.testing.assert_close(selection.scores.sort(descending=True).values, expected)
+    assert selection.rows_recomputed == 0
+
+
 def test_select_topk_screens_ordinary_rows_without_recomputing_any(
     backend: Backend, device: torch.device, screened: list[int]
 ) -> None:
