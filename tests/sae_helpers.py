@@ -412,7 +412,7 @@ def training_curve(
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
+    """Records how many elements the largest tensor holds that any operation returns."""
 
     numel = 0
 
@@ -423,7 +423,8 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
+                is_sparse = leaf.layout == torch.sparse_csr
+                self.numel = max(self.numel, leaf._nnz() if is_sparse else leaf.numel())
         return out
 
 

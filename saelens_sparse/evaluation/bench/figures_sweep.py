@@ -124,8 +124,7 @@ def _draw_line(panel: Axes, line: Sequence[tuple[float, float]], arm: str) -> No
 
 
 def _mark_break_even(panel: Axes, line: Sequence[tuple[float, float]], arm: str) -> None:
-    """Mark crossings; labels of the first arm go below the line of it, those of others above."""
-    below = arm == SPARSE_ARMS[0]
+    """Mark crossings; labels go below, on the side where no line is, those of an arm in a row."""
     labelled = 0.0
     for crossing in break_even(line):
         color = style_of(arm).color
@@ -133,13 +132,12 @@ def _mark_break_even(panel: Axes, line: Sequence[tuple[float, float]], arm: str)
         if crossing.value < 1.5 * labelled:
             continue  # noise around one: the labels would lie on each other
         labelled = crossing.value
-        to_the_right = below == crossing.rises
         panel.annotate(
             f"even at {_roughly(crossing.value)}",
             (crossing.value, 1.0),
-            xytext=(8 if to_the_right else -8, -14 if below else 8),
+            xytext=(8 if crossing.rises else -8, -14 - 13 * SPARSE_ARMS.index(arm)),
             textcoords="offset points",
-            ha="left" if to_the_right else "right",
+            ha="left" if crossing.rises else "right",
             fontsize=9,
             color=color,
         )
