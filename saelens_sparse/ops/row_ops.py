@@ -159,7 +159,8 @@ def _sampled_product(
     _expect_sparse_csr()
     n_rows = batch.shape[0]
     if ragged is None:
-        offsets, n_pairs = torch.arange(n_rows + 1) * latents.shape[1], latents.numel()
+        offsets = torch.arange(n_rows + 1, device=batch.device) * latents.shape[1]
+        n_pairs = latents.numel()
     else:
         offsets, n_pairs = ragged.offsets, int(ragged.offsets[-1])
     out = weight.new_zeros(latents.shape)
@@ -181,7 +182,7 @@ def _expect_sparse_csr() -> None:
     """PyTorch warns once of the layout's beta state: let it do so here, unheard."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.eye(1).to_sparse_csr()
+        torch.eye(1, device="cpu").to_sparse_csr()
 
 
 def segment_sum(
