@@ -115,8 +115,8 @@ class ClippingAdam(Adam):
     """
     `torch.nn.utils.clip_grad_norm_` and Adam in one pass over parameters, gradients and moments.
 
-    Gradients are left as they are; the update sees them scaled. Same update as one after the
-    other up to rounding, same state.
+    Same update as one after the other up to rounding, same state. Kernels leave gradients as they
+    are and update by scaled ones; elsewhere they are clipped in place, as `clip_grad_norm_` does.
 
     Args:
         params: as for `torch.optim.Adam`, as all other arguments; `closure` is not supported.

@@ -170,6 +170,7 @@ def _sampled_product(
         latents.flatten()[pairs],
         out.flatten()[pairs],
         (n_rows, weight.shape[0]),
+        device=weight.device,
         check_invariants=False,
     )
     with _full_precision(weight):
