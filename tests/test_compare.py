@@ -1,5 +1,6 @@
 """`saelens-sparse compare`: what it makes of two trainings, and whole comparisons."""
 
+import importlib.metadata
 import json
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import saelens_sparse
 from saelens_sparse.evaluation import presentation
 from saelens_sparse.evaluation.compare import command, dictionaries, driver, figures, report, tables
 from saelens_sparse.evaluation.compare.metrics import deviation, summarize, with_language_model
@@ -382,6 +384,22 @@ def test_prefetching_that_was_turned_off_is_mentioned(
         report_on_steps(config, output)
         notes = json.loads((output / "results.json").read_text())["notes"]
         assert any("prefetch_llm_batches is off" in note for note in notes) == prefetch
+
+
+def test_a_report_needs_no_installed_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plugin may be run from its source folder alone."""
+
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(report, "can_draw", lambda: False)
+    config = make_config(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    report_on_steps(config, tmp_path / "out")
+    environment = json.loads((tmp_path / "out" / "results.json").read_text())["environment"]
+    assert environment["saelens_sparse"] == saelens_sparse.__version__
 
 
 def test_without_matplotlib_there_are_no_pictures_but_everything_else(

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from saelens_sparse.implementation import Backend
+from saelens_sparse.ops import screen_cpu
 from saelens_sparse.ops.host_count import HostCopy
 from saelens_sparse.ops.pre_acts import pre_act_chunks
 from saelens_sparse.ops.ragged import RaggedRows
+from saelens_sparse.ops.row_ops import gather_dot
 from saelens_sparse.ops.weight_copy import WeightCopy
 
 
@@ -98,7 +100,7 @@ def start_find_pattern(
         capacity: number of pairs to make room for; more are no error, but found a second time.
             The PyTorch path finds room by itself.
         backend: `"triton"` screens with a low-precision product and recomputes the candidates;
-            `"torch"` computes row chunks in full.
+            so does `"torch"` on a CPU that is faster at it, and else computes row chunks in full.
         buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
         rounded: a copy of `weight` in the dtype of the screen, which is then not made; or None.
     """
@@ -111,7 +113,11 @@ def start_find_pattern(
             return _find_by_screen(
                 x, weight, bias, threshold, bandwidth, capacity, buffer_bytes, rounded
             )
-    return _find_by_chunks(x, weight, bias, threshold, bandwidth, buffer_bytes)
+    if screen_cpu.can_screen(x, weight):
+        pairs = _find_by_cpu_screen(x, weight, bias, threshold, bandwidth, buffer_bytes)
+    else:
+        pairs = _find_by_chunks(x, weight, bias, threshold, bandwidth, buffer_bytes)
+    return PendingPattern(*_pattern_of(*pairs, n_rows=x.shape[0]))
 
 
 @torch.no_grad()
@@ -141,26 +147,52 @@ def _find_by_chunks(
     threshold: torch.Tensor,
     bandwidth: float,
     buffer_bytes: int,
-) -> PendingPattern:
+) -> tuple[torch.Tensor, ...]:
+    """Pairs by row: row, latent, pre-activation, whether active; each `[n_pairs]`."""
     parts: list[tuple[torch.Tensor, ...]] = []
     for start, pre_acts in pre_act_chunks(x, weight, bias, buffer_bytes):
         gate, edge = gate_and_edge(threshold, bandwidth, pre_acts.dtype)
         rows, latents = pre_acts.lt(edge).logical_not_().nonzero().unbind(1)  # NaN is inside
         values = pre_acts[rows, latents]
-        parts.append((latents, values, values > gate[latents], rows + start))
-    latents, values, active, rows = (torch.cat(part) for part in zip(*parts, strict=True))
-    n_rows = x.shape[0]
-    lengths = torch.bincount(rows, minlength=n_rows)
+        parts.append((rows + start, latents, values, values > gate[latents]))
+    rows, latents, values, active = (torch.cat(part) for part in zip(*parts, strict=True))
+    return rows, latents, values, active
+
+
+def _find_by_cpu_screen(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    threshold: torch.Tensor,
+    bandwidth: float,
+    buffer_bytes: int,
+) -> tuple[torch.Tensor, ...]:
+    """As `_find_by_chunks`, computing only those pairs in full that could be in the pattern."""
+    gate, edge = gate_and_edge(threshold, bandwidth, x.dtype)
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for start, bounds in screen_cpu.upper_bounds(x, weight, bias, None, buffer_bytes):
+        rows, latents = bounds.lt(edge).logical_not_().nonzero().unbind(1)
+        parts.append((rows + start, latents))
+    rows, latents = (torch.cat(part) for part in zip(*parts, strict=True))
+    ragged = RaggedRows.of_rows(rows, x.shape[0])
+    values = gather_dot(x, latents, weight, "torch", ragged).add_(bias[latents])
+    inside = values.lt(edge[latents]).logical_not_()
+    rows, latents, values = rows[inside], latents[inside], values[inside]
+    return rows, latents, values, values > gate[latents]
+
+
+def _pattern_of(
+    rows: torch.Tensor,
+    latents: torch.Tensor,
+    values: torch.Tensor,
+    active: torch.Tensor,
+    n_rows: int,
+) -> tuple[GatePattern, torch.Tensor]:
+    """The pattern of all pairs, and its totals."""
+    ragged = RaggedRows.of_rows(rows, n_rows)
     row_counts = torch.bincount(rows[active], minlength=n_rows).to(torch.int32)
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    pattern = GatePattern(
-        latents=latents,
-        keys=latents.to(torch.int32),
-        pre_acts=values,
-        ragged=RaggedRows(offsets, rows.to(torch.int32)),
-        row_counts=row_counts,
-    )
-    return PendingPattern(pattern, torch.stack([offsets[-1], row_counts.sum()]))
+    pattern = GatePattern(latents, latents.to(torch.int32), values, ragged, row_counts)
+    return pattern, torch.stack([ragged.offsets[-1], row_counts.sum()])
 
 
 def gate_and_edge(

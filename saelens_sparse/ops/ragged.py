@@ -26,3 +26,9 @@ class RaggedRows:
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         rows = torch.arange(lengths.numel(), device=lengths.device, dtype=torch.int32)
         return cls(offsets, rows.repeat_interleave(lengths))
+
+    @classmethod
+    def of_rows(cls, rows: torch.Tensor, n_rows: int) -> Self:
+        """The row of each pair (`[n_pairs]` int64, ascending), with no pairs beyond the last."""
+        lengths = torch.bincount(rows, minlength=n_rows)
+        return cls(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), rows.to(torch.int32))

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from saelens_sparse.implementation import Backend
+from saelens_sparse.ops import screen_cpu
 from saelens_sparse.ops.host_count import HostCount
 from saelens_sparse.ops.pre_acts import pre_act_chunks
+from saelens_sparse.ops.row_ops import gather_dot
 from saelens_sparse.ops.weight_copy import WeightCopy
-
-# Scores that are compared at a time on a CPU: few, so that they stay in its cache.
-_CPU_SCORE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def select_topk(
         norms: `[d_sae]` decoder norms that scale the scores, or None.
         k: number of latents to keep, `1 <= k <= d_sae`.
         backend: `"triton"` screens with a low-precision product and recomputes the candidates;
-            `"torch"` computes row chunks in full.
+            so does `"torch"` on a CPU that is faster at it, and else computes row chunks in full.
         buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
     """
     return start_select_topk(x, weight, bias, norms, k, backend, buffer_bytes).result()
@@ -128,18 +127,20 @@ def start_select_topk(
         raise ValueError(f"x must have shape [n_rows, {weight.shape[1]}]; got {list(x.shape)}")
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be between 1 and d_sae={weight.shape[0]}; got {k}")
+
+    def exactly(rows: torch.Tensor) -> Selection:
+        return _exact_topk(x[rows], weight, bias, norms, k, buffer_bytes)
+
     if backend == "triton":
         from saelens_sparse.ops import select_triton
 
         if select_triton.can_screen(x, weight, k):
-            selection, uncertain = select_triton.select_topk(
-                x, weight, bias, norms, k, buffer_bytes, rounded
-            )
-            return PendingSelection(
-                selection,
-                uncertain,
-                lambda rows: _exact_topk(x[rows], weight, bias, norms, k, buffer_bytes),
-            )
+            screened = select_triton.select_topk(x, weight, bias, norms, k, buffer_bytes, rounded)
+            return PendingSelection(*screened, exactly)
+    elif screen_cpu.can_screen(x, weight) and _n_candidates(x, k) <= weight.shape[0] // 4:
+        screened = _topk_of_candidates(x, weight, bias, norms, k, buffer_bytes)
+        # Where the host computes, there is no wait that other work could hide.
+        return PendingSelection(PendingSelection(*screened, exactly).result())
     return PendingSelection(_exact_topk(x, weight, bias, norms, k, buffer_bytes))
 
 
@@ -181,6 +182,42 @@ def topk_values(
     return values, kept
 
 
+def _n_candidates(x: torch.Tensor, k: int) -> int:
+    """How many candidates of a row to find on a CPU.
+
+    The bound grows with the root of d_in, measured against the spread of the scores. Twice k
+    leaves a row in fifty uncertain at 512 -> 16,384, k 32, three times k a row in a thousand at
+    2304 -> 16,384, k 64.
+    """
+    return k * (2 + x.shape[1] // 1024) + 32
+
+
+def _topk_of_candidates(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    k: int,
+    buffer_bytes: int,
+) -> tuple[Selection, torch.Tensor]:
+    """By a screen on the CPU: the selection, and which rows it cannot vouch for, `[n_rows]` bool.
+
+    Candidates are the latents whose scores could be highest. What none of the others can exceed
+    must not exceed the k-th score either.
+    """
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for _, bounds in screen_cpu.upper_bounds(x, weight, bias, norms, buffer_bytes):
+        largest, latents = bounds.topk(_n_candidates(x, k), dim=-1, sorted=False)
+        found.append((latents, largest.amin(1)))
+    candidates, beyond = (torch.cat(parts) for parts in zip(*found, strict=True))
+    pre_acts = gather_dot(x, candidates, weight, "torch").add_(bias[candidates])
+    scores = pre_acts if norms is None else pre_acts * norms[candidates]
+    scores, places = scores.topk(k, dim=-1, sorted=False)
+    latents = candidates.gather(1, places)
+    selection = _selection_of(latents, pre_acts.gather(1, places), scores, weight.shape[0])
+    return selection, scores.amin(1).ge(beyond).logical_not_()  # also where either is NaN
+
+
 @torch.no_grad()
 def _exact_topk(
     x: torch.Tensor,
@@ -195,7 +232,7 @@ def _exact_topk(
     for _, chunk in pre_act_chunks(x, weight, bias, buffer_bytes):
         rows = max(1, chunk.shape[0])
         if chunk.device.type == "cpu":
-            rows = max(1, _CPU_SCORE_BYTES // (d_sae * chunk.element_size()))
+            rows = max(1, screen_cpu.SCORE_BYTES // (d_sae * chunk.element_size()))
         for pre_acts in chunk.split(rows):
             scores = pre_acts
             if norms is not None:
@@ -205,5 +242,11 @@ def _exact_topk(
             top_scores, latents = scores.topk(k, dim=-1, sorted=False)
             parts.append((latents, pre_acts.gather(1, latents), top_scores))
     latents, pre_acts, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return _selection_of(latents, pre_acts, scores, d_sae)
+
+
+def _selection_of(
+    latents: torch.Tensor, pre_acts: torch.Tensor, scores: torch.Tensor, d_sae: int
+) -> Selection:
     keys = torch.where(scores <= 0, d_sae, latents).to(torch.int32)
     return Selection(latents, pre_acts, scores, keys)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+import saelens_sparse
 from saelens_sparse.evaluation.compare.figures import draw_all
 from saelens_sparse.evaluation.compare.metrics import Deviation, Summary, deviation, summarize
 from saelens_sparse.evaluation.compare.options import Comparison
@@ -253,9 +253,7 @@ def _cached(comparison: Comparison) -> bool:
 def _environment(comparison: Comparison) -> dict[str, Any]:
     """What the numbers depend on besides the settings."""
     device = torch.device(comparison.shared["device"]).type
-    return environment(device, commit=None) | {
-        "saelens_sparse": importlib.metadata.version("saelens-sparse")
-    }
+    return environment(device, commit=None) | {"saelens_sparse": saelens_sparse.__version__}
 
 
 def _finite(value: Any) -> Any:
