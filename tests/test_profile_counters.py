@@ -18,6 +18,7 @@ from saelens_sparse.evaluation.profile import counters
 from saelens_sparse.evaluation.profile.counters import Counted, KernelCounters, count_step, match
 from saelens_sparse.evaluation.profile.phases import Attribution
 from saelens_sparse.evaluation.profile.settings import Settings, case_of_shape
+from saelens_sparse.evaluation.profile.tables import kernel_table
 from saelens_sparse.evaluation.profile.usage import add_counters, kernel_rows, usage_of
 from tests.profile_helpers import PROBLEM, SIZES, Recorder
 
@@ -98,6 +99,31 @@ def test_counters_replace_estimates():
     assert rows["_gather_sum_kernel"]["occupancy"] == 73.25
     assert rows["_gather_sum_kernel"]["dram_bytes"] == 1234567
     assert rows["other"].get("occupancy") is None
+
+
+def test_tensor_cores_are_in_use_where_counters_say_so():
+    """Elementwise kernels keep a little of that pipe busy."""
+    shares = {"mul_kernel": "1.84", "my_product": "92.5", "nvjet_sm90_hsh_320x128": "n/a"}
+    record = Recorder()
+    with record.range("saelens_sparse::step"), record.range("saelens_sparse::decode"):
+        for name in shares:
+            record.kernel(name, duration=2.0)
+    trace = record.trace()
+    usage = usage_of(trace, Attribution(trace, SIZES, False), on_device=True, allows_tf32=False)
+    text = ncu_csv(
+        *((name, {counters.TENSOR_SHARE: ("%", share)}) for name, share in shares.items())
+    )
+    add_counters(usage, counters.parse_csv(text.splitlines()))
+    rows = kernel_rows(usage, PROBLEM)
+    expected = {"mul_kernel": False, "my_product": True, "nvjet_sm90_hsh_320x128": True}
+    assert {row["name"]: row["tensor_cores"] for row in rows} == expected
+    results = {
+        "settings": {"device": "cuda"},
+        "ceilings": {"copy_bytes": 3e12, "gemm_flops": {"bfloat16": 8e14}},
+    }
+    header, *cells = kernel_table(results, {"kernels": rows}, 3)
+    shown = {row[0]: row[header.index("tensor cores")] for row in cells}
+    assert shown == {"mul_kernel": "2%", "my_product": "92%", "nvjet_sm90_hsh_320x128": "yes"}
 
 
 @pytest.fixture

@@ -177,6 +177,8 @@ def test_kernels_are_named_without_templates_and_parameters(name: str, base: str
     [
         ("nvjet_hsh_256x128_64x4", True, True),
         ("nvjet_sss_128x64", True, False),
+        ("nvjet_sm90_hsh_320x128_64x3_1x2_h_bz_coopB_TNT", True, True),
+        ("nvjet_sm90_sss_128x64", True, False),
         ("ampere_bf16_s16816gemm_bf16_128x256_ldg8_f2f_stages_64x3_tn", True, True),
         ("sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n_tilesize128x128x16", True, True),
         ("ampere_sgemm_128x64_tn", True, False),

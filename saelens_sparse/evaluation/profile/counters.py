@@ -30,8 +30,7 @@ DRAM_BYTES = "dram__bytes.sum"
 DRAM_SHARE = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 DURATION = "gpu__time_duration.sum"
 TENSOR_SHARE = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"
-TENSOR_INSTRUCTIONS = "sm__inst_executed_pipe_tensor.sum"
-METRICS = (OCCUPANCY, DRAM_BYTES, DRAM_SHARE, DURATION, TENSOR_SHARE, TENSOR_INSTRUCTIONS)
+METRICS = (OCCUPANCY, DRAM_BYTES, DRAM_SHARE, DURATION, TENSOR_SHARE)
 # Enough for what is reported, where a GPU or a version of ncu does not know the others.
 ESSENTIAL = (OCCUPANCY, DRAM_BYTES, DRAM_SHARE, DURATION)
 

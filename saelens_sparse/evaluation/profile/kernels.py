@@ -11,7 +11,7 @@ from saelens_sparse.evaluation.profile.work import ADAM_FLOPS, ADAM_PASSES, Prob
 # PyTorch's and cuBLAS's names of matrix products.
 _GEMM = re.compile(r"gemm|nvjet|cutlass.*(tensorop|simt)|xmma|gemv|splitK", re.IGNORECASE)
 _TENSOR_CORE_GEMM = re.compile(
-    r"nvjet_(?!s)|tensorop|16816|1688|hmma|wgmma|tf32|f16", re.IGNORECASE
+    r"nvjet_(?:sm\d+_)?(?!s)|tensorop|16816|1688|hmma|wgmma|tf32|f16", re.IGNORECASE
 )
 _SORT = re.compile(r"sort|searchsorted|topk", re.IGNORECASE)
 _NOT_IN_NAME = re.compile(r"^\s*(void|static|inline)\s+")

@@ -180,7 +180,7 @@ def kernel_table(results: Record, arm: Record, limit: int, *, brief: bool = Fals
         "of GEMM": lambda row: share(products(row), gemm_flops),
     }
     if on_device:
-        columns["tensor cores"] = lambda row: "yes" if row["tensor_cores"] else ""
+        columns["tensor cores"] = _tensor_cores
         columns["occupancy"] = lambda row: share(
             row.get("occupancy") or row["estimated_occupancy"], 100
         )
@@ -277,6 +277,14 @@ def quantity(value: float | None, unit: str) -> str:
 def shorten(name: str, length: int = 40) -> str:
     """A kernel's name without what makes it longer than a column."""
     return name if len(name) <= length else f"{name[: length - 3]}..."
+
+
+def _tensor_cores(row: Record) -> str:
+    """How busy they were, where that was counted; else whether the kernel uses them."""
+    counted = row.get("tensor_pipe_share")
+    if counted is None:
+        return "yes" if row["tensor_cores"] else ""
+    return share(counted, 100)
 
 
 def _is_product(row: Record) -> bool:

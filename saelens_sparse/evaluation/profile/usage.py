@@ -11,7 +11,6 @@ from saelens_sparse.evaluation.profile.counters import (
     DRAM_BYTES,
     DRAM_SHARE,
     OCCUPANCY,
-    TENSOR_INSTRUCTIONS,
     TENSOR_SHARE,
     KernelCounters,
     match,
@@ -31,6 +30,9 @@ from saelens_sparse.evaluation.profile.work import (
     operation_work,
     uses_tensor_cores,
 )
+
+# Percent of the time. PyTorch's elementwise kernels keep part of that pipe busy for up to 3.
+_TENSOR_PIPE_IN_USE = 5.0
 
 
 @dataclass
@@ -204,9 +206,8 @@ def _row(name: str, items: Sequence[Item], n_steps: int, problem: Problem) -> di
     moved = [item.counters.values.get(DRAM_BYTES) for item in counted if item.counters]
     if len(counted) == len(items) and None not in moved:
         row["dram_bytes"] = sum(value for value in moved if value is not None) / n_steps
-    instructions = [item.counters.values.get(TENSOR_INSTRUCTIONS, 0.0) for item in counted
-                    if item.counters]  # fmt: skip
-    row["tensor_cores"] = row["tensor_cores"] or any(instructions) or bool(row["tensor_pipe_share"])
+    busy = row["tensor_pipe_share"] or 0.0
+    row["tensor_cores"] = row["tensor_cores"] or busy >= _TENSOR_PIPE_IN_USE
     return row
 
 
