@@ -166,12 +166,11 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
     ) -> tuple[TrainStepOutput, RowGradients] | None:
         """The step's passes as a CUDA graph; None if they are not one, or must be taken again."""
-        if (
-            not gains(sae)
-            or not isinstance(sae, SparseTopKTrainingSAE)
-            or not can_record(sae, sae_in)
-            or not self._knows_that_none_is_dead()
-        ):
+        if not gains(sae) or not isinstance(sae, SparseTopKTrainingSAE):
+            return None
+        with self.autocast_if_enabled:  # what runs depends on it
+            recordable = can_record(sae, sae_in)
+        if not recordable or not self._knows_that_none_is_dead():
             return None
         if self._graph is None or self._graph.conditions != conditions(sae, sae_in):
             self._graph = None

@@ -72,12 +72,22 @@ def test_auto_takes_torch_on_a_cpu_even_in_the_interpreter(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("working_triton")
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_auto_takes_dense_above_a_density(device: torch.device) -> None:
-    below = choose_implementation("auto", device, torch.float32, MAX_SPARSE_DENSITY)
-    above = choose_implementation("auto", device, torch.float32, MAX_SPARSE_DENSITY + 0.1)
+@pytest.mark.parametrize(
+    ("full_precision", "reason"),
+    [
+        (True, "13.5% of the latents are active; above 12.5%"),
+        (False, "3.5% of the latents are active; above 2.5%"),
+    ],
+)
+def test_auto_takes_dense_above_a_density(
+    device: torch.device, full_precision: bool, reason: str
+) -> None:
+    limit = MAX_SPARSE_DENSITY[full_precision]
+    below = choose_implementation("auto", device, torch.float32, limit, full_precision)
+    above = choose_implementation("auto", device, torch.float32, limit + 0.01, full_precision)
     assert below.name != "dense"
     assert above.name == "dense"
-    assert "22% of the latents are active; above 12.5%" in above.reason
+    assert reason in above.reason
 
 
 @pytest.mark.usefixtures("broken_triton")

@@ -241,3 +241,14 @@ def test_auto_uses_dense_products_where_most_latents_are_active() -> None:
     sparse = sparse_like(stock, "auto")
     assert sparse.implementation.name == "torch"
     assert isinstance(forward_pass(sparse, zipf_inputs(stock, 4)).feature_acts, SparseFeatureActs)
+
+
+def test_auto_uses_dense_products_sooner_where_they_run_in_low_precision() -> None:
+    sparse = sparse_like(make_stock(d_sae=200, k=6), "auto")
+    assert sparse.implementation.name == "torch"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse.implementation.name == "dense"
+    assert sparse.to(torch.bfloat16).implementation.name == "dense"
+    few = sparse_like(make_stock(d_sae=200, k=5), "auto")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few.implementation.name == "torch"

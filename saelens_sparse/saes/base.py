@@ -33,6 +33,7 @@ from saelens_sparse.ops import (
     RowBlock,
     RowGradient,
     WeightCopy,
+    matmul_dtype,
     row_norms,
 )
 from saelens_sparse.optim import mark_parameter
@@ -158,8 +159,17 @@ class SparseTrainingSAEMixin(_Base):
             if has_hooks(getattr(self, name)):
                 return Choice("dense", f"a hook on {name} needs a dense tensor")
         return choose_implementation(
-            self.cfg.implementation, self.W_enc.device, self.W_enc.dtype, density
+            self.cfg.implementation,
+            self.W_enc.device,
+            self.W_enc.dtype,
+            density,
+            self.computes_in_full_precision,
         )
+
+    @property
+    def computes_in_full_precision(self) -> bool:
+        """Whether dense products would run in float32 or float64 where this is asked."""
+        return matmul_dtype(self.W_enc).itemsize >= 4
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self.implementation.name == "dense":

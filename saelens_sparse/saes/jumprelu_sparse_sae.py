@@ -201,7 +201,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         if choice.name == "dense" or self.cfg.implementation != "auto":
             return choice
         backend = "cpu" if self.W_enc.device.type == "cpu" else choice.backend
-        limit = MAX_SPARSE_SHARE[backend, self._computes_in_full_precision]
+        limit = MAX_SPARSE_SHARE[backend, self.computes_in_full_precision]
         if self._gauge.prefers_sparse(limit):
             return choice
         share = self._gauge.share()
@@ -210,11 +210,6 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             seen = f"{share:.2%} of the latents are active or near their threshold"
         return Choice("fused", f"{seen}; dense products are faster above {limit:.1%}",
                       choice.backend)  # fmt: skip
-
-    @property
-    def _computes_in_full_precision(self) -> bool:
-        device = self.W_enc.device.type
-        return self.W_enc.dtype != torch.bfloat16 and not torch.is_autocast_enabled(device)
 
     @property
     @override

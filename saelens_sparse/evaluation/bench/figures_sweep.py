@@ -156,6 +156,8 @@ def _draw_lines(panel: Axes, rows: Sequence[Row], size: str, quantity: str) -> N
     bottom, top = panel.get_ylim()
     powers = [2.0**i for i in range(-6, 15)]
     shown = [power for power in powers if bottom <= power <= top]
+    if len(shown) < 3:
+        shown += [1.5 * power for power in powers if bottom <= 1.5 * power <= top]
     plain_numbers(panel.yaxis, shown, lambda value: f"{value:,g}")
     panel.legend(fontsize=9, frameon=False)
 
