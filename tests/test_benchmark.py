@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +15,9 @@ from saelens_sparse.evaluation.cases import FLOAT32, SPARSE, STEP_CASES, STOCK, 
 from saelens_sparse.evaluation.data import COMMON_FEATURES, ActivationStream
 from saelens_sparse.evaluation.measure import PHASES
 from saelens_sparse.evaluation.results import ResultsFile, Row, environment
-from saelens_sparse.evaluation.training import build_sae
+from saelens_sparse.evaluation.training import build_sae, implementation_of
 from saelens_sparse.evaluation.weights import calibrate, plant_features
+from tests.sae_helpers import make_stock, sparse_like
 
 SIZES = {"architecture", "d_in", "d_sae", "k", "l0", "batch", "dead_fraction"}
 KEYS = {"case", "precision", "operation", "arm"} | SIZES
@@ -266,3 +268,9 @@ def test_failing_arms_are_recorded_and_the_rest_go_on(tmp_path: Path):
     assert rows[1]["message"] == "RuntimeError: no such kernel"
     # Without stock's differences there is no bound to check against, and the table says so.
     assert not rows[2]["checked"]
+
+
+def test_rows_name_what_runs_under_their_autocast() -> None:
+    sae = sparse_like(make_stock(d_sae=200, k=6), "auto")
+    assert implementation_of(sae, nullcontext()) == "torch"
+    assert implementation_of(sae, torch.autocast("cpu", torch.bfloat16)) == "dense"

@@ -1,6 +1,7 @@
 """The bfloat16 screen of a CPU: its bound, and what is selected and trained through it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_bounds_come_in_order_whatever_the_buffer(monkeypatch: pytest.MonkeyPatc
     assert starts == [0]
     monkeypatch.setattr(screen_cpu, "SCORE_BYTES", 4 * 1500 * 4)
     starts, parts = bounds(10 * 1500 * 2)
-    assert starts == [0, 4, 8, 10, 14, 18, 20, 24, 28, 30, 34]
+    assert starts == [0, 4, 8, 12, 14, 18, 22, 24, 28, 32, 34]
     # Products of other numbers of rows may add in another order.
     torch.testing.assert_close(parts, whole, rtol=2**-7, atol=1e-3)
 
@@ -126,6 +127,54 @@ def test_rows_that_the_screen_cannot_decide_are_computed_in_full(screened: list[
     assert selection.rows_recomputed == 3
     select_helpers.assert_selects_topk(problem, selection, distinct=0.6)
     assert screened == [9]
+
+
+def test_a_screen_that_cannot_decide_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first rows; else all that it leaves open would be computed twice."""
+    monkeypatch.setattr(screen_cpu, "SCORE_BYTES", 4 * 1500 * 2)
+    problem = select_helpers.plain(*SHAPE, 7)
+    problem.weight[:400] = problem.weight[0] + 1e-5 * torch.randn(400, 24)
+    problem.bias[:400] = 5.0
+    assert problem.norms is not None
+    problem.norms[:400] = 1.0
+    parts: list[int] = []
+    original = screen_cpu.upper_bounds
+
+    def spy(*args: Any) -> Any:
+        for start, bounds in original(*args):
+            parts.append(start)
+            yield start, bounds
+
+    monkeypatch.setattr(screen_cpu, "upper_bounds", spy)
+    selection = problem.select("torch")
+    assert parts == [0]
+    assert selection.rows_recomputed == 0
+    select_helpers.assert_selects_topk(problem, selection, distinct=0.5)
+
+
+def test_a_screen_that_leaves_many_pairs_open_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, screened: list[int]
+) -> None:
+    """The bound grows with inputs that are large in a direction that biases take away again."""
+    problem = gate_helpers.plain(6, 25, 75)
+    shift = 300 * torch.randn(25)
+    problem = replace(
+        problem, x=problem.x + shift, bias=problem.bias - problem.weight @ shift,
+        threshold=problem.threshold + 3.0,
+    )  # fmt: skip
+    through = problem.start("torch").result()
+    assert screened == [6]
+    monkeypatch.setattr(screen_cpu, "can_screen", lambda *_: False)
+    gate_helpers.assert_same_bits(through, problem.start("torch").result())
+
+
+def test_latents_that_a_bias_of_minus_infinity_switches_off_are_no_candidates() -> None:
+    problem = select_helpers.plain(*SHAPE, 7)
+    problem.bias[::3] = float("-inf")
+    selection = problem.select("torch")
+    assert selection.rows_recomputed == 0
+    assert not (selection.latents % 3 == 0).any()
+    select_helpers.assert_same_scores(problem, selection)
 
 
 @pytest.mark.parametrize("where", ["x", "weight", "bias", "norms"])

@@ -252,3 +252,8 @@ def test_auto_uses_dense_products_sooner_where_they_run_in_low_precision() -> No
     few = sparse_like(make_stock(d_sae=200, k=5), "auto")
     with torch.autocast("cpu", torch.bfloat16):
         assert few.implementation.name == "torch"
+
+
+def test_the_choice_can_be_asked_for_on_the_meta_device() -> None:
+    sparse = sparse_like(make_stock(), "dense").to("meta")
+    assert sparse.implementation.name == "dense"

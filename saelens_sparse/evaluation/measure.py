@@ -149,7 +149,7 @@ def measure_steps(trainer: Trainer, inputs: Inputs, steps: int) -> dict[str, Any
     timed = time_steps(trainer, inputs, steps)
     row, firing = timed.to_row(), timed.firing
     return {
-        "implementation": implementation_of(trainer.sae),
+        "implementation": implementation_of(trainer.sae, trainer.autocast_if_enabled),
         **row,
         "tokens_per_second": 1e3 * trainer.cfg.train_batch_size_samples / row["ms"],
         "metrics": timed.metrics,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -92,9 +93,10 @@ def build_trainer(
     return trainer
 
 
-def implementation_of(sae: TrainingSAE[Any]) -> str | None:
-    """What a sparse SAE's next call runs on; None for a stock SAE."""
-    return sae.implementation.name if isinstance(sae, SparseTrainingSAEMixin) else None
+def implementation_of(sae: TrainingSAE[Any], autocast: AbstractContextManager[Any]) -> str | None:
+    """What a sparse SAE's next call under this autocast runs on; None for a stock SAE."""
+    with autocast:
+        return sae.implementation.name if isinstance(sae, SparseTrainingSAEMixin) else None
 
 
 def hold_dead(trainer: Trainer, dead_latents: torch.Tensor | None) -> None:

@@ -101,7 +101,7 @@ def dense_gate_gradients(
 def matmul_dtype(operand: torch.Tensor) -> torch.dtype:
     """The dtype in which a product with this operand runs: autocast's, which spares float64."""
     device = operand.device.type
-    if operand.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if operand.dtype == torch.float64 or operand.is_meta or not torch.is_autocast_enabled(device):
         return operand.dtype
     return torch.get_autocast_dtype(device)
 

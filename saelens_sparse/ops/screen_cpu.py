@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -24,10 +25,12 @@ from saelens_sparse.ops.dense_gate import matmul_dtype
 # screening gains nothing, at 576 -> 8,192, 1024 rows (4.8e9) a third of encoding and selecting.
 _MIN_PRODUCT = 2**30
 _CHUNK_BYTES = 32 * 2**20
-# Scores that are compared at a time, and elements rounded at a time: few, so that both stay in
-# the cache, and in memory that is not fresh.
+# Scores that are compared at a time: few, so that they stay in the cache, and in memory that is
+# not fresh.
 SCORE_BYTES = 4 * 2**20
-_ROUNDED_ELEMENTS = 2**18
+# Elements rounded at a time. Fewer stay in a nearer cache, but every operation on a piece is a
+# point at which threads wait for each other, which takes long where others use the cores.
+_ROUNDED_ELEMENTS = 2**21
 
 _BFLOAT16_ROUNDING = 2.0**-8
 _SLACK = 1.01
@@ -64,7 +67,8 @@ def upper_bounds(
     """What the scores `(x @ weight.T + bias) * norms` are at most, a few rows at a time.
 
     By at most twice the bound above more than they are. NaN or infinite where a score is not
-    finite, and where a norm leaves float32's range.
+    finite, and where a norm leaves float32's range. A copy of `weight` in bfloat16 is held
+    meanwhile.
 
     Args:
         x: `[n_rows, d_in]` float32, at least one row.
@@ -89,13 +93,15 @@ def upper_bounds(
     error = _SLACK * (relative * weight_norms + residuals)
     if norms is not None:
         bias, error = bias * norms, error * norms
-    offset = bias + 4e-7 * bias.abs()
+    offset = torch.where(bias < 0, bias * (1 - 4e-7), bias * (1 + 4e-7))  # may be -inf
 
     buffer = x.new_empty(max(1, SCORE_BYTES // (d_sae * x.element_size())), d_sae)
     buffer_bytes = min(buffer_bytes, _CHUNK_BYTES)
     chunk_rows = max(1, buffer_bytes // (d_sae * rounded.element_size()))
-    for start in range(0, x.shape[0], chunk_rows):
-        products = x_rounded[start : start + chunk_rows] @ rounded.T
+    # Little at first, so that whoever sees in it that screening does not help has lost little.
+    starts = [0, *range(min(buffer.shape[0], chunk_rows), x.shape[0], chunk_rows)]
+    for start, end in pairwise([*starts, x.shape[0]]):
+        products = x_rounded[start:end] @ rounded.T
         for part in products.split(buffer.shape[0]):
             bounds = buffer[: part.shape[0]]
             if norms is None:

@@ -14,6 +14,9 @@ from saelens_sparse.ops.pre_acts import pre_act_chunks
 from saelens_sparse.ops.row_ops import gather_dot
 from saelens_sparse.ops.weight_copy import WeightCopy
 
+# Share of rows that a screen on a CPU may leave to the full product, as far as it saves anything.
+_MAX_UNCERTAIN = 1 / 4
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -138,9 +141,10 @@ def start_select_topk(
             screened = select_triton.select_topk(x, weight, bias, norms, k, buffer_bytes, rounded)
             return PendingSelection(*screened, exactly)
     elif screen_cpu.can_screen(x, weight) and _n_candidates(x, k) <= weight.shape[0] // 4:
-        screened = _topk_of_candidates(x, weight, bias, norms, k, buffer_bytes)
-        # Where the host computes, there is no wait that other work could hide.
-        return PendingSelection(PendingSelection(*screened, exactly).result())
+        screened = _topk_by_cpu_screen(x, weight, bias, norms, k, buffer_bytes)
+        if screened is not None:
+            # Where the host computes, there is no wait that other work could hide.
+            return PendingSelection(PendingSelection(*screened, exactly).result())
     return PendingSelection(_exact_topk(x, weight, bias, norms, k, buffer_bytes))
 
 
@@ -192,24 +196,44 @@ def _n_candidates(x: torch.Tensor, k: int) -> int:
     return k * (2 + x.shape[1] // 1024) + 32
 
 
-def _topk_of_candidates(
+def _topk_by_cpu_screen(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     norms: torch.Tensor | None,
     k: int,
     buffer_bytes: int,
-) -> tuple[Selection, torch.Tensor]:
-    """By a screen on the CPU: the selection, and which rows it cannot vouch for, `[n_rows]` bool.
+) -> tuple[Selection, torch.Tensor] | None:
+    """The selection, and which rows the screen cannot vouch for, `[n_rows]` bool.
 
-    Candidates are the latents whose scores could be highest. What none of the others can exceed
-    must not exceed the k-th score either.
+    None if these are so many among the first rows that screening the others would save nothing.
     """
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for _, bounds in screen_cpu.upper_bounds(x, weight, bias, norms, buffer_bytes):
-        largest, latents = bounds.topk(_n_candidates(x, k), dim=-1, sorted=False)
-        found.append((latents, largest.amin(1)))
+    for start, bounds in screen_cpu.upper_bounds(x, weight, bias, norms, buffer_bytes):
+        largest, candidates = bounds.topk(_n_candidates(x, k), dim=-1, sorted=False)
+        found.append((candidates, largest.amin(1)))
+        if start == 0 and bounds.shape[0] < x.shape[0]:
+            first = x[: bounds.shape[0]]
+            _, uncertain = _topk_of_candidates(first, weight, bias, norms, k, *found[0])
+            if uncertain.double().mean() > _MAX_UNCERTAIN:
+                return None
     candidates, beyond = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _topk_of_candidates(x, weight, bias, norms, k, candidates, beyond)
+
+
+def _topk_of_candidates(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    k: int,
+    candidates: torch.Tensor,
+    beyond: torch.Tensor,
+) -> tuple[Selection, torch.Tensor]:
+    """The selection among candidates, `[n_rows, n]`, and on which rows others could be higher.
+
+    `beyond`, `[n_rows]`, is what the scores of the others do not exceed.
+    """
     pre_acts = gather_dot(x, candidates, weight, "torch").add_(bias[candidates])
     scores = pre_acts if norms is None else pre_acts * norms[candidates]
     scores, places = scores.topk(k, dim=-1, sorted=False)

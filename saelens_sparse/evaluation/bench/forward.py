@@ -49,7 +49,7 @@ class Pass:
 
     @property
     def implementation(self) -> str | None:
-        return implementation_of(self.sae)
+        return implementation_of(self.sae, self.autocast)
 
     @torch.no_grad()
     def encode(self) -> Any:

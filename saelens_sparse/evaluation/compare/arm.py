@@ -114,7 +114,8 @@ class MeasuredSteps:
         del on_host
         self.wait_for_turn()
         # Of a sparse SAE; what it is may change from step to step.
-        choice = getattr(trainer.sae, "implementation", None)
+        with trainer.autocast_if_enabled:
+            choice = getattr(trainer.sae, "implementation", None)
 
         memory.begin_step()
         self._synchronize()

@@ -133,7 +133,7 @@ def measure_arm(
     memory = _memory(trainer, measurement, arm, timed)
     done(1)
     is_own = isinstance(trainer, SparseSAETrainer)
-    implementation = implementation_of(trainer.sae)
+    implementation = implementation_of(trainer.sae, trainer.autocast_if_enabled)
     del trainer
     release_memory(settings.device)
     counted = count_step(settings, arm)

@@ -48,7 +48,7 @@ class Item:
         operation: the PyTorch operation that it is, or that launched it.
         event: on a GPU, the trace's.
         work: what it was asked for; None if that is not known.
-        in_tensor_cores: whether it multiplies matrices there.
+        in_tensor_cores: whether it uses them: by types and names, or by its counters.
         counters: of the hardware, if they were read.
     """
 
@@ -108,7 +108,7 @@ class Usage:
 
     @property
     def tensor_core_ms(self) -> float:
-        """Milliseconds in matrix products on tensor cores."""
+        """Milliseconds in kernels that use tensor cores."""
         return sum(item.ms for item in self.items if item.in_tensor_cores) / self.n_steps
 
 
@@ -161,6 +161,9 @@ def add_counters(usage: Usage, counted: Sequence[KernelCounters]) -> float:
         names = [item.event.name for item in part if item.event is not None]
         for item, counters in zip(part, match(names, counted), strict=True):
             item.counters = counters
+            busy = counters and counters.values.get(TENSOR_SHARE)
+            if busy is not None:
+                item.in_tensor_cores = busy >= _TENSOR_PIPE_IN_USE
     total = sum(item.ms for item in kernels)
     return sum(item.ms for item in kernels if item.counters) / total if total else 0.0
 
@@ -206,8 +209,6 @@ def _row(name: str, items: Sequence[Item], n_steps: int, problem: Problem) -> di
     moved = [item.counters.values.get(DRAM_BYTES) for item in counted if item.counters]
     if len(counted) == len(items) and None not in moved:
         row["dram_bytes"] = sum(value for value in moved if value is not None) / n_steps
-    busy = row["tensor_pipe_share"] or 0.0
-    row["tensor_cores"] = row["tensor_cores"] or busy >= _TENSOR_PIPE_IN_USE
     return row
 
 
