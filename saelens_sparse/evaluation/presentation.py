@@ -11,11 +11,11 @@ import html
 import importlib.util
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saelens_sparse.evaluation.results import write_whole
 
@@ -109,6 +109,23 @@ def new_figure(
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def caption(figure: Figure, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Say below the figure which device and versions its numbers are from."""
+    parts: list[str] = []
+    found = list(rows)
+    for name, text in (
+        ("device", "{}"),
+        ("torch", "PyTorch {}"),
+        ("triton", "Triton {}"),
+        ("sae_lens", "SAELens {}"),
+        ("commit", "commit {}"),
+    ):
+        values = dict.fromkeys(str(row[name]).split("+cu")[0] for row in found if row.get(name))
+        if values:
+            parts.append(text.format(", ".join(values)))
+    figure.supxlabel(" · ".join(parts), fontsize=7.5, color=NOTE_COLOR)
 
 
 def save_png(figure: Figure, path: Path) -> None:

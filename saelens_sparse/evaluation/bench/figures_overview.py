@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saelens_sparse.evaluation.bench.figures_style import caption
 from saelens_sparse.evaluation.bench.selection import (
     SPARSE_ARMS,
     latest,
@@ -19,6 +18,7 @@ from saelens_sparse.evaluation.cases import STEP_CASES, STOCK
 from saelens_sparse.evaluation.presentation import (
     NOTE_COLOR,
     PALETTE,
+    caption,
     label_of,
     milliseconds,
     new_figure,
@@ -163,7 +163,10 @@ def draw_breakdown(rows: Sequence[Row], folder: Path) -> Path | None:
     panel.set_ylim(places[-1] + 0.7, places[0] - 1.6)
     panel.set_xlim(0, 112)
     panel.set_xticks(range(0, 101, 25))
-    panel.set_xlabel("share of a step in %; numbers are milliseconds, at the right of a whole step")
+    panel.set_xlabel(
+        "share of the phases in %, timed one by one; numbers are milliseconds,\n"
+        "at the right of whole steps, which are timed apart"
+    )
     panel.grid(visible=False, axis="y")
     figure.legend(loc="outside upper center", ncols=len(phases), frameon=False, fontsize=9)
     caption(figure, timed)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saelens_sparse.evaluation.bench.figures_style import caption
 from saelens_sparse.evaluation.presentation import (
     NOTE_COLOR,
     SPARSE_COLOR,
     STOCK_COLOR,
+    caption,
     milliseconds,
     new_figure,
     save_png,
@@ -144,6 +145,7 @@ def _label_points(panel: Axes, points: Sequence[tuple[float, float, Row]]) -> No
     for name in CEILINGS:
         _, height = per_point * panel.transData.transform((1, points[0][2][name]))
         taken.append(_Box(frame.left, height - 1, frame.right, height + 12))
+    names: list[tuple[str, tuple[float, float], tuple[float, float], str]] = []
     for (x, y), (x_data, y_data, row) in zip(canvas, points, strict=True):
         text = f"{row['kernel']}, {milliseconds(row['ms'])} ms"
         width = 4.6 * len(text)
@@ -157,17 +159,22 @@ def _label_points(panel: Axes, points: Sequence[tuple[float, float, Row]]) -> No
                 if cost < least:
                     best, place, least = box, (offset, float(shift)), cost
         taken.append(best)
+        color = SIDES.get(row["side"], SIDES["sparse"])[0]
+        names.append((text, (x_data, y_data), place, color))
+    # Lines first, so that none strikes through a name.
+    for is_line, (text, point, place, color) in itertools.product((True, False), names):
         far = abs(place[1]) > 11
         panel.annotate(
-            text,
-            (x_data, y_data),
+            "" if is_line else text,
+            point,
             xytext=place,
             textcoords="offset points",
             ha="left" if place[0] > 0 else "right",
             va="center",
             fontsize=8.5,
-            color=SIDES.get(row["side"], SIDES["sparse"])[0],
-            arrowprops={"arrowstyle": "-", "color": "0.75", "lw": 0.6} if far else None,
+            color=color,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4},
+            arrowprops={"arrowstyle": "-", "color": "0.75", "lw": 0.6} if is_line and far else None,
         )
 
 

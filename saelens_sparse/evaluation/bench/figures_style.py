@@ -1,34 +1,13 @@
-"""What the benchmark's figures share: their axes, and which rows a figure was drawn from."""
+"""What the benchmark's figures share: their axes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-from saelens_sparse.evaluation.presentation import NOTE_COLOR
-from saelens_sparse.evaluation.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
-
-def caption(figure: Figure, rows: Iterable[Row]) -> None:
-    """Say below the figure which device and versions its rows are from."""
-    parts: list[str] = []
-    found = list(rows)
-    for name, text in (
-        ("device", "{}"),
-        ("torch", "PyTorch {}"),
-        ("triton", "Triton {}"),
-        ("sae_lens", "SAELens {}"),
-        ("commit", "commit {}"),
-    ):
-        values = dict.fromkeys(str(row[name]).split("+cu")[0] for row in found if row.get(name))
-        if values:
-            parts.append(text.format(", ".join(values)))
-    figure.supxlabel(" · ".join(parts), fontsize=7.5, color=NOTE_COLOR)
 
 
 def plain_numbers(axis: Axis, values: Sequence[float], text: Callable[[float], str]) -> None:

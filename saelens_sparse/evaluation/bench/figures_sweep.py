@@ -10,14 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saelens_sparse.evaluation.bench.figures_style import (
-    caption,
-    plain_numbers,
-    readable_ratios,
-)
+from saelens_sparse.evaluation.bench.figures_style import plain_numbers, readable_ratios
 from saelens_sparse.evaluation.bench.selection import SPARSE_ARMS, latest, pairs, speedup
 from saelens_sparse.evaluation.cases import STOCK
-from saelens_sparse.evaluation.presentation import NOTE_COLOR, new_figure, save_png, style_of
+from saelens_sparse.evaluation.presentation import (
+    NOTE_COLOR,
+    caption,
+    new_figure,
+    save_png,
+    style_of,
+)
 from saelens_sparse.evaluation.results import Row
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saelens_sparse.evaluation.presentation import (
     NOTE_COLOR,
     can_draw,
+    caption,
     label_of,
     milliseconds,
     new_figure,
@@ -81,11 +82,12 @@ def _draw_breakdown(results: Record, path: Path) -> Path:
     figure.legend(
         [by_label[label] for label in kept],
         [idle if label == _IDLE else label for label in kept],
-        loc="outside lower center",
+        loc="outside upper center",
         ncols=4,
         frameon=False,
         fontsize=9,
     )
+    caption(figure, [results["environment"]])
     save_png(figure, path)
     return path
 
@@ -182,6 +184,7 @@ def _draw_roofline(results: Record, path: Path) -> Path | None:
     for handle in legend.legend_handles:
         if handle is not None and hasattr(handle, "set_sizes"):
             handle.set_sizes([60])  # pyright: ignore[reportAttributeAccessIssue]
+    caption(figure, [results["environment"]])
     save_png(figure, path)
     return path
 
@@ -205,14 +208,17 @@ def _draw_ceilings(axis: Axes, ceilings: Record, left: float, right: float, unit
         if any(abs(flops / other - 1) < 0.3 for other in drawn):
             continue
         drawn.append(flops)
-        axis.plot([flops / bandwidth, right], [flops / unit] * 2, color="0.2", linewidth=1.3)
+        ridge = flops / bandwidth
+        axis.plot([ridge, right], [flops / unit] * 2, color="0.2", linewidth=1.3)
+        is_short = math.log(right / ridge) < 0.3 * math.log(right / left)
         axis.annotate(
             f"{dtype} GEMM {flops / unit:.3g}",
-            (flops / bandwidth, flops / unit),
-            xytext=(20, 5),
+            (right if is_short else ridge, flops / unit),
+            xytext=(-2 if is_short else 20, 5),
             textcoords="offset points",
             fontsize=9,
             color=NOTE_COLOR,
+            ha="right" if is_short else "left",
         )
 
 
