@@ -4,8 +4,10 @@ Importing the package registers its architectures in SAELens's training registry
 `architecture="topk_sparse"` and `"jumprelu_sparse"` work wherever SAELens takes an architecture.
 """
 
-from sae_lens import register_sae_training_class
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens import register_sae_class, register_sae_training_class
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from saelens_sparse.optim import prepare_optimizers
 from saelens_sparse.saes.jumprelu_sparse_sae import (
@@ -13,6 +15,7 @@ from saelens_sparse.saes.jumprelu_sparse_sae import (
     SparseJumpReLUTrainingSAEConfig,
 )
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saelens_sparse.sharing import upload_saes_to_huggingface
 from saelens_sparse.training import SparseMultiSAETrainingRunner, SparseTrainingRunner
 
 __version__ = "0.1.0"
@@ -25,22 +28,31 @@ __all__ = [
     "SparseTopKTrainingSAEConfig",
     "SparseTrainingRunner",
     "register",
+    "upload_saes_to_huggingface",
 ]
 
 
 def register() -> None:
     """Register the sparse architectures with SAELens. Calling it again changes nothing.
 
+    For inference their names stand for SAELens's own classes, so that `SAE.load_from_disk` opens a
+    training checkpoint.
+
     Raises:
         ValueError: another package has registered one of the names.
     """
-    for sae_class, config_class in (
-        (SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),
-        (SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig),
+    for training, inference in (
+        ((SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig), (TopKSAE, TopKSAEConfig)),
+        (
+            (SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig),
+            (JumpReLUSAE, JumpReLUSAEConfig),
+        ),
     ):
-        name = config_class.architecture()
-        if SAE_TRAINING_CLASS_REGISTRY.get(name) != (sae_class, config_class):
-            register_sae_training_class(name, sae_class, config_class)
+        name = training[1].architecture()
+        if SAE_TRAINING_CLASS_REGISTRY.get(name) != training:
+            register_sae_training_class(name, *training)
+        if SAE_CLASS_REGISTRY.get(name) != inference:
+            register_sae_class(name, *inference)
     prepare_optimizers()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from saelens_sparse.ops import (
     RowBlock,
     RowGradient,
     Selection,
+    at_latents,
     decode_densely,
     decode_selected,
     segment_totals,
@@ -51,17 +52,23 @@ class Code(ABC):
 
     Attributes:
         x: `[n_rows, d_in]`, the centred encoder input.
+        input_bias: `[d_in]`, `b_dec` if it was subtracted to give `x` outside of the graph.
         acts: activations, on the graph, in the layout of the subclass.
         decoder_version: `version_of(W_dec)` when the code was made.
         backend: what computes with it.
         dead: the dead latents if a training step asked for them.
+        is_decoded: whether a sparse decode has read it, which gives no dense gradient.
+        has_graph: whether the code was made with gradients enabled.
     """
 
     x: torch.Tensor
+    input_bias: torch.Tensor | None
     acts: torch.Tensor
     decoder_version: int
     backend: Backend
     dead: DeadLatents | None = None
+    is_decoded: bool = False
+    has_graph: bool = field(default_factory=torch.is_grad_enabled)
 
     def __post_init__(self) -> None:
         self._acts_version = version_of(self.acts)
@@ -128,12 +135,18 @@ class SelectedCode(Code):
         order: the active pairs by latent.
         norms: `[d_sae]` decoder norms if the reported activations are scaled by them; else None.
         W_dec: whose norms they are.
+        norms_have_graph: whether scaling by the norms is on the graph of the decoder.
     """
 
     selection: Selection
     order: LatentOrder
     norms: torch.Tensor | None
     W_dec: torch.Tensor
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.norms_have_graph = self.has_graph and self.W_dec.requires_grad
 
     @property
     @override
@@ -158,7 +171,7 @@ class SelectedCode(Code):
         values = self.acts
         if self.norms is not None:
             norms = self.norms
-            if self.W_dec.requires_grad and version_of(self.W_dec) == self.decoder_version:
+            if self.norms_have_graph and version_of(self.W_dec) == self.decoder_version:
                 norms = self.W_dec.norm(dim=-1)  # on the graph
             values = values * norms[latents]
         return values.new_zeros(values.shape[0], self.d_sae).scatter(1, latents, values)
@@ -186,10 +199,13 @@ class SelectedCode(Code):
         block: RowBlock | None,
         sink: list[RowGradient] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        latents = self.selection.latents
-        return decode_selected(
-            self.acts, W_dec, latents, self.order, block, self.backend, sink, b_dec
-        )
+        latents, acts = self.selection.latents, self.acts
+        norms_vary = torch.is_grad_enabled() and W_dec.requires_grad and not self.norms_have_graph
+        if self.norms is not None and norms_vary:
+            # One in value. Decoding divides by the norms, and nothing cancels their gradient.
+            scale = self.norms / W_dec.norm(dim=-1)
+            acts = acts * at_latents(scale, latents, self.order, self.backend)
+        return decode_selected(acts, W_dec, latents, self.order, block, self.backend, sink, b_dec)
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,8 @@
 SAELens's trainer asks little of `feature_acts` (which latents fired, how often) and nothing of
 `hidden_pre`. Both are stood in for by tensor subclasses that answer those questions from the
 selected latents. Every other operation sees an ordinary tensor, built on demand with its graph.
-What a decode has already read does not depend on an ordinary tensor that is made after it.
+What a decode has already read does not depend on an ordinary tensor that is made after it. Whoever
+asks for the gradient of such a tensor gets an error, not one that lacks what the decode adds.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ _DESCRIBES_ONLY = {
     torch.Tensor.get_device,
     torch.Tensor.__len__,
 }
+_WATCHES_GRADIENT = {
+    torch.Tensor.register_hook,
+    torch.Tensor.register_post_accumulate_grad_hook,
+    torch.Tensor.retain_grad,
+}
+_COPIES = {torch.Tensor.__reduce_ex__, torch.Tensor.__deepcopy__}
 
 
 class OnDemandTensor(torch.Tensor):
@@ -75,6 +82,9 @@ class OnDemandTensor(torch.Tensor):
         """The result of `func` without the ordinary tensor, or `NotImplemented`."""
         return NotImplemented
 
+    def require_dense_gradient(self) -> None:
+        """Raise if the graph that a loss was made with passes this tensor by."""
+
     def materialized(self) -> torch.Tensor:
         """The ordinary tensor, made when first asked for; all later uses share it."""
         if self._made is None:
@@ -102,6 +112,8 @@ class OnDemandTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
             if func in _DESCRIBES_ONLY:
                 return func(*args, **kwargs)
+            for tensor in _asked_for_gradients(func, args):
+                tensor.require_dense_gradient()
             if args and isinstance(args[0], OnDemandTensor) and args[0].is_untouched:
                 result = args[0].answer(func, args, kwargs)
                 if result is not NotImplemented:
@@ -125,6 +137,24 @@ def ordinary(tree: Any) -> Any:
     return tree_map(lambda x: x.materialized() if isinstance(x, OnDemandTensor) else x, tree)
 
 
+def _asked_for_gradients(func: Callable[..., Any], args: tuple[Any, ...]) -> list[OnDemandTensor]:
+    """The tensors whose gradients a call of `func` is about."""
+    if func in _WATCHES_GRADIENT:
+        asked_for = args[:1]
+    elif func is torch.autograd.grad:
+        asked_for = args[1]  # PyTorch passes outputs and inputs as tuples
+    else:
+        return []
+    return [tensor for tensor in asked_for if isinstance(tensor, OnDemandTensor)]
+
+
+def _no_dense_gradient(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} of a sparse SAE has no gradient here: a sparse decode has read the active latents "
+        "alone. Set implementation='dense', or encode, look at feature_acts, and only then decode."
+    )
+
+
 class SparseFeatureActs(OnDemandTensor):
     """`feature_acts` of a training step: the activations of a code."""
 
@@ -141,6 +171,11 @@ class SparseFeatureActs(OnDemandTensor):
     def compute(self) -> torch.Tensor:
         self.code.require_current()
         return self.code.dense_acts().view(self.size())
+
+    @override
+    def require_dense_gradient(self) -> None:
+        if self.code.is_decoded and self.code.acts.requires_grad:
+            raise _no_dense_gradient("feature_acts")
 
     @override
     def answer(
@@ -216,14 +251,19 @@ class DeferredPreActs(OnDemandTensor):
 
     @override
     def compute(self) -> torch.Tensor:
-        if [version_of(weight) for weight in self._weights] != self._versions:
-            raise RuntimeError(
-                "hidden_pre of this training step was not kept, and the weights have changed "
-                "since, so that it cannot be computed any more. Read it before the optimizer "
-                "steps, or set implementation='dense'."
-            )
+        if self._is_expired:
+            raise _expired()
         self.code.require_current()
         return self._dense_pre_acts(self.code).view(self.size())
+
+    @property
+    def _is_expired(self) -> bool:
+        return [version_of(weight) for weight in self._weights] != self._versions
+
+    @override
+    def require_dense_gradient(self) -> None:
+        if self.code.acts.requires_grad:
+            raise _no_dense_gradient("hidden_pre")
 
     @override
     def answer(
@@ -231,4 +271,35 @@ class DeferredPreActs(OnDemandTensor):
     ) -> Any:
         if func == _REQUIRES_GRAD:
             return self.code.acts.requires_grad
+        if func in _COPIES and self._is_expired:
+            return _copy_expired(self, func)
         return NotImplemented
+
+
+class ExpiredPreActs(OnDemandTensor):
+    """A copy of `hidden_pre` that was made when it could not be computed any more."""
+
+    @override
+    def compute(self) -> torch.Tensor:
+        raise _expired()
+
+    @override
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return _copy_expired(self, func) if func in _COPIES else NotImplemented
+
+
+def _copy_expired(tensor: torch.Tensor, func: Callable[..., Any]) -> Any:
+    description = (tuple(tensor.shape), tensor.dtype, tensor.device)
+    if func is torch.Tensor.__deepcopy__:
+        return ExpiredPreActs(*description)
+    return ExpiredPreActs, description
+
+
+def _expired() -> RuntimeError:
+    return RuntimeError(
+        "hidden_pre of this training step was not kept, and the weights have changed since, so "
+        "that it cannot be computed any more. Read it before the optimizer steps, or set "
+        "implementation='dense'."
+    )

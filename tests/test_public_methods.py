@@ -1,5 +1,6 @@
 """What users call beside a training step, with any input, against SAELens's own SAEs."""
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tests.architecture_helpers import (
     arms,
     every_arm,
 )
-from tests.jumprelu_helpers import FAST_PATHS, OPTIONS, PATHS
+from tests.jumprelu_helpers import FAST_PATHS, MODES, OPTIONS, PATHS
 from tests.sae_helpers import (
     N_DEAD,
     dead_mask,
@@ -162,6 +163,39 @@ def test_a_row_of_nan_weights_surfaces(arm: Arm) -> None:
     with torch.no_grad():
         sparse.W_enc[:, 5] = float("nan")
     assert torch.isnan(forward_pass(sparse, x).loss)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@arms(
+    topk=ON_CPU,
+    options={"topk": TOPK_OPTIONS, "jumprelu": MODES},
+)
+def test_a_bad_decoder_row_matters_when_its_latent_fires(
+    arm: Arm, options: dict[str, Any], bad: float
+) -> None:
+    """Dense products multiply it by zero, which gives NaN at once. Sparse ones do not read it, so
+    that only a decoder norm that is NaN tells of it before."""
+    stock, x = arm.case(n_rows=20, **options)
+    latent = int(stock.encode(x).sum(0).argmax())
+    biases = stock.b_enc.detach().clone()
+    with torch.no_grad():
+        stock.b_enc[latent] = -1e3
+    expected = forward_pass(stock, x)
+    sparse = arm.sparse(stock)
+    with torch.no_grad():
+        stock.W_dec[latent] = sparse.W_dec[latent] = bad
+    assert not torch.isfinite(forward_pass(stock, x).loss)
+    output = forward_pass(sparse, x)
+    if arm.target.backend == "fused" or (
+        options.get("rescale_acts_by_decoder_norm") and math.isnan(bad)
+    ):
+        assert torch.isnan(output.loss)
+    else:
+        torch.testing.assert_close(output.loss, expected.loss)
+        torch.testing.assert_close(output.sae_out, expected.sae_out)
+    with torch.no_grad():
+        sparse.b_enc.copy_(biases)
+    assert not torch.isfinite(forward_pass(sparse, x).loss)
 
 
 @pytest.mark.parametrize("dead", N_DEAD)

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.block import RowBlock
+from saelens_sparse.ops.first_order import first_order
 from saelens_sparse.ops.latent_order import LatentOrder
 from saelens_sparse.ops.row_gradient import RowGradient
 from saelens_sparse.ops.row_ops import gather_dot, gather_sum, row_combination, segment_totals
@@ -115,7 +115,7 @@ class _EncodeSelected(torch.autograd.Function):
         return acts, None if block is None else block.of(weight.T)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -160,7 +160,7 @@ class _DecodeSelected(torch.autograd.Function):
         return recons, None if block is None else block.of(weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -221,7 +221,7 @@ class _KeepTopK(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

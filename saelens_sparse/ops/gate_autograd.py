@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from saelens_sparse.implementation import Backend
 from saelens_sparse.ops.autograd import deliver
 from saelens_sparse.ops.block import RowBlock, add_block
 from saelens_sparse.ops.dense_gate import dense_gate, dense_gate_gradients, matmul, matmul_dtype
+from saelens_sparse.ops.first_order import first_order
 from saelens_sparse.ops.gate import GatePattern
 from saelens_sparse.ops.latent_order import LatentOrder
 from saelens_sparse.ops.pair_gate import pair_gate, pair_gate_gradients
@@ -149,10 +149,17 @@ def decode_densely(
 
 
 def at_latents(
-    values: torch.Tensor, pattern: GatePattern, order: LatentOrder, backend: Backend
+    values: torch.Tensor, latents: torch.Tensor, order: LatentOrder, backend: Backend
 ) -> torch.Tensor:
-    """`values[pattern.latents]` for `[d_sae]` values, with a gradient summed in a fixed order."""
-    return _AtLatents.apply(values, pattern, order, backend)  # pyright: ignore[reportReturnType]
+    """`values[latents]` for `[d_sae]` values, with a gradient summed in a fixed order.
+
+    Args:
+        values: `[d_sae]`.
+        latents: int64, in any shape.
+        order: the active ones of them by latent; others pass no gradient on.
+        backend: `"triton"` or `"torch"`.
+    """
+    return _AtLatents.apply(values, latents, order, backend)  # pyright: ignore[reportReturnType]
 
 
 class _EncodeGated(torch.autograd.Function):
@@ -180,7 +187,7 @@ class _EncodeGated(torch.autograd.Function):
         return acts, l0, None if block is None else block.of(weight.T)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -235,7 +242,7 @@ class _EncodeGatedDensely(torch.autograd.Function):
         return acts, l0, None if block is None else block.of(weight.T), *counts
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -280,7 +287,7 @@ class _DecodeDensely(torch.autograd.Function):
         return recons, None if block is None else block.of(weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -305,15 +312,15 @@ class _AtLatents(torch.autograd.Function):
     def forward(
         ctx: Any,
         values: torch.Tensor,
-        pattern: GatePattern,
+        latents: torch.Tensor,
         order: LatentOrder,
         backend: Backend,
     ) -> torch.Tensor:
         ctx.order, ctx.backend, ctx.dtype = order, backend, values.dtype
-        return values[pattern.latents]
+        return values[latents]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

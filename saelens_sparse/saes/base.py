@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from sae_lens.saes.sae import (
-    TrainStepInput,
-    TrainStepOutput,
-    _disable_hooks,  # pyright: ignore[reportPrivateUsage]
-)
+from sae_lens.saes.sae import SAE, TrainStepInput, TrainStepOutput
 from sae_lens.util import str_to_dtype
 from torch import nn
+from typing_extensions import override
 
 from saelens_sparse.code import Code, DeadLatents, version_of
 from saelens_sparse.implementation import (
@@ -37,6 +36,7 @@ from saelens_sparse.ops import (
     row_norms,
 )
 from saelens_sparse.optim import mark_parameter
+from saelens_sparse.warn import warn_caller
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
@@ -63,6 +63,25 @@ MAX_PAIRS_PER_LATENT = 12
 Pending = PendingSelection | PendingPattern
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass
+class _TrainingPass:
+    """A training forward pass in progress.
+
+    Attributes:
+        sae: whose it is.
+        dead_count: the dead latents that its losses ask for, and their number.
+        unchecked: what it relies on and nobody has asked yet; None if that is asked at once.
+    """
+
+    sae: SparseTrainingSAEMixin
+    dead_count: HostCount | None = None
+    unchecked: list[Pending] | None = None
+
+
+# Each thread has its own, so that passes of one SAE may run at once.
+_pass_in_progress: ContextVar[_TrainingPass | None] = ContextVar("pass_in_progress", default=None)
 
 
 def _not_compiled(function: _F) -> _F:
@@ -113,13 +132,11 @@ class SparseTrainingSAEMixin(_Base):
     the activations or the reconstruction makes that call dense, as in stock.
 
     `W_enc` keeps SAELens's shape `[d_in, d_sae]` and lies in memory as contiguous
-    `[d_sae, d_in]` rows, so that each latent's encoder vector is one contiguous read.
+    `[d_sae, d_in]` rows, so that each latent's encoder vector is one contiguous read. What flattens
+    it by `view(-1)` fails. With `implementation="dense"` it lies as in stock.
     """
 
     b_enc: nn.Parameter
-    _dead_count: HostCount | None = None
-    _unchecked: list[Pending] | None = None
-    _in_training_step = False
     # Set by a trainer during its step: where gradients go as sums over active pairs, and what its
     # last update has written for this step, both by name of the parameter.
     row_gradients: dict[str, list[RowGradient]] | None = None
@@ -127,7 +144,33 @@ class SparseTrainingSAEMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_state_dict_post_hook(_write_as_stock)
+        self.register_load_state_dict_post_hook(_lay_out_after_loading)
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.lay_out_W_enc()
+
+    def lay_out_W_enc(self) -> bool:
+        """Bring `W_enc` into latent-major layout; returns whether it had to be moved for that.
+
+        The parameter object, and with it the optimizer's state, stays the same.
+        """
+        W_enc = self.W_enc
+        if self.cfg.implementation == "dense" or W_enc.T.is_contiguous():
+            return False
+        with torch.inference_mode(W_enc.is_inference()), torch.no_grad():
+            W_enc.data = W_enc.data.T.contiguous().T
+            if W_enc.grad is not None:
+                W_enc.grad = torch.empty_like(W_enc).copy_(W_enc.grad)
+        return True
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        # Stock's layout, which is what others expect; safetensors takes no other.
+        for name, value in state_dict.items():
+            state_dict[name] = value.contiguous()
 
     @property
     @abstractmethod
@@ -182,7 +225,7 @@ class SparseTrainingSAEMixin(_Base):
         output, pending = self.start_training_forward_pass(step_input)
         if all(part.holds() for part in pending):
             return output
-        return self._checked_forward_pass(step_input)
+        return self._take_forward_pass(step_input, unchecked=None)
 
     def start_training_forward_pass(
         self, step_input: TrainStepInput
@@ -198,33 +241,38 @@ class SparseTrainingSAEMixin(_Base):
             output and whatever followed from it must be dropped, and `training_forward_pass`
             called instead.
         """
-        self._unchecked = []
-        try:
-            output = self._checked_forward_pass(step_input)
-        finally:
-            unchecked, self._unchecked = self._unchecked, None
-        return output, unchecked
+        unchecked: list[Pending] = []
+        return self._take_forward_pass(step_input, unchecked), unchecked
 
-    def _checked_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def _take_forward_pass(
+        self, step_input: TrainStepInput, unchecked: list[Pending] | None
+    ) -> TrainStepOutput:
+        """SAELens's training forward pass; what it relies on is asked at once without `unchecked`,
+        and else left there.
+        """
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
+        dead_count = None
         if mask is not None and self.uses_dead_latents:
-            self._dead_count = HostCount(mask)
-        self._in_training_step = True
-        try:
+            dead_count = HostCount(mask)
+        with _in_progress(_TrainingPass(self, dead_count, unchecked)):
             output = super().training_forward_pass(step_input)
-        finally:
-            self._in_training_step = False
-            self._dead_count = None
         if isinstance(output.feature_acts, SparseFeatureActs):
             output.metrics.update(output.feature_acts.code.metrics)
         return output
 
+    @property
+    def training_pass(self) -> _TrainingPass | None:
+        """The training forward pass of this SAE that the present thread is in."""
+        training_pass = _pass_in_progress.get()
+        return training_pass if training_pass is not None and training_pass.sae is self else None
+
     def leaves_unchecked(self, pending: Pending) -> bool:
         """Whether the step in progress asks later if `pending` holds, and goes on as if it did."""
-        if self._unchecked is None:
+        training_pass = self.training_pass
+        if training_pass is None or training_pass.unchecked is None:
             return False
-        self._unchecked.append(pending)
+        training_pass.unchecked.append(pending)
         return True
 
     @property
@@ -255,23 +303,33 @@ class SparseTrainingSAEMixin(_Base):
         if choice.name == "dense":
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
         self.prepare_weights()
-
-        # As process_sae_in, keeping the input and the bias apart: b_dec's gradient through a
-        # constant input needs no gradient of the input.
-        normed = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
-        normed = self.run_time_activation_norm_fn_in(normed)
-        leading_shape = normed.shape[:-1]
-        centred = normed.reshape(-1, self.cfg.d_in)
-        input_bias = None
-        if self.cfg.apply_b_dec_to_input:
-            input_bias = None if normed.requires_grad else self.b_dec
-            with torch.set_grad_enabled(torch.is_grad_enabled() and input_bias is None):
-                centred = centred - self.b_dec
-
-        code = self.make_code(centred, input_bias, self._find_dead_latents, choice)
+        sae_in, input_bias = self._sae_in_and_bias(x)
+        leading_shape = sae_in.shape[:-1]
+        rows = sae_in.reshape(-1, self.cfg.d_in)
+        if rows.data_ptr() == x.data_ptr():
+            # Later uses must not see what the caller puts into its buffer next.
+            rows = rows.clone()
+        code = self.make_code(rows, input_bias, self._find_dead_latents, choice)
         weights = (self.W_enc, self.b_enc, self.W_dec)
         hidden_pre = DeferredPreActs(code, leading_shape, self.dense_pre_acts, weights)
         return SparseFeatureActs(code, leading_shape), hidden_pre
+
+    def _sae_in_and_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`process_sae_in(x)`, and `b_dec` if that was subtracted outside of the graph.
+
+        `b_dec`'s gradient through a constant input needs no gradient of the input.
+        """
+        is_own = "process_sae_in" in vars(self)
+        if is_own or type(self).process_sae_in is not SAE.process_sae_in:
+            return self.process_sae_in(x), None
+        normed = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        normed = self.run_time_activation_norm_fn_in(normed)
+        if not self.cfg.apply_b_dec_to_input:
+            return normed, None
+        if normed.requires_grad:
+            return normed - self.b_dec, None
+        with torch.no_grad():
+            return normed - self.b_dec, self.b_dec
 
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """
@@ -289,6 +347,7 @@ class SparseTrainingSAEMixin(_Base):
         block = None if dead is None else dead.block
         sink = self.sink_of("W_dec", code.acts.numel(), code.backend)
         recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, block, sink)
+        code.is_decoded = True
         if dead is not None:
             dead.W_dec = dead_W_dec
         sae_out_pre = recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
@@ -298,16 +357,9 @@ class SparseTrainingSAEMixin(_Base):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Forward pass through the SAE, as stock's; nothing dense unless a hook asks for it."""
-        if self.implementation.name == "dense":
+        if self.use_error_term or self.implementation.name == "dense":
             return super().forward(x)
-        sae_out = self.decode(self.encode_with_hidden_pre(x)[0])
-        if self.use_error_term:
-            with torch.no_grad():
-                with _disable_hooks(self):
-                    clean = self.decode(self.encode_with_hidden_pre(x)[0])
-                sae_error = self.hook_sae_error(x - clean)
-            sae_out = sae_out + sae_error
-        return self.hook_sae_output(sae_out)
+        return self.hook_sae_output(self.decode(self.encode_with_hidden_pre(x)[0]))
 
     def sink_of(self, name: str, n_pairs: int, backend: Backend) -> list[RowGradient] | None:
         """Where the step's gradient of a weight goes instead of its `.grad`; None if it does not.
@@ -340,9 +392,10 @@ class SparseTrainingSAEMixin(_Base):
 
     def _find_dead_latents(self) -> DeadLatents | None:
         """The dead latents of the training step in progress, if one asks for them."""
-        if self._dead_count is None:
+        training_pass = self.training_pass
+        if training_pass is None or training_pass.dead_count is None:
             return None
-        mask, n_dead = self._dead_count.mask, self._dead_count.wait()
+        mask, n_dead = training_pass.dead_count.mask, training_pass.dead_count.wait()
         if n_dead == 0:
             return DeadLatents(mask, None)
         latents = torch.nonzero_static(mask, size=n_dead).squeeze(1)
@@ -354,36 +407,30 @@ class SparseTrainingSAEMixin(_Base):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`x @ W_enc` of the dead latents, `[n_rows, width]`, and their biases `[n_dead]`."""
         bias = self.b_enc.index_select(0, dead.latents)
-        if self._input_bias_is_cut_off(code):
+        if code.input_bias is not None:
             # Zero in value: gives b_dec its gradient by one matrix-vector product.
             rows = W_enc.detach()[: dead.latents.numel()]
-            bias = bias - rows @ (self.b_dec - self.b_dec.detach())
+            bias = bias - rows @ (code.input_bias - code.input_bias.detach())
         return code.x @ W_enc.T, bias
 
     def dense_pre_acts(self, code: Code) -> torch.Tensor:
         """`hidden_pre`, `[n_rows, d_sae]`, on the graph."""
         x = code.x
-        if self._input_bias_is_cut_off(code):
-            x = x - (self.b_dec - self.b_dec.detach())  # zero in value
+        if code.input_bias is not None:
+            x = x - (code.input_bias - code.input_bias.detach())  # zero in value
         return x @ self.W_enc + self.b_enc
-
-    def _input_bias_is_cut_off(self, code: Code) -> bool:
-        """Whether b_dec was subtracted from the encoder's input outside of the graph."""
-        return self.cfg.apply_b_dec_to_input and not code.x.requires_grad
 
     def prepare_weights(self) -> None:
         """Bring `W_enc` into latent-major layout if something replaced its storage, and say to
         the optimizer whose parameters these are.
-
-        Loading, moving or folding weights may leave any layout behind; the parameter objects,
-        and with them the optimizer's state, stay the same.
         """
-        W_enc = self.W_enc
-        if not W_enc.T.is_contiguous():
-            with torch.inference_mode(False):
-                W_enc.data = W_enc.data.T.contiguous().T
-                if W_enc.grad is not None:
-                    W_enc.grad = torch.empty_like(W_enc).copy_(W_enc.grad)
+        if self.lay_out_W_enc():
+            warn_caller(
+                "W_enc was given memory of another layout than this SAE computes with, and has "
+                "been moved. Whatever held on to that memory no longer follows the weight: "
+                "DistributedDataParallel, shared memory, views. Set weights in place or by "
+                "load_state_dict."
+            )
         for parameter in self.parameters():
             mark_parameter(parameter, self.cfg.fused_adam)
 
@@ -403,10 +450,18 @@ class SparseTrainingSAEMixin(_Base):
             )
 
 
-def _write_as_stock(sae: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:  # noqa: ARG001
-    """Stock's layout, which is what others expect; safetensors takes no other."""
-    for name, value in state_dict.items():
-        state_dict[name] = value.contiguous()
+@contextmanager
+def _in_progress(training_pass: _TrainingPass) -> Generator[None]:
+    token = _pass_in_progress.set(training_pass)
+    try:
+        yield
+    finally:
+        _pass_in_progress.reset(token)
+
+
+def _lay_out_after_loading(sae: SparseTrainingSAEMixin, *_: Any) -> None:
+    """A state dict may be assigned, in any layout."""
+    sae.lay_out_W_enc()
 
 
 def has_hooks(hook_point: nn.Module) -> bool:

@@ -15,7 +15,6 @@ from sae_lens.saes.jumprelu_sae import (
     JumpReLUSAEConfig,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
-    _validate_jumprelu_config,  # pyright: ignore[reportPrivateUsage]
 )
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
@@ -129,7 +128,13 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
         require_int("l0_warm_up_steps", self.l0_warm_up_steps, 0)
         require_bool("jumprelu_ste_to_input", self.jumprelu_ste_to_input)
         super().__post_init__()
-        _validate_jumprelu_config(self)
+        if self.jumprelu_sparsity_loss_mode == "quadratic":
+            target_l0 = self.target_l0
+            if target_l0 is None or not 0 < target_l0 <= self.d_sae:
+                raise ValueError(
+                    "target_l0 must be above 0 and at most d_sae="
+                    f"{self.d_sae} with jumprelu_sparsity_loss_mode='quadratic'; got {target_l0}"
+                )
 
 
 class DensityGauge:
@@ -255,7 +260,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         dead = find_dead()
         pre_acts_dtype = torch.promote_types(matmul_dtype(x), self.b_enc.dtype)
         # Where nothing but the decoder reads the activations, they are rounded as it does.
-        is_read = not self._in_training_step or self.cfg.jumprelu_sparsity_loss_mode == "tanh"
+        is_read = self.training_pass is None or self.cfg.jumprelu_sparsity_loss_mode == "tanh"
         acts, l0, dead_W_enc, counts = encode_gated_densely(
             x,
             self.W_enc,
@@ -272,6 +277,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         self._gauge.expect(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae)
         return DenselyGatedCode(
             x=x,
+            input_bias=input_bias,
             acts=acts,
             decoder_version=version_of(self.W_dec),
             backend=choice.backend,
@@ -326,6 +332,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             dead.W_enc = dead_W_enc
         return GatedCode(
             x=x,
+            input_bias=input_bias,
             acts=acts,
             decoder_version=version_of(self.W_dec),
             backend=choice.backend,
@@ -357,6 +364,8 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             not isinstance(code, GatedCode | DenselyGatedCode)
             or not isinstance(feature_acts, SparseFeatureActs)
             or not feature_acts.is_untouched
+            # Made without a graph, L0 has none of the thresholds.
+            or (torch.is_grad_enabled() and not code.has_graph)
             or not self._has_dead_latents(code, step_input.dead_neuron_mask)
             or mode not in LOSS_MODES
             or (mode == "quadratic" and target_l0 is None)
@@ -391,7 +400,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         scale, norms = self.cfg.jumprelu_tanh_scale, self.W_dec.norm(dim=1)
         if isinstance(code, DenselyGatedCode):
             return torch.tanh(scale * code.acts * norms).sum(dim=-1).mean()
-        norms = at_latents(norms, code.pattern, code.order, code.backend)
+        norms = at_latents(norms, code.pattern.latents, code.order, code.backend)
         values = torch.tanh(scale * code.acts * norms)
         sum_dtype = torch.promote_types(values.dtype, torch.float32)
         return (values.sum(dtype=sum_dtype) / code.pattern.ragged.n_rows).to(values.dtype)

@@ -26,6 +26,7 @@ from saelens_sparse.ops import (
 from saelens_sparse.saes.base import (
     SparseTrainingSAEConfigMixin,
     SparseTrainingSAEMixin,
+    has_hooks,
     require_int,
     require_number,
 )
@@ -109,13 +110,15 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     @override
     def implementation(self) -> Choice:
         if self._topk is None:
-            return Choice("dense", "activation_fn was replaced by another than SAELens's TopK")
+            return Choice("dense", "activation_fn is not SAELens's TopK, or has hooks")
         return self.choose(self._topk.k / self.cfg.d_sae)
 
     @property
     def _topk(self) -> TopK | None:
-        """The activation function, whose k stock obeys too; None if it was replaced."""
-        return self.activation_fn if isinstance(self.activation_fn, TopK) else None
+        """The activation function, whose k stock obeys too; None if it does more than that."""
+        function = self.activation_fn
+        is_plain = type(function) is TopK and "forward" not in vars(function)
+        return function if is_plain and not has_hooks(function) else None
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -167,6 +170,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             dead.W_enc = dead_W_enc
         return SelectedCode(
             x=x,
+            input_bias=input_bias,
             acts=acts,
             decoder_version=version_of(self.W_dec),
             backend=choice.backend,
