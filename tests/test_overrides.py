@@ -11,8 +11,6 @@ from tests.architecture_helpers import ON_CPU, Arm, arms
 from tests.jumprelu_helpers import FAST_PATHS
 from tests.sae_helpers import error, step_values
 
-PARTS = ("process_sae_in", "run_time_activation_norm_fn_in", "reshape_fn_in", "mse_loss_fn")
-
 
 def in_subclass(sae: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     """Give the SAE a subclass of its own class in which a method is replaced."""
@@ -34,7 +32,7 @@ def shifted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def compare(arm: Arm, change: Callable[[Any], None], *, input_gradient: bool = False) -> None:
-    stock, x = arm.case(n_rows=20, **({} if arm.architecture == "topk" else {"d_in": 13}))
+    stock, x = arm.case(n_rows=20)
     sparse = arm.sparse(stock)
     plain = step_values(sparse, x)
     for sae in (stock, sparse):

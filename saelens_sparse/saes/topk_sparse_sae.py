@@ -117,8 +117,9 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     def _topk(self) -> TopK | None:
         """The activation function, whose k stock obeys too; None if it does more than that."""
         function = self.activation_fn
-        is_plain = type(function) is TopK and "forward" not in vars(function)
-        return function if is_plain and not has_hooks(function) else None
+        if not isinstance(function, TopK) or type(function).forward is not TopK.forward:
+            return None
+        return None if "forward" in vars(function) or has_hooks(function) else function
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
