@@ -175,7 +175,11 @@ class SparseTrainingSAEMixin(_Base):
     @property
     @abstractmethod
     def implementation(self) -> Choice:
-        """What the next call runs on, and why."""
+        """What the next call runs on, and why. Reading it changes nothing."""
+
+    def settle_implementation(self) -> Choice:
+        """What the call in progress runs on, for later choices to take into account."""
+        return self.implementation
 
     @abstractmethod
     def make_code(
@@ -299,7 +303,7 @@ class SparseTrainingSAEMixin(_Base):
             ValueError: x has another width than d_in or is on another device.
         """
         self.check_input(x)
-        choice = self.implementation
+        choice = self.settle_implementation()
         if choice.name == "dense":
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
         self.prepare_weights()

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from saelens_sparse.code import Code, DeadLatents, DenselyGatedCode, GatedCode, version_of
-from saelens_sparse.implementation import Choice
+from saelens_sparse.implementation import Backend, Choice
 from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs, ordinary
 from saelens_sparse.ops import (
     Gate,
@@ -58,6 +60,9 @@ MAX_SPARSE_SHARE = {
 HYSTERESIS = 0.8
 # Room in the list of pairs, over what the last batch needed.
 _ROOM = 1.25
+
+# Beside the weights in a checkpoint: what `auto` has measured.
+STATE_FILENAME = "saelens_sparse_state.json"
 
 # L0 is looked at once so many steps after its warm-up, when it should have settled.
 L0_CHECK_STEPS = 2000
@@ -137,20 +142,21 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
                 )
 
 
-class DensityGauge:
-    """How many pairs recent batches had, and which path that speaks for.
+class DensityPolicy:
+    """How many pairs recent batches had, and whether a step computes sparsely for that.
 
-    Numbers that are still on their way from the device are read when they are asked for.
+    Numbers that are still on their way from the device are read when they are asked for. A step
+    `settle`s what it runs on; asking what the next one would run on changes nothing.
     """
 
     def __init__(self) -> None:
-        self.goes_sparse = False
-        self.mean_l0: float | None = None
+        self._goes_sparse = False
+        self._mean_l0: float | None = None
         self._share: float | None = None
         self._coming: tuple[HostCopy, int, int] | None = None
 
-    def __deepcopy__(self, _: dict[int, Any]) -> DensityGauge:
-        return DensityGauge()
+    def __deepcopy__(self, _: dict[int, Any]) -> DensityPolicy:
+        return DensityPolicy()
 
     __copy__ = __deepcopy__
 
@@ -159,22 +165,42 @@ class DensityGauge:
         if n_rows > 0:
             self._coming = (totals, n_rows, d_sae)
 
+    @property
     def share(self) -> float | None:
         """Share of all pairs that the last batch's pattern had; None before the first batch."""
+        self._read()
+        return self._share
+
+    @property
+    def mean_l0(self) -> float | None:
+        """Mean number of active latents of the last batch's rows; None before the first batch."""
+        self._read()
+        return self._mean_l0
+
+    def prefers_sparse(self, limit: float) -> bool:
+        """Whether the next step computes sparsely where that is faster up to a share of `limit`."""
+        share = self.share
+        return share is not None and share < (limit if self._goes_sparse else HYSTERESIS * limit)
+
+    def settle(self, limit: float) -> None:
+        """Take the next step as `prefers_sparse` says."""
+        self._goes_sparse = self.prefers_sparse(limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to go on with the same choices, for JSON."""
+        return {"goes_sparse": self._goes_sparse, "share": self.share, "mean_l0": self.mean_l0}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._goes_sparse, self._coming = bool(state["goes_sparse"]), None
+        self._share, self._mean_l0 = state["share"], state["mean_l0"]
+
+    def _read(self) -> None:
         coming, self._coming = self._coming, None
         if coming is not None:
             totals, n_rows, d_sae = coming
             n_pairs, n_active = (int(total) for total in totals.values())
-            self._share, self.mean_l0 = n_pairs / (n_rows * d_sae), n_active / n_rows
-        return self._share
-
-    def prefers_sparse(self, limit: float) -> bool:
-        """Whether the sparse path is faster where it is up to a share of `limit`."""
-        share = self.share()
-        if share is None:
-            return False
-        self.goes_sparse = share < (limit if self.goes_sparse else HYSTERESIS * limit)
-        return self.goes_sparse
+            self._share, self._mean_l0 = n_pairs / (n_rows * d_sae), n_active / n_rows
 
 
 class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
@@ -191,13 +217,14 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
 
     def __init__(self, cfg: SparseJumpReLUTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        self._gauges = {True: DensityGauge(), False: DensityGauge()}
+        self._training_policy, self._evaluation_policy = DensityPolicy(), DensityPolicy()
         self._l0_was_checked = False
 
     @property
-    def _gauge(self) -> DensityGauge:
+    def _policy(self) -> DensityPolicy:
         """Evaluations in between do not disturb the training: each measures for itself."""
-        return self._gauges[self.training and torch.is_grad_enabled()]
+        is_training = self.training and torch.is_grad_enabled()
+        return self._training_policy if is_training else self._evaluation_policy
 
     @property
     @override
@@ -205,16 +232,47 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         choice = self.choose(density=0.0)
         if choice.name == "dense" or self.cfg.implementation != "auto":
             return choice
-        backend = "cpu" if self.W_enc.device.type == "cpu" else choice.backend
-        limit = MAX_SPARSE_SHARE[backend, self.computes_in_full_precision]
-        if self._gauge.prefers_sparse(limit):
+        limit = self._max_sparse_share(choice.backend)
+        if self._policy.prefers_sparse(limit):
             return choice
-        share = self._gauge.share()
+        share = self._policy.share
         seen = "how many latents are active is not known yet"
         if share is not None:
             seen = f"{share:.2%} of the latents are active or near their threshold"
         return Choice("fused", f"{seen}; dense products are faster above {limit:.1%}",
                       choice.backend)  # fmt: skip
+
+    def _max_sparse_share(self, backend: Backend) -> float:
+        """The share of pairs up to which sparse products are faster, here and now."""
+        key = "cpu" if self.W_enc.device.type == "cpu" else backend
+        return MAX_SPARSE_SHARE[key, self.computes_in_full_precision]
+
+    @override
+    def settle_implementation(self) -> Choice:
+        choice = self.implementation
+        if choice.name != "dense" and self.cfg.implementation == "auto":
+            self._policy.settle(self._max_sparse_share(choice.backend))
+        return choice
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """As SAELens's, with what `auto` has measured, so that a resumed training goes on alike."""
+        written = super().save_model(path)
+        state = {
+            "density": self._training_policy.state_dict(),
+            "l0_was_checked": self._l0_was_checked,
+        }
+        (Path(path) / STATE_FILENAME).write_text(json.dumps(state), encoding="utf-8")
+        return written
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        super().load_weights_from_checkpoint(checkpoint_path)
+        file = Path(checkpoint_path) / STATE_FILENAME
+        if file.exists():  # a stock checkpoint has none
+            state = json.loads(file.read_text(encoding="utf-8"))
+            self._training_policy.load_state_dict(state["density"])
+            self._l0_was_checked = bool(state["l0_was_checked"])
 
     @property
     @override
@@ -232,10 +290,9 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         settled = self.cfg.l0_warm_up_steps + L0_CHECK_STEPS
         if self._l0_was_checked or n_training_steps < settled:
             return
-        self._gauge.share()
-        if self._gauge.mean_l0 is not None:
+        if (mean_l0 := self._policy.mean_l0) is not None:
             self._l0_was_checked = True
-            warn_of_l0(self._gauge.mean_l0, n_training_steps, self.cfg)
+            warn_of_l0(mean_l0, n_training_steps, self.cfg)
 
     @override
     def make_code(
@@ -274,7 +331,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         )
         if dead is not None:
             dead.W_enc = dead_W_enc
-        self._gauge.expect(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae)
+        self._policy.expect(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae)
         return DenselyGatedCode(
             x=x,
             input_bias=input_bias,
@@ -313,7 +370,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         if not self.leaves_unchecked(pending) and not pending.holds():
             pattern = pending.result()
             order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
-        self._gauge.expect(pending.totals, x.shape[0], d_sae)
+        self._policy.expect(pending.totals, x.shape[0], d_sae)
         dead = find_dead()
         acts, l0, dead_W_enc = encode_gated(
             x,
@@ -344,7 +401,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
 
     def _capacity(self, n_rows: int) -> int:
         """Room for the pairs of a batch: what the last one needed and more, in coarse steps."""
-        share = self._gauge.share()
+        share = self._policy.share
         expected = 64 * n_rows if share is None else _ROOM * share * n_rows * self.cfg.d_sae
         step = max(1024, 2 ** max(0, math.ceil(math.log2(max(expected, 1))) - 3))
         return min(math.ceil((expected + 1) / step) * step, n_rows * self.cfg.d_sae)
