@@ -100,7 +100,9 @@ def _parse_flags(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
                 check_field(name, value, hints)
         raise UsageError(f"these settings cannot be used: {error}") from error
     except RecursionError as error:
-        raise UsageError("these settings cannot be used: one is nested too deeply") from error
+        raise UsageError(
+            "--model_kwargs, --model_from_pretrained_kwargs: nested too deeply"
+        ) from error
     except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(f"these settings cannot be used: {error}") from error
     print(said.getvalue(), file=sys.stderr, end="")

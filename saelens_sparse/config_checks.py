@@ -32,47 +32,65 @@ MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
 COMPILATION_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # Last parts of the names of TransformerLens's hooks whose activations have a head index.
 HOOKS_WITH_HEADS = {
-    *("hook_q", "hook_k", "hook_v", "hook_z", "hook_result", "hook_rot_q", "hook_rot_k"),
-    *("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in"),
+    *(f"hook_{name}" for name in ("q", "k", "v", "z", "result", "rot_q", "rot_k")),
+    *(f"hook_{name}" for name in ("q_input", "k_input", "v_input", "attn_in")),
 }
-RESUMED_FILES = (
-    *(SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME),
-    *(ACTIVATION_SCALER_CFG_FILENAME, ACTIVATIONS_STORE_STATE_FILENAME),
-)
 PRETRAINED_FILES = (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME)
+CHECKPOINT_FILES = (
+    SAE_WEIGHTS_FILENAME,
+    TRAINER_STATE_FILENAME,
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATIONS_STORE_STATE_FILENAME,
+)
 MAX_STRING, MAX_DEPTH = 4096, 20
 
 # What a field may be, beyond its type.
-_COUNT, _NOT_NEGATIVE, _POSITIVE = Field(ge=1), Field(ge=0), Field(gt=0)
-_FRACTION, _NOT_EMPTY = Field(ge=0, le=1), Field(min_length=1)
 RANGES: dict[str, Any] = {
-    **dict.fromkeys(
+    name: allowed
+    for allowed, names in (
         (
-            *("context_size", "training_tokens", "train_batch_size_tokens"),
-            *("store_batch_size_prompts", "n_batches_in_buffer", "n_batches_for_norm_estimate"),
-            *("feature_sampling_window", "n_restart_cycles", "eval_batch_size_prompts"),
-            *("logger.wandb_log_frequency", "logger.eval_every_n_wandb_logs"),
-            *("sae.d_in", "sae.d_sae", "sae.max_iterations"),
+            Field(ge=1),
+            [
+                "context_size",
+                "eval_batch_size_prompts",
+                "feature_sampling_window",
+                "n_batches_for_norm_estimate",
+                "n_batches_in_buffer",
+                "n_restart_cycles",
+                "store_batch_size_prompts",
+                "train_batch_size_tokens",
+                "training_tokens",
+                "logger.eval_every_n_wandb_logs",
+                "logger.wandb_log_frequency",
+                "sae.d_in",
+                "sae.d_sae",
+                "sae.max_iterations",
+            ],
         ),
-        _COUNT,
-    ),
-    **dict.fromkeys(
         (
-            *("lr_warm_up_steps", "lr_decay_steps", "lr_end", "dead_feature_window"),
-            *("dead_feature_threshold", "n_checkpoints", "n_eval_batches", "prefetch_llm_batches"),
-            *("sae.l1_warm_up_steps", "sae.l0_warm_up_steps"),
+            Field(ge=0),
+            [
+                "dead_feature_threshold",
+                "dead_feature_window",
+                "lr_decay_steps",
+                "lr_end",
+                "lr_warm_up_steps",
+                "n_checkpoints",
+                "n_eval_batches",
+                "prefetch_llm_batches",
+                "sae.l0_warm_up_steps",
+                "sae.l1_warm_up_steps",
+            ],
         ),
-        _NOT_NEGATIVE,
-    ),
-    **dict.fromkeys(("lr", "sae.k"), _POSITIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),
-    "activations_mixing_fraction": _FRACTION,
-    **dict.fromkeys(
-        ("model_name", "hook_name", "output_path", "checkpoint_path", "sae.matryoshka_widths"),
-        _NOT_EMPTY,
-    ),
-    "seqpos_slice": Field(min_length=1, max_length=3),
+        (Field(gt=0), ["lr", "sae.k"]),
+        (Field(ge=0, lt=1), ["adam_beta1", "adam_beta2"]),
+        (Field(ge=0, le=1), ["activations_mixing_fraction"]),
+        (Field(min_length=1), ["checkpoint_path", "hook_name", "model_name", "output_path"]),
+        (Field(min_length=1, max_length=3), ["seqpos_slice"]),
+    )
+    for name in names
 }
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 # How a message says what pydantic calls these.
 _BOUNDS = {
     "greater_than_equal": "{ge:g} or more",
@@ -112,9 +130,7 @@ def check_groups(values: Mapping[str, Any]) -> None:
             "as runner_cfg.json"
         )
     if "sae" not in values and "saes" in values:
-        raise ValueError(
-            "saes: it is the config of a run of several SAEs, which is a Python object"
-        )
+        raise ValueError("it is the config of a run of several SAEs, which no command takes")
     for name in ("sae", "logger"):
         if name not in values:
             raise ValueError(f"{name}: missing; it is an object with settings")
@@ -183,7 +199,7 @@ def check_field(name: str, value: Any, hints: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: there is no such field{suggestion(name, hints)}")
     _check_plain(name, value)
     hint: Any = Annotated[hints[name], RANGES[name]] if name in RANGES else hints[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(strict=True))
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=_STRICT)
     # JSON has lists only.
     as_hinted = tuple(value) if isinstance(value, list) and name == "seqpos_slice" else value
     try:
@@ -341,24 +357,35 @@ def _check_paths(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         _require(_exists(Path(path)), name, path, "a path that exists")
     _require(cfg.dataset_path != "", "dataset_path", cfg.dataset_path, "a data set's name or path")
     for name, files in (
-        ("resume_from_checkpoint", RESUMED_FILES),
         ("from_pretrained_path", PRETRAINED_FILES),
+        ("resume_from_checkpoint", CHECKPOINT_FILES),
     ):
         path = getattr(cfg, name)
         if path is None:
             continue
-        missing = [file for file in files if not _exists(Path(path) / file)]
-        if missing:
+        _require(_exists(Path(path)), name, path, "a path that exists")
+        missing = _missing(Path(path), files)
+        if missing and not (files is CHECKPOINT_FILES and _has_whole_one_near(Path(path))):
             raise ValueError(
                 f"{name}: {shown(path)} cannot be used, for it has no {', '.join(missing)}; "
                 "allowed: the folder of a checkpoint"
             )
 
 
+def _missing(folder: Path, files: Iterable[str]) -> list[str]:
+    return [file for file in files if not _exists(folder / file)]
+
+
+def _has_whole_one_near(folder: Path) -> bool:
+    """Whether a whole checkpoint is in or beside a folder: the runner can resume from that."""
+    near = [*folder.iterdir(), *folder.absolute().parent.iterdir()] if folder.is_dir() else []
+    return any(not _missing(other, CHECKPOINT_FILES) for other in near)
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # such as a name that is too long
+    except OSError:  # a name that is too long, or a folder that cannot be looked into
         return False
 
 

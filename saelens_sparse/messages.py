@@ -11,7 +11,7 @@ from typing import Any
 _MAX_WORD, _MAX_LINE = 200, 1000
 
 _repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 80
+_repr.maxstring = _repr.maxother = _MAX_WORD
 _repr.maxlong = 40
 
 

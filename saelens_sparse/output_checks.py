@@ -14,6 +14,8 @@ from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from saelens_sparse.messages import shown
+
 # A checkpoint holds the weights and Adam's two moments of each.
 CHECKPOINT_SIZE_IN_WEIGHTS = 3
 
@@ -61,7 +63,7 @@ def check_writable(field_name: str, path: str | Path, n_bytes_needed: int) -> No
         raise _unwritable(field_name, path, error) from error
     if n_bytes_free < n_bytes_needed:
         raise ValueError(
-            f"{field_name}: {str(path)!r} has room for {_in_megabytes(n_bytes_free)}; "
+            f"{field_name}: {shown(str(path))} has room for {_in_megabytes(n_bytes_free)}; "
             f"this training needs {_in_megabytes(n_bytes_needed)} there"
         )
 
@@ -115,8 +117,7 @@ def _is_there(path: Path) -> bool:
 
 def _unwritable(field_name: str, path: str | Path, error: OSError | ValueError) -> ValueError:
     reason = error.strerror if isinstance(error, OSError) else error
-    shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
-    return ValueError(f"{field_name}: {shown!r} cannot be written to: {reason}")
+    return ValueError(f"{field_name}: {shown(str(path))} cannot be written to: {reason}")
 
 
 def _in_megabytes(n_bytes: int) -> str:

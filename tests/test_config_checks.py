@@ -2,101 +2,34 @@
 
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sae_lens.llm_sae_training_runner
-from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
-    ACTIVATIONS_STORE_STATE_FILENAME,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    TRAINER_STATE_FILENAME,
-)
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_sparse import cli
 from saelens_sparse.messages import one_line
+from tests.config_helpers import (
+    GONE,
+    WEIGHTS,
+    ModelIsLoaded,
+    assert_one_line,
+    config,
+    train,
+    work_in,
+)
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
-CHECKPOINT_FILES = (
-    *(SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME, TRAINER_STATE_FILENAME),
-    *(ACTIVATION_SCALER_CFG_FILENAME, ACTIVATIONS_STORE_STATE_FILENAME),
-)
-GONE = object()
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*use_sparse_activations.*")
-
-
-class ModelIsLoaded(Exception):
-    """The config got as far as that."""
+pytestmark = pytest.mark.filterwarnings("ignore:.*matryoshka level width.*:UserWarning")
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' folder, with what local names in a config must name, and a disk with room."""
-    for name in ("model", "text", "activations", "checkpoint", "empty"):
-        (tmp_path / name).mkdir()
-    for name in CHECKPOINT_FILES:
-        (tmp_path / "checkpoint" / name).write_text("")
-    (tmp_path / "file").write_text("")
-    monkeypatch.chdir(tmp_path)
-    real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=10**12))
-
-    def load_model(*_: Any, **__: Any) -> None:
-        raise ModelIsLoaded
-
-    monkeypatch.setattr(sae_lens.llm_sae_training_runner, "load_model", load_model)
-
-
-def config(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that can be trained, with other fields: "lr", "sae.k", "logger.run_name"."""
-    values: dict[str, Any] = {
-        "sae": {"architecture": "topk_sparse", "d_in": 16, "d_sae": 64, "k": 4},
-        "model_name": "./model",
-        "model_class_name": "AutoModelForCausalLM",
-        "hook_name": "model.layers.0",
-        "dataset_path": "./text",
-        "training_tokens": 100_000,
-        "train_batch_size_tokens": 1000,
-        "verbose": False,
-        "logger": {"log_to_wandb": False},
-    }
-    for field, value in changes.items():
-        *groups, name = field.split(".")
-        group = values
-        for part in groups:
-            group = group[part]
-        if value is GONE:
-            del group[name]
-        else:
-            group[name] = value
-    return values
-
-
-def train(values: Any) -> int:
-    Path("config.json").write_text(json.dumps(values))
-    return cli.main(["train", "--config", "config.json"])
-
-
-def assert_one_line(
-    status: int, capsys: pytest.CaptureFixture[str], fragments: Sequence[str]
-) -> None:
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.startswith("saelens-sparse: ")
-    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
-    assert len(captured.err) < 1100
-    assert "Traceback" not in captured.err
-    for fragment in fragments:
-        assert fragment in captured.err
+    work_in(tmp_path, monkeypatch)
 
 
 # A change to the good config, and what the message says of it: the field and the value, and what
@@ -240,11 +173,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"output_path": "file"}, "output_path: 'file' cannot be written to: it is not a folder"),
     ({"checkpoint_path": "file/x"}, "checkpoint_path: 'file/x' cannot be written to: Not a direc"),
     ({"output_path": "/proc/x"}, "output_path: '/proc/x' cannot be written to: "),
-    ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: 'nowhere' cannot be used, "),
-    (
-        {"resume_from_checkpoint": "empty"},
-        f"for it has no {SAE_WEIGHTS_FILENAME}, {TRAINER_STATE_FILENAME}, ",
-    ),
+    ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: 'nowhere' cannot be used; "),
+    ({"resume_from_checkpoint": "file"}, f"'file' cannot be used, for it has no {WEIGHTS}, train"),
+    ({"resume_from_checkpoint": "cut"}, f"'cut' cannot be used, for it has no {WEIGHTS}, train"),
+    ({"resume_from_checkpoint": "cut/1"}, f"'cut/1' cannot be used, for it has no {WEIGHTS}; allo"),
+    ({"from_pretrained_path": "cut/1"}, f"'cut/1' cannot be used, for it has no {WEIGHTS}; allow"),
     ({"from_pretrained_path": "file"}, "from_pretrained_path: 'file' cannot be used, for it has "),
     ({"from_pretrained_path": "x" * 300}, "from_pretrained_path: 'xxx"),
     # Settings that contradict each other.
@@ -293,7 +226,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
 def test_a_bad_field_is_named_with_its_value(
     changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_one_line(train(config(changes)), capsys, [message])
+    assert_one_line(train(config(changes)), capsys, message)
 
 
 GOOD_FLAGS = [
@@ -336,7 +269,7 @@ BAD_FLAGS = [
     (f"--output_path {'deep/' * 900}", "' cannot be used; allowed: at most 4,096 characters"),
     ("--output_path file", "output_path: 'file' cannot be written to: it is not a folder"),
     ("--dataset_path ./nowhere", "dataset_path: './nowhere' cannot be used; allowed: a path that "),
-    ("--resume_from_checkpoint nowhere", "resume_from_checkpoint: 'nowhere' cannot be used, for "),
+    ("--resume_from_checkpoint nowhere", "resume_from_checkpoint: 'nowhere' cannot be used; "),
 ]
 
 
@@ -344,120 +277,7 @@ BAD_FLAGS = [
 def test_a_bad_flag_is_named_with_its_value(
     flags: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_one_line(cli.main(["train", *GOOD_FLAGS, *flags.split()]), capsys, [message])
-
-
-def in_file(content: str | bytes) -> Callable[[], str]:
-    """Writes a config file with this content, and gives its name."""
-
-    def write() -> str:
-        data = content.encode() if isinstance(content, str) else content
-        Path("config.json").write_bytes(data)
-        return "config.json"
-
-    return write
-
-
-def in_config(text: str) -> Callable[[], str]:
-    """Writes a config file whose `model_kwargs` are this text."""
-    values = json.dumps(config({"model_kwargs": "HERE"}))
-    return in_file(values.replace('"HERE"', text))
-
-
-def a_pipe() -> str:
-    os.mkfifo("pipe.json")
-    return "pipe.json"
-
-
-def a_link_to_itself() -> str:
-    Path("loop.json").symlink_to("loop.json")
-    return "loop.json"
-
-
-# Files that are no runner config, and what the message says of them.
-BAD_FILES: list[tuple[Callable[[], str], str]] = [
-    (lambda: "nowhere.json", "cannot read the config file nowhere.json: No such file or directory"),
-    (lambda: "empty", "cannot read the config file empty: it is not a regular file"),
-    (lambda: "file/config.json", "cannot read the config file file/config.json: Not a directory"),
-    (lambda: "x" * 5000, "xxx... File name too long"),
-    (lambda: "x/" * 2500, "x/... File name too long"),
-    (lambda: "a\0b", "cannot read the config file 'a\\x00b': embedded null byte"),
-    (lambda: "/dev/zero", "cannot read the config file /dev/zero: it is not a regular file"),
-    (a_pipe, "cannot read the config file pipe.json: it is not a regular file"),
-    (a_link_to_itself, "cannot read the config file loop.json: Too many levels of symbolic links"),
-    (in_file(""), "config.json is not valid JSON: Expecting value"),
-    (in_file("{"), "config.json is not valid JSON: "),
-    (in_file(b"\xff\xfe{}"), "config.json is not valid JSON: 'utf-8' codec can't decode"),
-    (in_file("[" * 100_000), "config.json is not valid JSON: it is nested too deeply"),
-    (in_file('{"a":' * 100_000), "config.json is not valid JSON: it is nested too deeply"),
-    (in_file(" " * 11 * 2**20), "config.json: it has more than 10 MiB"),
-    (in_file("[1, 2]"), "config.json: [1, 2] is not an object with settings"),
-    (in_file("null"), "config.json: None is not an object with settings"),
-    (in_file('{"lr": 1, "lr": 2}'), "config.json is not valid JSON: 'lr' is given twice"),
-    (
-        in_file('{"architecture": "topk", "d_in": 16, "d_sae": 64}'),
-        "it is the config of an SAE",
-    ),
-    (in_file('{"saes": {}, "hook_names": "x"}'), "it is the config of a run of several SAEs"),
-    (in_file("{}"), "config.json: sae: missing"),
-    (in_config('{"a": ' + "9" * 6000 + "}"), "model_kwargs.a: 99999999"),
-    (in_config('{"a": -' + "9" * 6000 + "}"), "model_kwargs.a: -9999999"),
-    (in_config('{"a": 1' + "0" * 400 + "}"), "model_kwargs.a: 10000000"),
-    (in_config('{"a": 1e999}'), "model_kwargs.a: inf cannot be used; allowed: a finite number"),
-    (in_config('{"a": ' + "[" * 500 + "]" * 500 + "}"), "model_kwargs.a: is nested too deeply"),
-]
-
-
-@pytest.mark.parametrize("command", ["train", "compare", "profile"])
-@pytest.mark.parametrize(("make", "message"), BAD_FILES, ids=[m for _, m in BAD_FILES])
-def test_a_file_that_is_no_runner_config_is_named(
-    command: str,
-    make: Callable[[], str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    name = make()
-    args = ["--config", name] if command == "train" else [name]
-    assert_one_line(cli.main([command, *args]), capsys, [message])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["compare", f"--output={'x' * 5000}"], "--output: 'xxx"),
-        (["compare", "--output="], "--output: '' is not the name of a folder"),
-        (["compare", "--cache=file"], "--cache: 'file' cannot be written to: it is not a folder"),
-        (["compare", f"--steps={'9' * 6000}"], "--steps: '999"),
-        (["compare", "--steps=99999999999999999999"], "--steps: 99999999999999999999 has more tha"),
-        (["compare", "--set=lr=" + "[" * 100_000], "lr: '[[["),
-        (["compare", "--set=lr=" + "9" * 6000], "lr: 99999999"),
-        (["compare", "--set=lr=NaN"], "lr: nan cannot be used; allowed: a finite number"),
-        (["compare", "--set=sae=3"], "sae: 3 is not an object with settings"),
-        (["compare", "--set=logger=3"], "logger: 3 is not an object with settings"),
-        (
-            ["compare", "--set=cached_activations_path=5", "--text-tokens=9"],
-            "cached_activations",
-        ),
-        (["compare", "--set=train_batch_size_tokens=null", "--steps=3"], "train_batch_size_tokens"),
-        (["profile", f"--shape={'9' * 6000},2,3,4"], "--shape: '999"),
-        (["profile", "--shape=16,64,4,8", "--output=file"], "--output: 'file' cannot be written"),
-        (["profile", "--shape=16,64,4,8", f"--output={'x' * 5000}"], "--output: 'xxx"),
-        (["profile", "--shape=16,64,4,8", "--output="], "--output: '' is not the name of a folder"),
-        (["profile", "--shape=16,64,4"], "--shape: '16,64,4' is not D_IN,D_SAE,K,BATCH"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_bad_option_is_named_with_its_value(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert_one_line(cli.main(arguments), capsys, [message])
-
-
-def test_an_unexpected_field_of_a_comparison_is_not_hidden_by_its_name(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    name = in_file(json.dumps(config({"name": "x"})))()
-    assert_one_line(cli.main(["compare", name]), capsys, ["name: there is no such field"])
+    assert_one_line(cli.main(["train", *GOOD_FLAGS, *flags.split()]), capsys, message)
 
 
 ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
@@ -482,8 +302,10 @@ GOOD_CHANGES: dict[str, dict[str, Any]] = {
     "tokens": {"exclude_special_tokens": [0, 50256], "sequence_separator_token": 0},
     "prefetching": {"prefetch_llm_batches": 3, "act_store_device": "with_model"},
     "no mixing": {"activations_mixing_fraction": 0},
-    "resumed": {"resume_from_checkpoint": "checkpoint"},
-    "pretrained": {"from_pretrained_path": "checkpoint"},
+    "resumed": {"resume_from_checkpoint": "runs/512"},
+    "resumed from a damaged checkpoint beside a whole one": {"resume_from_checkpoint": "runs/1024"},
+    "resumed from a run's folder": {"resume_from_checkpoint": "runs"},
+    "pretrained": {"from_pretrained_path": "runs/512"},
     "cached": {"use_cached_activations": True, "cached_activations_path": "activations"},
     "a name of a hub": {"model_name": "someone/model", "dataset_path": "someone/text"},
     "rescaled": {"sae.normalize_activations": "constant_norm_rescale"},
@@ -535,7 +357,7 @@ def test_a_full_disk_is_found_before_the_model_is_loaded(
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
     message = "output_path: 'output' has room for 0 MB; this training needs"
-    assert_one_line(train(config({})), capsys, [message])
+    assert_one_line(train(config({})), capsys, message)
 
 
 def test_messages_stay_short_and_keep_their_words() -> None:
