@@ -116,7 +116,7 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
     of_config = config["sae"]["architecture"]
     pair = _architectures(options, of_config)
     _override(config, options)
-    output = (options.output or Path("output") / f"compare_{name}").absolute()
+    output = (options.output or Path("output") / f"compare_{name}").resolve()
     for option in ("k", "l0_coefficient", "implementation"):
         if getattr(options, option) is not None:
             _check_option(option, pair)
