@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stderr
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
-from sae_lens.llm_sae_training_runner import (
-    _parse_cfg_args,  # pyright: ignore[reportPrivateUsage]
-)
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_sparse
-from saelens_sparse.runner_config import UsageError, load_config
+from saelens_sparse.config_checks import check_field, check_fields, check_training, field_hints
+from saelens_sparse.messages import suggestion
+from saelens_sparse.output_checks import check_runner_outputs
+from saelens_sparse.private_names import parse_cfg_args
+from saelens_sparse.runner_config import UsageError, load_config, usage_errors
 from saelens_sparse.training import SparseTrainingRunner
 
 USAGE = """\
@@ -45,7 +50,13 @@ _COMMANDS = {
 
 
 def parse_train_args(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
-    """The runner config that `saelens-sparse train ARGS` asks for."""
+    """
+    The runner config that `saelens-sparse train ARGS` asks for.
+
+    Raises:
+        UsageError: an argument or a field of the config file does not fit.
+        SystemExit: with status 0, after help was printed.
+    """
     saelens_sparse.register()
     if args and (args[0] == "--config" or args[0].startswith("--config=")):
         path, rest = _split_config_flag(args)
@@ -57,10 +68,10 @@ def parse_train_args(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         return load_config(path)
     if any(arg == "--config" or arg.startswith("--config=") for arg in args):
         raise UsageError("--config takes every setting from its file; give it alone")
-    try:
-        return _parse_cfg_args(args)
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UsageError(f"these settings cannot be used: {error}") from error
+    cfg = _parse_flags(args)
+    with usage_errors():
+        check_fields(cfg.to_dict(), [cfg.sae.architecture()])
+    return cfg
 
 
 def _split_config_flag(args: Sequence[str]) -> tuple[str, list[str]]:
@@ -71,9 +82,62 @@ def _split_config_flag(args: Sequence[str]) -> tuple[str, list[str]]:
     return args[1], list(args[2:])
 
 
+def _parse_flags(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
+    """What SAELens makes of its flags; what it says is shown where it succeeds."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            cfg = parse_cfg_args(args)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(_complaint(said.getvalue())) from end
+    except ArithmeticError as error:
+        # SAELens computes with some of the numbers before they can be checked.
+        hints = field_hints(SAE_TRAINING_CLASS_REGISTRY)
+        with usage_errors():
+            for name, value in _whole_numbers(args, hints):
+                check_field(name, value, hints)
+        raise UsageError(f"these settings cannot be used: {error}") from error
+    except RecursionError as error:
+        raise UsageError(
+            "--model_kwargs, --model_from_pretrained_kwargs: nested too deeply"
+        ) from error
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UsageError(f"these settings cannot be used: {error}") from error
+    print(said.getvalue(), file=sys.stderr, end="")
+    return cfg
+
+
+def _complaint(said: str) -> str:
+    """The last thing that argparse said, with a suggestion for a flag that does not exist."""
+    complaint = said.rpartition("error: ")[2].strip()
+    unknown = complaint.removeprefix("unrecognized arguments: ")
+    if unknown == complaint:
+        return complaint
+    flag = unknown.split()[0].partition("=")[0]
+    fields = field_hints(SAE_TRAINING_CLASS_REGISTRY)
+    names = {f"--{name.rpartition('.')[2]}" for name in fields}
+    return f"{flag}: there is no such flag{suggestion(flag, names)}"
+
+
+def _whole_numbers(args: Sequence[str], fields: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """The fields that flags give whole numbers to, and these."""
+    words = [word for arg in args for word in arg.split("=", 1)]
+    of_leaf = {name.rpartition(".")[2]: name for name in fields}
+    for flag, text in pairwise(words):
+        name = of_leaf.get(flag.removeprefix("--"))
+        if name is not None and text.removeprefix("-").isdecimal():
+            yield name, int(text)
+
+
 def train(args: Sequence[str]) -> int:
     """`saelens-sparse train ARGS`."""
-    SparseTrainingRunner(parse_train_args(args)).run()
+    cfg = parse_train_args(args)
+    with usage_errors():
+        check_training(cfg)
+        check_runner_outputs(cfg)
+    SparseTrainingRunner(cfg).run()
     return 0
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from typing_extensions import override
 
+from saelens_sparse.config_checks import device_problem
+from saelens_sparse.messages import shown
+from saelens_sparse.output_checks import check_writable
 from saelens_sparse.runner_config import UsageError
 
+MAX_WHOLE_NUMBER = 2**63 - 1
 DEFAULT_STEPS = {"cuda": 20, "cpu": 5}
 
 
@@ -42,22 +47,39 @@ def whole_number(least: int) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from None
         if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more; got {value}")
+            raise argparse.ArgumentTypeError(f"must be {least} or more; got {shown(value)}")
+        if value > MAX_WHOLE_NUMBER:
+            raise argparse.ArgumentTypeError(f"{shown(value)} has more than 64 bits")
         return value
 
     return parse
 
 
+def writable_folder(text: str) -> Path:
+    """argparse type: a folder that exists or can be made, and can be written to."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not the name of a folder")
+    try:
+        check_writable("folder", text, 0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("folder: ")) from None
+    return Path(text)
+
+
 def parse_shape(text: str) -> list[int]:
     """argparse type: the sizes d_in, d_sae, k and batch."""
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+    try:
+        sizes = [whole_number(0)(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        sizes = []
+    if len(sizes) != 4:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not D_IN,D_SAE,K,BATCH: four whole numbers, such as 768,24576,32,4096"
+            f"{shown(text)} is not D_IN,D_SAE,K,BATCH: four whole numbers, such as "
+            "768,24576,32,4096"
         )
-    return [int(part) for part in parts]
+    return sizes
 
 
 def device_name(text: str) -> str:
@@ -65,15 +87,6 @@ def device_name(text: str) -> str:
     if (problem := device_problem(text)) is not None:
         raise argparse.ArgumentTypeError(problem)
     return text
-
-
-def device_problem(device: str | None) -> str | None:
-    """Why a device cannot be used here; None where it can."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        return f"{device!r} cannot be used here: {str(error).splitlines()[0]}"
-    return None
 
 
 def default_device() -> str:

@@ -93,6 +93,25 @@ def test_command_line_runs(hf_folder: Path, tmp_path: Path) -> None:
     assert all(torch.isfinite(p).all() for sae in trained for p in sae.parameters())
 
 
+def test_training_does_without_what_compares_and_measures(tmp_path: Path) -> None:
+    """In a process of its own, where a bad config is the one line that there is on a terminal."""
+    values = runner_config(sae_config(), tmp_path, device="abacus").to_dict()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "verbose": True}))
+    script = (
+        "import sys; from saelens_sparse import cli; status = cli.main(sys.argv[1:]);"
+        "assert not [name for name in sys.modules if name.startswith('saelens_sparse.evaluation')];"
+        "sys.exit(status)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, "train", "--config", path],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert process.stderr.startswith("saelens-sparse: device: 'abacus' cannot be used here: ")
+    assert process.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("args", [[], ["-h"], ["--help"]], ids=str)
 def test_command_line_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(args) == 0
@@ -107,8 +126,8 @@ def test_command_line_help(args: list[str], capsys: pytest.CaptureFixture[str]) 
         (["train", "--config", "missing.json"], "cannot read the config file missing.json"),
         (["train", "--config", "bad.json"], "bad.json is not valid JSON"),
         (["train", "--config", "list.json"], "list.json"),
-        (["train", "--config", "empty.json"], "sae field is required"),
-        (["train", "--config", "unknown.json"], "names no known architecture"),
+        (["train", "--config", "empty.json"], "sae: missing"),
+        (["train", "--config", "unknown.json"], "sae.architecture: 'tokp' cannot be used"),
         (["train", "--config", "k.json"], "k must be at most d_sae"),
         (["train", "--config", "field.json"], "no_such_field"),
         (["train", "--config", "empty.json", "--k", "3"], "remove --k 3"),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from saelens_sparse.evaluation.command_line import Parser, device_name, whole_number
+from saelens_sparse.evaluation.command_line import (
+    Parser,
+    device_name,
+    whole_number,
+    writable_folder,
+)
 from saelens_sparse.evaluation.compare.embedded_inputs import EMBEDDED_CONFIGS
 from saelens_sparse.implementation import IMPLEMENTATIONS
 
@@ -38,7 +42,11 @@ batches. Without CONFIG: an SAE of SmolLM2-135M on Python's documentation, which
         help="trains sparse architectures with SAELens's runner, or with this package's "
         "SparseTrainingRunner (default: %(default)s)",
     )
-    add("--output", type=Path, help="folder of the results (default: output/compare_CONFIG)")
+    add(
+        "--output",
+        type=writable_folder,
+        help="folder of the results (default: output/compare_CONFIG)",
+    )
     add(
         "--overwrite",
         action="store_true",
@@ -69,7 +77,7 @@ batches. Without CONFIG: an SAE of SmolLM2-135M on Python's documentation, which
     embedded = parser.add_argument_group("without CONFIG")
     add = embedded.add_argument
     add("--text-tokens", type=whole_number(1), help="how much of the text to use (default: all)")
-    add("--cache", type=Path, help="folder of the model and activations")
+    add("--cache", type=writable_folder, help="folder of the model and activations")
     return parser
 
 

@@ -14,13 +14,21 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from saelens_sparse.config_checks import check_fields, check_training
 from saelens_sparse.evaluation.cases import SPARSE_SUFFIX
 from saelens_sparse.evaluation.command_line import default_device
 from saelens_sparse.evaluation.compare.arguments import build_parser
 from saelens_sparse.evaluation.compare.embedded_inputs import EMBEDDED_CONFIGS, INPUT_FIELDS
 from saelens_sparse.evaluation.compare.records import ArmFolder
-from saelens_sparse.evaluation.config_checks import check_fields, check_values
-from saelens_sparse.runner_config import UsageError, load_config
+from saelens_sparse.messages import shown
+from saelens_sparse.output_checks import check_runner_outputs, check_writable
+from saelens_sparse.runner_config import (
+    UsageError,
+    config_from,
+    parse_json,
+    read_config,
+    usage_errors,
+)
 from saelens_sparse.saes.base import SparseTrainingSAEMixin
 
 # The embedded config's sizes are for a CPU; at those a GPU would mostly wait for its host.
@@ -101,27 +109,30 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
         for option in ("text_tokens", "cache"):
             if getattr(options, option) is not None:
                 raise UsageError(f"--{option.replace('_', '-')}: CONFIG brings its own inputs")
-    config = _embedded_config(options) if embedded else _file_config(options.config)
-    name = config.pop("name")
+    if embedded:
+        name, config = _embedded_config(options)
+    else:
+        name, config = Path(options.config).stem, read_config(options.config)
     of_config = config["sae"]["architecture"]
     pair = _architectures(options, of_config)
     _override(config, options)
     output = (options.output or Path("output") / f"compare_{name}").resolve()
-    for option, path in (("output", output), ("cache", options.cache)):
-        if path is not None and path.exists() and not path.is_dir():
-            raise UsageError(f"--{option}: {path} is not a folder")
-
-    if options.text_tokens is not None:
-        config["cached_activations_path"] += f"-{options.text_tokens}-tokens"
     for option in ("k", "l0_coefficient", "implementation"):
         if getattr(options, option) is not None:
             _check_option(option, pair)
-    check_fields(config, {of_config, *pair})
+    with usage_errors():
+        check_fields(config, {of_config, *pair})
+        check_writable("--output", output, 0)
+    if options.text_tokens is not None:
+        config["cached_activations_path"] += f"-{options.text_tokens}-tokens"
     configs = {architecture: _arm_config(config, architecture, output) for architecture in pair}
     for arm in configs.values():
         # The embedded inputs are made after this.
         made_later = dict.fromkeys(INPUT_FIELDS, str(Path.cwd())) if embedded else {}
-        check_values(LanguageModelSAERunnerConfig.from_dict(copy.deepcopy(arm | made_later)))
+        with usage_errors():
+            cfg = LanguageModelSAERunnerConfig.from_dict(copy.deepcopy(arm | made_later))
+            check_training(cfg)
+            check_runner_outputs(cfg)
     return Comparison(
         name=name,
         output=output,
@@ -145,13 +156,8 @@ def is_sparse(architecture: str) -> bool:
     return issubclass(SAE_TRAINING_CLASS_REGISTRY[architecture][0], SparseTrainingSAEMixin)
 
 
-def _file_config(path: str) -> dict[str, Any]:
-    load_config(path)  # says what is wrong with it
-    return {**json.loads(Path(path).read_text(encoding="utf-8")), "name": Path(path).stem}
-
-
-def _embedded_config(options: argparse.Namespace) -> dict[str, Any]:
-    """The config of the embedded default, for the device that there is."""
+def _embedded_config(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The name and the config of the embedded default, for the device that there is."""
     architecture = options.architecture
     if architecture is None:
         names = (options.architectures or "topk_sparse").split(",")
@@ -169,7 +175,7 @@ def _embedded_config(options: argparse.Namespace) -> dict[str, Any]:
     options.steps = options.steps or steps
     cache = (options.cache or _default_cache()).resolve()
     inputs = {field: str(cache / Path(config[field]).name) for field in INPUT_FIELDS}
-    return {**config, **inputs, "name": path.stem}
+    return path.stem, config | inputs
 
 
 def _default_cache() -> Path:
@@ -223,13 +229,16 @@ def _override(config: dict[str, Any], options: argparse.Namespace) -> None:
         if not separator:
             raise UsageError(f"--set: {setting!r} is not FIELD=VALUE")
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except json.JSONDecodeError:
             value = text
+        except ValueError as error:
+            raise UsageError(f"{field}: {shown(text)} cannot be used: {error}") from error
         _set_field(config, field, value)
     if options.steps is not None:
         batch = config.get("train_batch_size_tokens", 4096)
-        config["training_tokens"] = options.steps * batch
+        if isinstance(batch, int):  # else it is about to be refused
+            config["training_tokens"] = options.steps * batch
 
 
 def _set_field(config: dict[str, Any], field: str, value: Any) -> None:
@@ -268,9 +277,7 @@ def _arm_config(config: dict[str, Any], architecture: str, output: Path) -> dict
         "checkpoint_path": str(folder.checkpoints),
         "output_path": str(folder.sae),
     }
-    try:
-        whole = LanguageModelSAERunnerConfig.from_dict(arm).to_dict()
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the config cannot be used for {architecture}: {error}") from error
+    with usage_errors(f"the config cannot be used for {architecture}: "):
+        whole = config_from(arm).to_dict()
     del whole["sae"]["metadata"]  # the runner's to fill in
     return whole

@@ -23,6 +23,7 @@ from saelens_sparse.evaluation.command_line import (
     Parser,
     add_measuring_options,
     parse_shape,
+    writable_folder,
 )
 from saelens_sparse.evaluation.presentation import label_of
 from saelens_sparse.evaluation.profile.arm import (
@@ -56,7 +57,8 @@ from saelens_sparse.evaluation.results import (
     same_source,
 )
 from saelens_sparse.evaluation.training import prepare_inputs
-from saelens_sparse.runner_config import UsageError, load_config
+from saelens_sparse.output_checks import check_writable
+from saelens_sparse.runner_config import UsageError, load_config, usage_errors
 
 _BAR = "{desc:20} {percentage:3.0f}% |{bar:30}| {elapsed}"
 
@@ -66,7 +68,9 @@ def main(args: Sequence[str]) -> int:
     saelens_sparse.register()
     options = _parser().parse_args(args)
     settings, arms = _settings(options), parse_arms(options.arms)
-    folder = Path(options.output or _folder_name(settings, options.config))
+    folder = options.output or Path(_folder_name(settings, options.config))
+    with usage_errors():
+        check_writable("--output", folder, 0)
     results = _results_to_continue(settings, folder)
     missing = [arm for arm in arms if results["arms"].get(arm.name, {}).get("status") != "ok"]
     interrupted = False
@@ -122,7 +126,11 @@ def _parser() -> Parser:
         "--dead-fraction", type=float, default=0.0, help="share of latents held dead; default 0"
     )
     add_measuring_options(parser)
-    parser.add_argument("--output", help="folder of the results; by default named by the problem")
+    parser.add_argument(
+        "--output",
+        type=writable_folder,
+        help="folder of the results; by default named by the problem",
+    )
     parser.add_argument(
         "--ncu",
         choices=("auto", "never"),

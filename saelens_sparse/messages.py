@@ -1,0 +1,43 @@
+"""What error messages have in common: one line, in which no value takes up the screen."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+_MAX_WORD, _MAX_LINE = 200, 1000
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _MAX_WORD
+_repr.maxlong = 40
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, abbreviated."""
+    return _repr.repr(value)
+
+
+def one_line(message: object) -> str:
+    """A message that others wrote, as one line in which no word is longer than a reader wants."""
+    line = " ".join(part.strip() for part in str(message).splitlines())
+    line = re.sub(rf"(\S{{{_MAX_WORD}}})\S+", r"\1...", line)
+    return line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}..."
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` for a misspelt name, or one of another group; else nothing.
+
+    Args:
+        name: Such as "lr" or "sae.k".
+        known: The names that exist, in the same form.
+    """
+    if len(name) > _MAX_WORD:
+        return ""
+    known = sorted(known)
+    leaf = name.rpartition(".")[2]
+    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
+    close = same_leaf or get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
