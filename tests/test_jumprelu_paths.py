@@ -102,6 +102,7 @@ class TestAuto:
             "l0": "metrics/l0",
             "threshold": "threshold",
             "dead": "sparsity/dead_features",
+            "passes since fired": "sparsity/mean_passes_since_fired",
             **{name: name for name in gradients(sae)},
         }
         curve = {short: [float(log[name]) for log in logs] for short, name in names.items()}
