@@ -25,7 +25,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # The tensors are tiny: a second thread mostly waits, a hundredfold where cores are shared.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("SAELENS_SPARSE_TEST_THREADS", "1")))
 
 import pytest
 

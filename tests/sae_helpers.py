@@ -388,20 +388,30 @@ def structured_batches(
 def training_curve(
     sae: TrainingSAE[Any], batches: list[torch.Tensor], **options: Any
 ) -> list[dict[str, Any]]:
-    """What SAELens logs at each step of a whole training, "threshold" and what it "ran on"."""
+    """What SAELens logs at each step of a whole training, and more.
+
+    That is the mean "threshold", what the step "ran on", and the norm of each "gradient of"
+    a parameter that the optimizer got, thus after clipping.
+    """
     n_steps, n_rows = len(batches), len(batches[0])
     settings = {
         "total_training_samples": n_steps * n_rows,
         "train_batch_size_samples": n_rows,
         "dead_feature_window": 30,
     }
-    trainer = make_trainer(sae, **settings, **options)
+    trainer = make_trainer(sae, **{**settings, **options})
+    norms: dict[str, float] = {}
+
+    def measure_gradients(*_: Any) -> None:
+        norms.update({name: value.norm().item() for name, value in gradients(sae).items()})
+
+    trainer.optimizer.register_step_pre_hook(measure_gradients)
     logs: list[dict[str, Any]] = []
     for x in batches:
         implementation = getattr(sae, "implementation", None)
         output = trainer.step(x)
         trainer.n_training_steps += 1
-        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples) | norms
         if implementation is not None:
             log["ran on"] = implementation.name
         threshold = getattr(sae, "threshold", None)

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 from collections.abc import Callable
+from copy import deepcopy
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +16,7 @@ from saelens_sparse import SparseJumpReLUTrainingSAE
 from saelens_sparse.lazy import OnDemandTensor
 from saelens_sparse.saes.jumprelu_sparse_sae import MAX_SPARSE_SHARE
 from tests.conftest import Target
+from tests.drift_helpers import Curve, nudges, require_drift_of_rounding
 from tests.jumprelu_helpers import (
     D_IN,
     FUSED,
@@ -36,6 +38,7 @@ from tests.sae_helpers import (
     dead_mask,
     error,
     forward_pass,
+    gradients,
     make_trainer,
     not_interpreted,
     record_materializations,
@@ -61,56 +64,57 @@ def with_density(sae: SparseJumpReLUTrainingSAE, density: float) -> None:
 class TestAuto:
     """A run that begins dense and ends sparse."""
 
-    D_IN, D_SAE, N_STEPS = 32, 512, 200
+    D_IN, D_SAE, N_STEPS = 32, 512, 100
 
     @pytest.fixture(autouse=True)
-    def switch_half_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def switch_after_a_third(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Wherever the crossing lies on a device: these SAEs are too small to get there."""
         for key in MAX_SPARSE_SHARE:
-            monkeypatch.setitem(MAX_SPARSE_SHARE, key, 0.15)
+            monkeypatch.setitem(MAX_SPARSE_SHARE, key, 0.4)
 
-    def curve(
-        self, sae: JumpReLUTrainingSAE, batches: list[torch.Tensor]
-    ) -> tuple[dict[str, list[float]], list[str]]:
-        """Metrics of every step, and what each ran on."""
-        logs = training_curve(sae, batches, lr=4e-3)
-        names = {
-            "mse": "losses/mse_loss",
-            "l0": "metrics/l0",
-            "threshold": "threshold",
-            "dead": "sparsity/dead_features",
-        }
-        curve = {short: [log[name] for log in logs] for short, name in names.items()}
-        return curve, [log["ran on"] for log in logs if "ran on" in log]
-
-    def curves(
-        self, target: Target, dtype: torch.dtype
-    ) -> tuple[dict[str, list[float]], dict[str, list[float]], list[str]]:
+    def case(self, dtype: torch.dtype) -> tuple[JumpReLUTrainingSAE, list[torch.Tensor]]:
         batches = structured_batches(self.N_STEPS, 64, self.D_IN, dtype)
         # SAELens's own initialisation, the same for every device.
         stock = JumpReLUTrainingSAE(
             JumpReLUTrainingSAEConfig(
                 d_in=self.D_IN,
                 d_sae=self.D_SAE,
-                l0_coefficient=0.2,
-                l0_warm_up_steps=60,
+                l0_coefficient=0.4,
+                l0_warm_up_steps=20,
                 jumprelu_bandwidth=0.3,
                 pre_act_loss_coefficient=3e-3,
                 dtype=str(dtype).removeprefix("torch."),
             )
         )
-        stock.cfg.device = target.device
-        stock.to(target.device)
-        sparse = sparse_jumprelu(stock, "auto")
-        actual, ran_on = self.curve(sparse, batches)
-        expected, _ = self.curve(stock, batches)
-        print(ran_on, {name: values[::20] for name, values in expected.items()})
+        with torch.no_grad():
+            # Latents that are dead from the first step on, some of which the loss revives.
+            stock.b_enc[-64:] = torch.linspace(-2, -8, 64)
+        return stock, batches
+
+    def curve(
+        self, sae: JumpReLUTrainingSAE, batches: list[torch.Tensor]
+    ) -> tuple[Curve, list[str]]:
+        """Metrics of every step, and what each ran on."""
+        logs = training_curve(sae, batches, lr=8e-3, dead_feature_window=10)
+        names = {
+            "mse": "losses/mse_loss",
+            "pre-act loss": "losses/pre_act_loss",
+            "l0": "metrics/l0",
+            "threshold": "threshold",
+            "dead": "sparsity/dead_features",
+            "passes since fired": "sparsity/mean_passes_since_fired",
+            **{name: name for name in gradients(sae)},
+        }
+        curve = {short: [float(log[name]) for log in logs] for short, name in names.items()}
+        return curve, [log["ran on"] for log in logs if "ran on" in log]
+
+    def require_telling(self, expected: Curve, target: Target, ran_on: list[str]) -> None:
+        """The run was dense first and sparse later, and learned; latents died and revived."""
         assert expected["l0"][0] > 0.25 * self.D_SAE, "the run does not begin dense"
         assert expected["l0"][-1] < 0.04 * self.D_SAE, "the run does not end sparse"
         assert fmean(expected["mse"][-20:]) < 0.5 * expected["mse"][0], "nothing was learned"
-        return expected, actual, ran_on
-
-    def require_one_switch(self, target: Target, ran_on: list[str]) -> None:
+        dead = expected["dead"]
+        assert dead[20] > min(dead[20:]) + 10 < dead[-1], "no latent was revived, or none died"
         first_sparse = ran_on.index(sparse_name(target))
         assert first_sparse > 5, "the run hardly began dense"
         assert ran_on[:first_sparse] == ["fused"] * first_sparse
@@ -120,21 +124,30 @@ class TestAuto:
 
     def test_a_run_in_float64_crosses_the_switch_without_a_kink(self) -> None:
         target = FUSED["fused-cpu"]
-        expected, actual, ran_on = self.curves(target, torch.float64)
-        self.require_one_switch(target, ran_on)
+        stock, batches = self.case(torch.float64)
+        sparse = sparse_jumprelu(stock, "auto")
+        for sae in (stock, sparse):
+            # SAELens keeps thresholds in float32, whose rounding moves gates in some runs.
+            sae.threshold.data = sae.threshold.data.double()
+        actual, ran_on = self.curve(sparse, batches)
+        expected, _ = self.curve(stock, batches)
+        self.require_telling(expected, target, ran_on)
         for name, values in expected.items():
-            assert actual[name] == pytest.approx(values, rel=1e-6), name
+            assert actual[name] == pytest.approx(values, rel=1e-8), name
 
     @pytest.mark.parametrize("target", parameters_of(FUSED))
-    def test_a_run_in_float32_tracks_stock(self, target: Target) -> None:
-        expected, actual, ran_on = self.curves(target, torch.float32)
-        self.require_one_switch(target, ran_on)
-        for name, values in expected.items():
-            for start in range(0, self.N_STEPS, 20):
-                part = slice(start, start + 20)
-                mean = fmean(values[part])
-                tolerance = 2.0 if name == "dead" else 0.01 * mean
-                assert fmean(actual[name][part]) == pytest.approx(mean, abs=tolerance), (name, part)
+    def test_a_run_in_float32_drifts_from_stock_as_rounding_makes_stock_drift(
+        self, target: Target
+    ) -> None:
+        stock, batches = self.case(torch.float32)
+        stock.cfg.device = target.device
+        stock.to(target.device)
+        sparse = sparse_jumprelu(stock, "auto")
+        controls = [self.curve(deepcopy(stock), nudged)[0] for nudged in nudges(batches, n_pairs=2)]
+        actual, ran_on = self.curve(sparse, batches)
+        expected, _ = self.curve(stock, batches)
+        self.require_telling(expected, target, ran_on)
+        require_drift_of_rounding(actual, expected, controls, counts={"dead"})
 
 
 class TestSwitch:
