@@ -63,8 +63,14 @@ class OnDemandTensor(torch.Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        requires_grad: bool = False,
     ) -> Self:
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
+        )
+        if requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+                self.register_hook(_refuse_gradient)
         self._made = None
         self._with_graph = torch.is_grad_enabled()
         return self
@@ -137,6 +143,14 @@ def ordinary(tree: Any) -> Any:
     return tree_map(lambda x: x.materialized() if isinstance(x, OnDemandTensor) else x, tree)
 
 
+def _refuse_gradient(_: torch.Tensor) -> None:
+    """Reached through a graph that took the tensor itself and not the ordinary one."""
+    raise RuntimeError(
+        "a custom autograd.Function was given feature_acts or hidden_pre of a sparse SAE, whose "
+        "weights its gradient does not reach. Give it a clone(), or set implementation='dense'."
+    )
+
+
 def _asked_for_gradients(func: Callable[..., Any], args: tuple[Any, ...]) -> list[OnDemandTensor]:
     """The tensors whose gradients a call of `func` is about."""
     if func in _WATCHES_GRADIENT:
@@ -163,7 +177,9 @@ class SparseFeatureActs(OnDemandTensor):
     @override
     def __new__(cls, code: Code, leading_shape: Sequence[int]) -> Self:
         shape = (*leading_shape, code.d_sae)
-        self = OnDemandTensor.__new__(cls, shape, code.reported_dtype, code.acts.device)
+        self = OnDemandTensor.__new__(
+            cls, shape, code.reported_dtype, code.acts.device, code.acts.requires_grad
+        )
         self.code = code
         return self
 
@@ -242,7 +258,9 @@ class DeferredPreActs(OnDemandTensor):
         weights: Sequence[torch.Tensor],
     ) -> Self:
         shape = (*leading_shape, code.d_sae)
-        self = OnDemandTensor.__new__(cls, shape, code.reported_dtype, code.acts.device)
+        self = OnDemandTensor.__new__(
+            cls, shape, code.reported_dtype, code.acts.device, code.acts.requires_grad
+        )
         self.code = code
         self._dense_pre_acts = dense_pre_acts
         self._weights = weights

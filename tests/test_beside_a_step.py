@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens.saes.sae import TrainStepInput
+from torch.utils.checkpoint import checkpoint
 
 from saelens_sparse.lazy import OnDemandTensor
 from tests.architecture_helpers import FEW_OPTIONS, ON_CPU, Arm, arms, every_arm
@@ -202,6 +203,55 @@ class TestGradientsOfActivations:
             seen.append(gradients_seen)
         assert len(seen[0]) == 1
         torch.testing.assert_close(seen[1], seen[0])
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return values * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return 2 * grads[0]
+
+
+class TestCustomFunctions:
+    """PyTorch gives a custom autograd.Function the tensor itself, past what makes it ordinary."""
+
+    @pytest.mark.parametrize("name", ["feature_acts", "hidden_pre"])
+    @arms(topk=ON_CPU)
+    def test_their_gradient_is_refused(self, arm: Arm, name: str) -> None:
+        stock, x = arm.case(n_rows=6)
+        output = forward_pass(arm.sparse(stock), x)
+        values: Any = Doubled.apply(getattr(output, name))
+        assert values.requires_grad
+        torch.testing.assert_close(values, 2 * getattr(forward_pass(stock, x), name))
+        with pytest.raises(
+            RuntimeError, match="custom autograd.Function"
+        ):
+            (values.sum() + output.loss).backward()
+
+    @arms(topk=ON_CPU)
+    def test_a_clone_has_a_gradient(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6)
+        sparse = arm.sparse(stock)
+        for sae in (stock, sparse):
+            values: Any = Doubled.apply(sae.encode_with_hidden_pre(x)[0].clone())
+            values.pow(2).sum().backward()
+        require_same_gradients(sparse, stock)
+
+    @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+    @arms(topk=ON_CPU)
+    def test_checkpointing(self, arm: Arm, reentrant: bool) -> None:
+        stock, x = arm.case(n_rows=6)
+        sparse = arm.sparse(stock)
+        for sae in (stock, sparse):
+            rows = x.detach().clone().requires_grad_()
+            loss: Any = checkpoint(
+                lambda rows, sae=sae: forward_pass(sae, rows).loss, rows, use_reentrant=reentrant
+            )
+            loss.backward()
+        require_same_gradients(sparse, stock)
 
 
 class TestInferenceMode:
