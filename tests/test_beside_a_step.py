@@ -226,9 +226,7 @@ class TestCustomFunctions:
         values: Any = Doubled.apply(getattr(output, name))
         assert values.requires_grad
         torch.testing.assert_close(values, 2 * getattr(forward_pass(stock, x), name))
-        with pytest.raises(
-            RuntimeError, match="custom autograd.Function"
-        ):
+        with pytest.raises(RuntimeError, match=r"custom autograd\.Function"):
             (values.sum() + output.loss).backward()
 
     @arms(topk=ON_CPU)
