@@ -24,7 +24,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-# The tensors are tiny: a second thread mostly waits, a hundredfold where cores are shared.
+# The tensors are tiny: a second thread mostly waits, a hundredfold where cores are shared. How
+# sums are split over threads changes their rounding, which no test may depend on.
 torch.set_num_threads(int(os.environ.get("SAELENS_SPARSE_TEST_THREADS", "1")))
 
 import pytest

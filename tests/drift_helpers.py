@@ -12,8 +12,9 @@ on the other side.
 """
 
 from collections.abc import Iterator, Sequence, Set
-from math import sqrt
+from math import dist, inf, isnan, sqrt
 from statistics import fmean
+from sys import float_info
 
 import torch
 
@@ -65,7 +66,7 @@ def require_drift_of_rounding(
             floor = 1.0 if name in counts else FLOOR * fmean(map(abs, stock))
             allowed = FACTOR * spread + floor
             distance = _distance(actual[name][part], stock)
-            share = distance / allowed if distance else 0.0
+            share = inf if isnan(distance) else distance / max(allowed, float_info.min)
             line = (
                 f"{name}, steps {start} to {start + len(stock) - 1}: {distance:.2e} from stock, "
                 f"{share:.0%} of the {allowed:.2e} allowed "
@@ -78,4 +79,4 @@ def require_drift_of_rounding(
 
 
 def _distance(a: Sequence[float], b: Sequence[float]) -> float:
-    return sqrt(fmean((x - y) ** 2 for x, y in zip(a, b, strict=True)))
+    return dist(a, b) / sqrt(len(b))
