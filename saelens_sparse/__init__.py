@@ -8,12 +8,12 @@ from sae_lens import register_sae_training_class
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_sparse.optim import prepare_optimizers
+from saelens_sparse.runners import SparseMultiSAETrainingRunner, SparseTrainingRunner
 from saelens_sparse.saes.jumprelu_sparse_sae import (
     SparseJumpReLUTrainingSAE,
     SparseJumpReLUTrainingSAEConfig,
 )
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
-from saelens_sparse.training import SparseMultiSAETrainingRunner, SparseTrainingRunner
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ from sae_lens.llm_sae_training_runner import (
 
 import saelens_sparse
 from saelens_sparse.runner_config import UsageError, load_config
-from saelens_sparse.training import SparseTrainingRunner
+from saelens_sparse.runners import SparseTrainingRunner
 
 USAGE = """\
 usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...]
