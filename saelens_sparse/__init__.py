@@ -10,13 +10,14 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from saelens_sparse.optim import prepare_optimizers
+from saelens_sparse.pretrained import load_pretrained
+from saelens_sparse.runners import SparseMultiSAETrainingRunner, SparseTrainingRunner
 from saelens_sparse.saes.jumprelu_sparse_sae import (
     SparseJumpReLUTrainingSAE,
     SparseJumpReLUTrainingSAEConfig,
 )
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saelens_sparse.sharing import upload_saes_to_huggingface
-from saelens_sparse.training import SparseMultiSAETrainingRunner, SparseTrainingRunner
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "SparseTopKTrainingSAE",
     "SparseTopKTrainingSAEConfig",
     "SparseTrainingRunner",
+    "load_pretrained",
     "register",
     "upload_saes_to_huggingface",
 ]

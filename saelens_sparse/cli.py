@@ -17,10 +17,9 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 import saelens_sparse
 from saelens_sparse.config_checks import check_field, check_fields, check_training, field_hints
 from saelens_sparse.messages import suggestion
-from saelens_sparse.output_checks import check_runner_outputs
 from saelens_sparse.private_names import parse_cfg_args
 from saelens_sparse.runner_config import UsageError, load_config, usage_errors
-from saelens_sparse.training import SparseTrainingRunner
+from saelens_sparse.runners import SparseTrainingRunner, checked
 
 USAGE = """\
 usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...]
@@ -136,7 +135,7 @@ def train(args: Sequence[str]) -> int:
     cfg = parse_train_args(args)
     with usage_errors():
         check_training(cfg)
-        check_runner_outputs(cfg)
+        cfg = checked(cfg)
     SparseTrainingRunner(cfg).run()
     return 0
 
@@ -157,6 +156,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"saelens-sparse: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # by Ctrl-C or SIGTERM, and already said
+        return 130
 
 
 if __name__ == "__main__":

@@ -69,9 +69,16 @@ def can_record(sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> bool:
         and sae.implementation.name == "triton"
         and not any_hooks(sae)
         and all(parameter.requires_grad for parameter in sae.parameters())
-        # Nobody has put something of their own in the place of a method.
-        and not any(callable(getattr(type(sae), name, None)) for name in vars(sae))
+        and not any(_is_foreign(sae, name, value) for name, value in vars(sae).items())
     )
+
+
+def _is_foreign(sae: SparseTopKTrainingSAE, name: str, value: object) -> bool:
+    """Whether somebody has put something of their own in the place of a method or a function."""
+    if callable(getattr(type(sae), name, None)):
+        return True
+    package = str(getattr(value, "__module__", None)).partition(".")[0]
+    return callable(value) and package not in ("sae_lens", "saelens_sparse")
 
 
 class GraphedPass:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import version
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13"}
 
 def _private(distribution: str, module: str, name: str) -> Any:
     try:
-        return getattr(import_module(module), name)
+        return attrgetter(name)(import_module(module))
     except (ImportError, AttributeError):
         raise ImportError(
             f"saelens_sparse needs {module}.{name}, which {distribution} {version(distribution)} "
@@ -34,3 +35,8 @@ parse_cfg_args: Callable[[Sequence[str]], LanguageModelSAERunnerConfig[Any]] = _
     "sae-lens", "sae_lens.llm_sae_training_runner", "_parse_cfg_args"
 )
 """SAELens's command line: flags to a runner config."""
+
+for _name in ("_run_with_interruption_handling", "_save_final_outputs"):
+    # SAELens's runner of several SAEs calls these, and `SparseMultiSAETrainingRunner` overrides
+    # them.
+    _private("sae-lens", "sae_lens.multi_sae_training_runner", f"MultiSAETrainingRunner.{_name}")

@@ -1,27 +1,28 @@
-"""SAELens's training runners with a step of their own for sparse SAEs.
+"""SAELens's trainers with a step of their own for sparse SAEs, and checkpoints that are whole.
 
-Everything but the step is SAELens's: activation store, schedules, checkpoints, logging, evals.
+The rest is SAELens's: schedules, what checkpoints hold, logging, evals.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAETrainingRunner
-from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
 from torch.autograd.graph import increment_version
 from typing_extensions import override
 
+from saelens_sparse.checkpoints import write_checkpoint
 from saelens_sparse.graph import (
     STEPS_BEFORE,
     GraphedPass,
@@ -30,6 +31,7 @@ from saelens_sparse.graph import (
     gains,
     try_to_record,
 )
+from saelens_sparse.interruption import StopSignals
 from saelens_sparse.ops import HostCount, RowGradient, WeightCopy, rounded_dtype
 from saelens_sparse.optim import ClippingAdam
 from saelens_sparse.saes.base import SparseTrainingSAEMixin
@@ -39,6 +41,7 @@ RowGradients = dict[str, list[RowGradient]]
 
 # As in SAELens, which does not make it an option.
 MAX_GRADIENT_NORM = 1.0
+_OWN_PASS = SparseTrainingSAEMixin.training_forward_pass
 
 
 class SparseSAETrainer(SAETrainer[Any, Any]):
@@ -58,40 +61,37 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     _steps_before_graph = STEPS_BEFORE
     _dead_count: tuple[HostCount, torch.Tensor, int] | None = None
 
+    stop_signals: StopSignals  # a runner sets its own
+    write_runner_files: Callable[[Path], None] | None = None  # what a runner adds to a checkpoint
+    last_checkpoint: Path | None = None
+
     @classmethod
     def taking_over(cls, trainer: SAETrainer[Any, Any]) -> SparseSAETrainer:
-        """A trainer that goes on where `trainer`, new or resumed, stands; which is then done."""
-        own = cls(
-            cfg=trainer.cfg,
-            sae=trainer.sae,
-            data_provider=trainer.data_provider,
-            evaluator=trainer.evaluator,
-            save_checkpoint_fn=trainer.save_checkpoint_fn,
-        )
-        own.optimizer.load_state_dict(trainer.optimizer.state_dict())
-        trainer.optimizer.state.clear()  # SAELens's runner keeps that trainer to its end
-        own.lr_scheduler.load_state_dict(trainer.lr_scheduler.state_dict())
-        for name in (
-            "activation_scaler",
-            "n_training_steps",
-            "n_training_samples",
-            "started_fine_tuning",
-            "act_freq_scores",
-            "n_forward_passes_since_fired",
-            "n_frac_active_samples",
-            "coefficient_schedulers",
-            "checkpoint_thresholds",
-        ):
-            setattr(own, name, getattr(trainer, name))
+        """
+        A trainer that goes on where `trainer`, new or resumed, stands.
+
+        Both share all attributes from then on: what SAELens's runner asks of the one that it
+        made is what this one has trained.
+        """
+        if isinstance(trainer, cls):
+            return trainer
+        own = cls.__new__(cls)
+        own.__dict__ = trainer.__dict__
+        own._prepare()
         return own
 
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.stop_signals = StopSignals()
         if not isinstance(self.sae, SparseTrainingSAEMixin):
             return
         cfg = self.cfg
         assert cfg.lr_end is not None  # set by SAELens's config
+        plain, schedule = self.optimizer, self.lr_scheduler
         self.optimizer = ClippingAdam(
             self.sae.parameters(),
             max_norm=MAX_GRADIENT_NORM,
@@ -108,13 +108,18 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             lr_end=cfg.lr_end,
             num_cycles=cfg.n_restart_cycles,
         )
+        self.optimizer.load_state_dict(plain.state_dict())
+        self.lr_scheduler.load_state_dict(schedule.state_dict())
 
     @override
-    def _train_step(self, sae: TrainingSAE[Any], sae_in: torch.Tensor) -> TrainStepOutput:
+    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        self.stop_signals.begin_step()
+        sae = self.sae
         if not isinstance(sae, SparseTrainingSAEMixin):
-            return super()._train_step(sae, sae_in)
+            return super().step(batch)
         sae.train()
-        output, row_gradients = self.forward_and_backward(sae, sae_in)
+        batch = batch.to(sae.device)
+        output, row_gradients = self.forward_and_backward(sae, self.activation_scaler(batch))
         if not self._replays_rest(sae):
             self._count_firings(output)
             self._update(sae, row_gradients)
@@ -123,6 +128,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
                     parts.clear()  # autograd's nodes hold these lists as long as the output lives
         else:
             self._replay_rest(sae, output)
+        self.n_training_samples += batch.shape[0]
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
@@ -130,12 +136,80 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             scheduler.step()
         return output
 
+    @override
+    def maybe_reset_sparsity(self) -> dict[str, Any]:
+        self.stop_signals.end_step()
+        sparsity_log = super().maybe_reset_sparsity()
+        self.stop_signals.end_step()
+        return sparsity_log
+
+    @override
+    def full_sparsity_window_log(self) -> dict[str, Any]:
+        # What follows must not be stopped: a reset, or after the last step what ends a training.
+        self.stop_signals.begin_step()
+        if self.n_frac_active_samples == 0:  # a run that was stopped at a window's beginning
+            return {}
+        return super().full_sparsity_window_log()
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """
+        Save a checkpoint, as SAELens does. Its folder appears when all of it is written.
+
+        If it cannot be written to the `checkpoint_path` of the run, a warning says so.
+
+        Raises:
+            OSError, RuntimeError, SafetensorError: it cannot be written to `base_path`.
+        """
+        base = self.cfg.checkpoint_path if base_path is None else base_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, wandb_aliases=wandb_aliases)
+            return
+        checkpoint = Path(base) / checkpoint_name
+
+        def write(folder: Path) -> None:
+            self.write_files(folder)
+            if self.write_runner_files is not None:
+                self.write_runner_files(folder)
+
+        with self.stop_signals.held():
+            if not write_checkpoint(checkpoint, write, warns=base_path is None):
+                return
+            self.last_checkpoint = checkpoint
+            if self.cfg.logger.log_to_wandb:
+                self.log_files(checkpoint, wandb_aliases)
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=checkpoint)
+
+    def write_files(self, folder: Path) -> None:
+        """Write what a checkpoint holds of the SAE and of its training."""
+        self.sae.save_model(folder)
+        save_file({"sparsity": self.log_feature_sparsity}, folder / SPARSITY_FILENAME)
+        self.save_trainer_state(folder)
+
+    def log_files(self, folder: Path, wandb_aliases: list[str] | None) -> None:
+        """Log to Weights & Biases what `write_files` wrote."""
+        self.cfg.logger.log(
+            self,
+            folder / SAE_WEIGHTS_FILENAME,
+            folder / SAE_CFG_FILENAME,
+            sparsity_path=folder / SPARSITY_FILENAME,
+            wandb_aliases=wandb_aliases,
+        )
+
     def forward_and_backward(
         self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
     ) -> tuple[TrainStepOutput, RowGradients]:
         """The output, and the gradients that no parameter holds."""
         sae.copies, self._replayed = self._copies, None
         try:
+            if not _has_own_pass(sae):
+                return self._take_passes(sae, sae_in)
             return self._replay(sae, sae_in) or self._take_passes(sae, sae_in)
         finally:
             sae.copies = sae.row_gradients = None
@@ -143,16 +217,20 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     def _take_passes(
         self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
     ) -> tuple[TrainStepOutput, RowGradients]:
+        logger, n_steps = self.cfg.logger, self.n_training_steps
         step_input = TrainStepInput(
             sae_in=sae_in,
             dead_neuron_mask=self.dead_neurons,
             coefficients=self.get_coefficients(),
-            n_training_steps=self.n_training_steps,
-            is_logging_step=self._is_logging_step(),
+            n_training_steps=n_steps,
+            is_logging_step=logger.log_to_wandb and (n_steps + 1) % logger.wandb_log_frequency == 0,
         )
         sae.row_gradients = None if sae.cfg.gradient_buffers else {}
         with self.autocast_if_enabled:
-            output, pending = sae.start_training_forward_pass(step_input)
+            if _has_own_pass(sae):
+                output, pending = sae.start_training_forward_pass(step_input)
+            else:
+                output, pending = sae.training_forward_pass(step_input=step_input), ()
         output.loss.backward()
         if not all(part.holds() for part in pending):
             self.optimizer.zero_grad()
@@ -267,7 +345,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
 
     @torch.no_grad()
     def _count_firings(self, output: TrainStepOutput) -> None:
-        firing_counts = output.feature_acts.bool().float().sum(0)
+        firing_counts = output.feature_acts.bool().float().sum(0).to_dense()
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(firing_counts > 0, 0)
         self.act_freq_scores += firing_counts
@@ -277,48 +355,55 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             self._dead_count = HostCount(self.dead_neurons), passes, passes._version
 
 
-class SparseTrainingRunner(LanguageModelSAETrainingRunner):
-    """
-    SAELens's `LanguageModelSAETrainingRunner` with the step of `SparseSAETrainer`.
+class SparseMultiSAETrainer(MultiSAETrainer):
+    """SAELens's `MultiSAETrainer` with a `SparseSAETrainer` for each SAE."""
 
-    Takes the same configs, and trains architectures that are not sparse as stock does. An
-    interrupted run leaves a whole checkpoint where `checkpoint_path` says.
-    """
+    trainers: dict[str, SparseSAETrainer]  # pyright: ignore[reportIncompatibleVariableOverride]
+    stop_signals: StopSignals
+    last_checkpoint: Path | None = None
 
-    trainer: SparseSAETrainer
-
-    @override
-    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
-        self.trainer = SparseSAETrainer.taking_over(trainer)
-        return super().run_trainer_with_interruption_handling(self.trainer)
-
-    @override
-    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        if checkpoint_path is not None and not checkpoint_path.exists():
-            # An interruption: SAELens names a folder that nobody has made or written weights to.
-            # The trainer does, and comes back here for the rest.
-            self.trainer.save_checkpoint(checkpoint_path.name, checkpoint_path.parent)
-        else:
-            super().save_checkpoint(checkpoint_path)
+    @classmethod
+    def taking_over(
+        cls, trainer: MultiSAETrainer, stop_signals: StopSignals
+    ) -> SparseMultiSAETrainer:
+        """A trainer that goes on where `trainer` stands, and shares all attributes with it."""
+        own = cls.__new__(cls)
+        own.__dict__ = trainer.__dict__
+        own.stop_signals = stop_signals
+        for name, single in own.trainers.items():
+            own.trainers[name] = SparseSAETrainer.taking_over(single)
+            own.trainers[name].stop_signals = stop_signals
+        return own
 
     @override
-    def save_final_sae(
-        self, sae: Any, output_path: str, log_feature_sparsity: torch.Tensor | None = None
-    ) -> None:
-        # The trainer that SAELens's runner asks for its statistics is not the one that trained.
-        if log_feature_sparsity is not None:
-            log_feature_sparsity = self.trainer.log_feature_sparsity
-        super().save_final_sae(sae, output_path, log_feature_sparsity)
+    def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
+        """
+        Save a checkpoint, as SAELens does. Its folder appears when all of it is written.
+
+        If it cannot be written, a warning says so.
+        """
+        base = self.cfg.checkpoint_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, wandb_aliases)
+            return
+        checkpoint = Path(base) / checkpoint_name
+
+        def write(folder: Path) -> None:
+            for name, trainer in self.trainers.items():
+                trainer.write_files(folder / name)
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=folder)
+
+        with self.stop_signals.held():
+            if not write_checkpoint(checkpoint, write, warns=True):
+                return
+            self.last_checkpoint = checkpoint
+            if self.cfg.logger.log_to_wandb:
+                for name, trainer in self.trainers.items():
+                    trainer.log_files(checkpoint / name, wandb_aliases)
 
 
-class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
-    """SAELens's `MultiSAETrainingRunner` with the step of `SparseSAETrainer` for each SAE."""
-
-    @override
-    def _run_with_interruption_handling(
-        self, trainer: MultiSAETrainer
-    ) -> dict[str, TrainingSAE[Any]]:
-        trainer.trainers = {
-            name: SparseSAETrainer.taking_over(single) for name, single in trainer.trainers.items()
-        }
-        return super()._run_with_interruption_handling(trainer)
+def _has_own_pass(sae: SparseTrainingSAEMixin) -> bool:
+    """Whether the training forward pass is this package's, so that parts of it may stand for it."""
+    own = type(sae).training_forward_pass is _OWN_PASS
+    return own and "training_forward_pass" not in vars(sae)

@@ -1,5 +1,6 @@
 """Training steps as CUDA graphs, and what keeps a step from being one."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -111,6 +112,42 @@ def test_whoever_hooks_in_is_called() -> None:
     assert not can_record(sae, batches[0])
     train(trainer, batches[-1:])
     assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *itertools.product(
+            ("training_forward_pass", "calculate_aux_loss", "encode_with_hidden_pre", "decode"),
+            ("instance", "subclass"),
+        ),
+        ("training_forward_pass", "class"),
+        ("mse_loss_fn", "instance"),
+        ("run_time_activation_norm_fn_in", "instance"),
+    ],
+)
+def test_whoever_overrides_a_part_is_called_in_each_step(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, batches = trainer_and_batches(STEPS_BEFORE + 8)
+    sae: Any = trainer.sae
+    calls: list[int] = []
+    original = getattr(sae if way == "instance" else type(sae), name)
+
+    def counting(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return original(*args, **options)
+
+    train(trainer, batches[: STEPS_BEFORE + 2])
+    assert trainer._graph is not None
+    if way == "instance":
+        setattr(sae, name, counting)
+    elif way == "class":
+        monkeypatch.setattr(type(sae), name, counting)
+    else:
+        sae.__class__ = type("Mine", (type(sae),), {name: counting})
+    train(trainer, batches[STEPS_BEFORE + 2 :])
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "no graph"])

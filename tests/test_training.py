@@ -158,7 +158,7 @@ class TestTrainer:
         resumed = make_trainer(sparse)
         resumed.load_trainer_state(tmp_path)
         taken_over, resumed = resumed, SparseSAETrainer.taking_over(resumed)
-        assert not taken_over.optimizer.state  # its moments would be held twice
+        assert taken_over.optimizer is resumed.optimizer  # moments are held once
         assert resumed.lr_scheduler.get_last_lr() == first.lr_scheduler.get_last_lr()
         train(resumed, batches[3:])
         for name, value in state_of(resumed).items():
@@ -186,6 +186,58 @@ class TestTrainer:
                 for name, value in moments.items():
                     assert value.shape == actual[index][name].shape
                     assert value.dtype == actual[index][name].dtype
+
+    def test_nothing_of_what_it_takes_over_is_lost(self) -> None:
+        """Whatever SAELens's trainer has, now or in a later release, both have."""
+        _, sparse = pair("topk", Target("torch", "cpu", (torch.float32,)))
+        trainer: Any = make_trainer(sparse)
+        trainer.of_a_later_release = object()
+        names = {name for name in vars(trainer) if name not in ("optimizer", "lr_scheduler")}
+        before = {name: getattr(trainer, name) for name in names}
+        own: Any = SparseSAETrainer.taking_over(trainer)
+        assert {name: getattr(own, name) for name in names} == before
+        train(own, [superposed_rows(sparse, N_ROWS)] * 3)
+        own._reset_running_sparsity_stats()
+        train(own, [superposed_rows(sparse, N_ROWS)])
+        assert torch.equal(trainer.log_feature_sparsity, own.log_feature_sparsity)
+        assert trainer.n_training_steps == 4
+        assert SparseSAETrainer.taking_over(own) is own
+
+    def test_a_step_that_fails_is_not_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, sparse = pair("topk", Target("torch", "cpu", (torch.float32,)))
+        trainer = own_trainer(sparse)
+        train(trainer, [superposed_rows(sparse, N_ROWS)])
+        before = state_of(trainer)
+
+        def failing(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(type(sparse), "mse_loss_fn", failing, raising=False)
+        monkeypatch.delattr(sparse, "mse_loss_fn")
+        with pytest.raises(RuntimeError, match="out of memory"):
+            trainer.step(superposed_rows(sparse, N_ROWS))
+        for name, value in state_of(trainer).items():
+            assert torch.equal(value, before[name]), name
+
+    @architectures
+    def test_says_in_which_steps_saelens_logs(self, architecture: str) -> None:
+        _, sparse = pair(architecture, Target("torch", "cpu", (torch.float32,)))
+        batches = [superposed_rows(sparse, N_ROWS) for _ in range(7)]
+        said: list[list[bool]] = []
+        for make, log_to_wandb in itertools.product((make_trainer, own_trainer), (True, False)):
+            trained, steps = copy.deepcopy(sparse), []
+            original = trained.training_forward_pass
+
+            def recorded(step_input: TrainStepInput, original=original, steps=steps) -> Any:
+                steps.append(step_input.is_logging_step)
+                return original(step_input)
+
+            trained.training_forward_pass = recorded
+            logger = LoggingConfig(log_to_wandb=log_to_wandb, wandb_log_frequency=3)
+            train(make(trained, logger=logger), batches)
+            said.append(steps)
+        assert said[0] == [False, False, True, False, False, True, False]
+        assert said[2:] == said[:2]
 
     def test_other_architectures_train_as_in_stock(self) -> None:
         batches = [torch.randn(N_ROWS, 12) for _ in range(5)]

@@ -50,6 +50,8 @@ else:
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOK_DICTS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
+# Beside the weights in a checkpoint: what `auto` has measured, where it measures.
+STATE_FILENAME = "saelens_sparse_state.json"
 # GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
 # Hopper's instructions and take 2.4 times as long.
 _DEAD_ALIGNMENT = 64

@@ -35,6 +35,7 @@ from saelens_sparse.ops import (
     start_find_pattern,
 )
 from saelens_sparse.saes.base import (
+    STATE_FILENAME,
     Pending,
     SparseTrainingSAEConfigMixin,
     SparseTrainingSAEMixin,
@@ -60,9 +61,6 @@ MAX_SPARSE_SHARE = {
 HYSTERESIS = 0.8
 # Room in the list of pairs, over what the last batch needed.
 _ROOM = 1.25
-
-# Beside the weights in a checkpoint: what `auto` has measured.
-STATE_FILENAME = "saelens_sparse_state.json"
 
 # L0 is looked at once so many steps after its warm-up, when it should have settled.
 L0_CHECK_STEPS = 2000

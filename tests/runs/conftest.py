@@ -1,7 +1,10 @@
 """A model, data and a runner in which a run takes a second."""
 
 import json
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from transformer_lens import HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tests.runs.helpers import CONTEXT, D_MODEL, VOCABULARY, Run, runner_config
+from tests.runs.helpers import CONTEXT, D_MODEL, VOCABULARY, Run, Train, log_of, runner_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +113,55 @@ def run(model: HookedSAETransformer, dataset: Dataset, tmp_path: Path) -> Run:
         return runner
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train() -> Generator[Train]:
+    """Runs a scenario of `hit_runs`; returns the exit status."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.runs.hit_runs"],
+        cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        assert stdout.readline() == "ready\n"
+
+        def train(
+            folder: Path,
+            *hits: tuple[str, int, str],
+            skip: int = 0,
+            architecture: str = "topk_sparse",
+            saes: tuple[str, ...] = (),
+            **options: Any,
+        ) -> int:
+            scenario = {
+                "folder": str(folder),
+                "hits": [{"moment": m, "at": at, "signal": s} for m, at, s in hits],
+                "skip": skip,
+                "architecture": architecture,
+                "saes": saes,
+                "options": {"n_checkpoints": 3, **options},
+            }
+            stdin.write(json.dumps(scenario) + "\n")
+            stdin.flush()
+            return int(stdout.readline())
+
+        yield train
+        stdin.close()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The output of a training that nobody stops."""
+    made: dict[str, Path] = {}
+
+    def output(**scenario: Any) -> Path:
+        key = json.dumps(scenario)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            assert train(folder, **scenario) == 0, log_of(folder)
+            made[key] = folder / "output"
+        return made[key]
+
+    return output

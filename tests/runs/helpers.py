@@ -1,10 +1,12 @@
 """Configurations of runs so small that they take a second."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sae_lens import (
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
@@ -14,6 +16,7 @@ from sae_lens import (
 from sae_lens.config import LoggingConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
+from safetensors.torch import load_file
 
 from saelens_sparse import SparseTopKTrainingSAEConfig
 
@@ -25,6 +28,17 @@ Config = type[TrainingSAEConfig]
 BOTH: list[Config] = [TopKTrainingSAEConfig, SparseTopKTrainingSAEConfig]
 # Runs SAELens's stock runner; see the fixture `run`.
 Run = Callable[..., LanguageModelSAETrainingRunner]
+# Runs a scenario of `hit_runs` and returns its exit status; see the fixture `train`.
+Train = Callable[..., int]
+# What a checkpoint holds of each SAE, and of the run.
+SAE_FILES = {
+    "sae_weights.safetensors",
+    "cfg.json",
+    "sparsity.safetensors",
+    "trainer_state.pt",
+    "activation_scaler.json",
+}
+RUN_FILES = {"activations_store_state.safetensors", "runner_cfg.json"}
 what_libraries_say = [
     # What SAELens, TransformerLens and datasets say about tiny data and about themselves.
     pytest.mark.filterwarnings("ignore:.*dataset.*:UserWarning"),
@@ -119,3 +133,33 @@ def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def read_all(folder: Path) -> None:
+    """Fails where a file is cut."""
+    for path in folder.rglob("*.*"):
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".pt":
+            torch.load(path)
+
+
+def assert_same_output(folder: Path, expected: Path) -> None:
+    """Bit for bit."""
+    files = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        tensors, others = load_file(folder / file), load_file(expected / file)
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, others[name]), (file, name)
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "log.txt").read_text()

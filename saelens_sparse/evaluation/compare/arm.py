@@ -33,6 +33,7 @@ import saelens_sparse
 from saelens_sparse.evaluation.compare.evaluate import evaluate
 from saelens_sparse.evaluation.compare.process_memory import ProcessMemory
 from saelens_sparse.evaluation.compare.records import ArmFolder, Step
+from saelens_sparse.training import SparseSAETrainer
 
 SAMPLE_ROWS = 1024
 """Activations kept, to try the saved SAE on."""
@@ -201,8 +202,13 @@ class ArmRunner(LanguageModelSAETrainingRunner):
         self.turns.tell(event="finished")
 
 
-class OwnArmRunner(saelens_sparse.SparseTrainingRunner, ArmRunner):
+class OwnArmRunner(ArmRunner, saelens_sparse.SparseTrainingRunner):
     """The same, with the step of `SparseTrainingRunner`."""
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        own = SparseSAETrainer.taking_over(trainer)  # before its step is measured
+        return super().run_trainer_with_interruption_handling(own)
 
 
 def main(args: list[str]) -> None:

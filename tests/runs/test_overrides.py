@@ -1,0 +1,203 @@
+"""What a subclass overrides, or somebody patches, is called by the package's own trainer too."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import (
+    HookedSAETransformer,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    TrainingSAE,
+)
+
+from saelens_sparse import SparseMultiSAETrainingRunner, SparseTrainingRunner
+from tests.conftest import Target
+from tests.runs.helpers import BATCH, config_of, multi_config, runner_config, what_libraries_say
+from tests.sae_helpers import assert_same_training, superposed_rows
+from tests.test_training import make_trainer, own_trainer, pair, state_of, train
+
+pytestmark = what_libraries_say
+N_STEPS = 4
+Sae = TrainingSAE[Any]
+
+
+def another_loss(output: Any) -> Any:
+    output.loss = output.loss + 3 * output.sae_out.square().mean()
+    return output
+
+
+def other_losses(losses: Any) -> Any:
+    return {name: 1.5 * loss for name, loss in losses.items()}
+
+
+def twice_the_acts(result: Any) -> Any:
+    acts, hidden_pre = result
+    return 2 * acts, hidden_pre
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "training_forward_pass": another_loss,
+    "calculate_aux_loss": other_losses,
+    "encode_with_hidden_pre": twice_the_acts,
+    "decode": lambda reconstruction: 0.9 * reconstruction,
+    "mse_loss_fn": lambda loss: 2 * loss,
+}
+WAYS = [
+    (name, way)
+    for name in CHANGES
+    for way in ("subclass", "instance", "class")
+    if name != "mse_loss_fn" or way == "instance"  # where it is an attribute
+]
+
+
+def change(sae: Sae, name: str, way: str, patch: pytest.MonkeyPatch) -> list[int]:
+    """Change what a method returns; the list gets longer with each call."""
+    calls: list[int] = []
+    original = getattr(sae if way == "instance" else type(sae), name)
+
+    def changed(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return CHANGES[name](original(*args, **options))
+
+    if way == "subclass":
+        sae.__class__ = type("Changed", (type(sae),), {name: changed})
+    elif way == "class":
+        patch.setattr(type(sae), name, changed)
+    else:
+        setattr(sae, name, changed)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "way"), WAYS)
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_is_called_once_a_step_and_trained(
+    architecture: str, name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, sae = pair(architecture, Target("torch", "cpu", (torch.float32,)))
+    batches = [superposed_rows(sae, 32) for _ in range(N_STEPS)]
+    options = {"dead_feature_window": 1}  # for Top-K's auxiliary loss
+    unchanged = own_trainer(copy.deepcopy(sae), **options)
+    train(unchanged, batches)
+    states: list[dict[str, torch.Tensor]] = []
+    for make in (make_trainer, own_trainer):
+        with monkeypatch.context() as patch:
+            trained = copy.deepcopy(sae)
+            calls = change(trained, name, way, patch)
+            trainer = make(trained, **options)
+            train(trainer, batches)
+            assert len(calls) == N_STEPS
+            states.append(state_of(trainer))
+    for part, value in states[0].items():
+        torch.testing.assert_close(states[1][part], value, rtol=1e-4, atol=1e-6, msg=part)
+    assert not torch.equal(state_of(unchanged)["W_dec exp_avg"], states[1]["W_dec exp_avg"])
+
+
+class Missing:
+    def holds(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_is_never_given_an_incomplete_code(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, sae = pair(architecture, Target("torch", "cpu", (torch.float32,)))
+    batch = superposed_rows(sae, 32)
+    start = type(sae).start_training_forward_pass
+
+    def incomplete(self: Sae, step_input: Any) -> Any:
+        output, _ = start(self, step_input)
+        output.loss = output.loss * 1e6
+        return output, [Missing()]
+
+    states: list[dict[str, torch.Tensor]] = []
+    for finds_all in (True, False):
+        with monkeypatch.context() as patch:
+            if not finds_all:
+                patch.setattr(type(sae), "start_training_forward_pass", incomplete)
+            trained = copy.deepcopy(sae)
+            calls = change(trained, "training_forward_pass", "subclass", patch)
+            trainer = own_trainer(trained)
+            train(trainer, [batch])
+            assert len(calls) == 1
+            states.append(state_of(trainer))
+    for part, value in states[0].items():
+        assert torch.equal(states[1][part], value), part
+
+
+def test_sparse_tensors_of_an_override_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of SAELens's own Top-K."""
+    _, sae = pair("topk", Target("torch", "cpu", (torch.float32,)))
+    batch = superposed_rows(sae, 32)
+
+    def to_sparse(output: Any) -> Any:
+        output.feature_acts = output.feature_acts.detach().clone().to_sparse()
+        return output
+
+    monkeypatch.setitem(CHANGES, "training_forward_pass", to_sparse)
+    scores = []
+    for make in (make_trainer, own_trainer):
+        trained = copy.deepcopy(sae)
+        change(trained, "training_forward_pass", "instance", monkeypatch)
+        trainer = make(trained)
+        train(trainer, [batch])
+        scores.append((trainer.act_freq_scores, trainer.n_forward_passes_since_fired))
+    for expected, actual in zip(*scores, strict=True):
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("compile_sae", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("way", ["subclass", "instance"])
+@pytest.mark.parametrize("name", ["training_forward_pass", "calculate_aux_loss"])
+@pytest.mark.parametrize("architecture", ["topk_sparse", "jumprelu_sparse"])
+def test_is_trained_by_the_runner(
+    model: HookedSAETransformer,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    name: str,
+    way: str,
+    compile_sae: bool,
+) -> None:
+    saes = []
+    for runner_class in (LanguageModelSAETrainingRunner, SparseTrainingRunner):
+        torch.manual_seed(0)
+        sae = TrainingSAE.from_dict(config_of(architecture).to_dict())
+        calls = change(sae, name, way, monkeypatch)
+        cfg = runner_config(
+            sae.cfg, tmp_path, training_tokens=N_STEPS * BATCH, compile_sae=compile_sae
+        )
+        runner = runner_class(cfg, override_model=model, override_dataset=dataset, override_sae=sae)
+        saes.append(runner.run())
+        assert len(calls) == N_STEPS
+    assert_same_training(saes[1], saes[0])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_is_trained_by_the_runner_of_several(
+    model: HookedSAETransformer,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    trained = []
+    for runner_class in (MultiSAETrainingRunner, SparseMultiSAETrainingRunner):
+        torch.manual_seed(0)
+        configs = {name: config_of(name) for name in ("topk_sparse", "jumprelu_sparse")}
+        saes = {name: TrainingSAE.from_dict(cfg.to_dict()) for name, cfg in configs.items()}
+        calls = [change(sae, name, "instance", monkeypatch) for sae in saes.values()]
+        runner = runner_class(
+            multi_config(configs, tmp_path, training_tokens=N_STEPS * BATCH),
+            override_model=model, override_dataset=dataset, override_saes=saes,
+        )  # fmt: skip
+        trained.append(runner.run())
+        assert [len(part) for part in calls] == [N_STEPS, N_STEPS]
+    for architecture, sae in trained[0].items():
+        assert_same_training(trained[1][architecture], sae)
