@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from saelens_sparse.implementation import triton_problem
 from saelens_sparse.ops import RowGradient, WeightCopy
+from saelens_sparse.private_names import OPTIMIZER_HOOKS
 
 if TYPE_CHECKING:
     from saelens_sparse.ops.row_gradient_triton import RowGradientSums
@@ -170,7 +171,8 @@ class ClippingAdam(Adam):
     @property
     def has_hooks_of_others(self) -> bool:
         """Whether somebody wants to be called at each step; this module's own hook is one."""
-        return bool(self._optimizer_step_pre_hooks) or len(self._optimizer_step_post_hooks) > 1
+        before, after = (getattr(self, hooks) for hooks in OPTIMIZER_HOOKS)
+        return bool(before) or len(after) > 1
 
     def send_learning_rates(self) -> list[torch.Tensor]:
         """Let the device know of changed learning rates; returns where a replay reads them."""

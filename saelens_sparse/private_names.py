@@ -6,37 +6,76 @@ line that says which name is missing and which releases have it.
 
 from __future__ import annotations
 
-from importlib import import_module
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+import torch
+from sae_lens import llm_sae_training_runner
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from torch.optim import Adam
+from torch.optim.adam import adam
 
+if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig
 
 # The releases that the test suite has been run with.
-_TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13"}
+TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13"}
+
+# SAELens's command line: flags to a runner config.
+COMMAND_LINE = ("_parse_cfg_args",)
+# Called by SAELens's runner of several SAEs, and overridden by `SparseMultiSAETrainingRunner`.
+MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
+# PyTorch's registries of hooks: its public methods add to them and do not tell what is there.
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+# Autograd's count of in-place changes; what makes a tensor whose values come later.
+TENSOR = ("_version", "_make_wrapper_subclass")
+TENSOR_SUBCLASSES = ("DisableTorchFunctionSubclass",)
+# Arguments of `torch.optim.adam.adam`, the functional form of Adam.
+FUNCTIONAL_ADAM = ("fused", "grad_scale")
 
 
-def _private(distribution: str, module: str, name: str) -> Any:
-    try:
-        return attrgetter(name)(import_module(module))
-    except (ImportError, AttributeError):
-        raise ImportError(
-            f"saelens_sparse needs {module}.{name}, which {distribution} {version(distribution)} "
-            f"does not have. It is tested with {distribution} {_TESTED[distribution]}: install "
-            "that, or a newer saelens_sparse."
-        ) from None
+def require(distribution: str, owner: str, names: Iterable[str], found: Iterable[str]) -> None:
+    """
+    Check that names are among those found.
+
+    Raises:
+        ImportError: with the first that is not, and the releases of the distribution that have it.
+    """
+    known = set(found)
+    for name in names:
+        if name not in known:
+            raise ImportError(
+                f"saelens_sparse needs {owner}.{name}, which {distribution} "
+                f"{version(distribution)} does not have. It is tested with {distribution} "
+                f"{TESTED[distribution]}: install that, or a newer saelens_sparse."
+            )
 
 
-parse_cfg_args: Callable[[Sequence[str]], LanguageModelSAERunnerConfig[Any]] = _private(
-    "sae-lens", "sae_lens.llm_sae_training_runner", "_parse_cfg_args"
+def _check() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for distribution, owner, names, found in (
+        (
+            "sae-lens",
+            "llm_sae_training_runner",
+            COMMAND_LINE,
+            dir(llm_sae_training_runner),
+        ),
+        ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
+        ("torch", "nn.Module", MODULE_HOOKS, dir(torch.nn.Module())),
+        ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),
+        ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),
+        ("torch", "_C", TENSOR_SUBCLASSES, dir(torch._C)),  # pyright: ignore[reportPrivateUsage]
+        ("torch", "optim.adam.adam()", FUNCTIONAL_ADAM, inspect.signature(adam).parameters),
+    ):
+        require(distribution, owner, names, found)
+
+
+_check()
+
+parse_cfg_args: Callable[[Sequence[str]], LanguageModelSAERunnerConfig[Any]] = getattr(
+    llm_sae_training_runner, COMMAND_LINE[0]
 )
-"""SAELens's command line: flags to a runner config."""
-
-for _name in ("_run_with_interruption_handling", "_save_final_outputs"):
-    # SAELens's runner of several SAEs calls these, and `SparseMultiSAETrainingRunner` overrides
-    # them.
-    _private("sae-lens", "sae_lens.multi_sae_training_runner", f"MultiSAETrainingRunner.{_name}")

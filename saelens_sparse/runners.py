@@ -33,8 +33,6 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from typing_extensions import override
 
-# Says so if SAELens lacks a method that is overridden here.
-import saelens_sparse.private_names  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from saelens_sparse.checkpoints import whole_checkpoint
 from saelens_sparse.interruption import StopSignals
 from saelens_sparse.output_checks import check_multi_runner_outputs, check_runner_outputs

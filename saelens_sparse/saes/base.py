@@ -36,6 +36,7 @@ from saelens_sparse.ops import (
     row_norms,
 )
 from saelens_sparse.optim import mark_parameter
+from saelens_sparse.private_names import MODULE_HOOKS, TENSOR_HOOKS
 from saelens_sparse.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -46,9 +47,6 @@ if TYPE_CHECKING:
 else:
     _Base = _ConfigBase = object
 
-# PyTorch's own registries: HookPoint.has_hooks() does not see hooks registered past it.
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TENSOR_HOOK_DICTS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 # Beside the weights in a checkpoint: what `auto` has measured, where it measures.
 STATE_FILENAME = "saelens_sparse_state.json"
@@ -377,7 +375,7 @@ class SparseTrainingSAEMixin(_Base):
         if n_pairs > MAX_PAIRS_PER_LATENT * self.cfg.d_sae:
             return None
         parameter = getattr(self, name)
-        if any(getattr(parameter, hooks) for hooks in _TENSOR_HOOK_DICTS):
+        if any(getattr(parameter, hooks) for hooks in TENSOR_HOOKS):
             return None
         return self.row_gradients.setdefault(name, [])
 
@@ -471,14 +469,17 @@ def _lay_out_after_loading(sae: SparseTrainingSAEMixin, *_: Any) -> None:
 
 
 def has_hooks(hook_point: nn.Module) -> bool:
-    """Whether any hook is attached to a hook point (or to what stands in for it)."""
-    return any(getattr(hook_point, hooks) for hooks in _HOOK_DICTS)
+    """Whether any hook is attached to a hook point, or to what stands in for it.
+
+    `HookPoint.has_hooks()` does not see hooks that were registered past it.
+    """
+    return any(getattr(hook_point, hooks) for hooks in MODULE_HOOKS)
 
 
 def any_hooks(sae: nn.Module) -> bool:
     """Whether any hook is attached to a module or a parameter of an SAE."""
     return any(has_hooks(module) for module in sae.modules()) or any(
-        getattr(parameter, hooks) for parameter in sae.parameters() for hooks in _TENSOR_HOOK_DICTS
+        getattr(parameter, hooks) for parameter in sae.parameters() for hooks in TENSOR_HOOKS
     )
 
 
