@@ -38,11 +38,11 @@ batches. Without CONFIG: an SAE of SmolLM2-135M on Python's documentation, which
         help="trains sparse architectures with SAELens's runner, or with this package's "
         "SparseTrainingRunner (default: %(default)s)",
     )
-    add("--output", type=Path, help="folder of the results (default: output/compare_CONFIG)")
+    add("--output", type=folder_name, help="folder of the results (default: output/compare_CONFIG)")
     add(
         "--overwrite",
         action="store_true",
-        help="discard results of a comparison with other settings in the folder",
+        help="discard results in the folder that are of other settings, or damaged",
     )
 
     fields = parser.add_argument_group("instead of what the config says")
@@ -69,7 +69,7 @@ batches. Without CONFIG: an SAE of SmolLM2-135M on Python's documentation, which
     embedded = parser.add_argument_group("without CONFIG")
     add = embedded.add_argument
     add("--text-tokens", type=whole_number(1), help="how much of the text to use (default: all)")
-    add("--cache", type=Path, help="folder of the model and activations")
+    add("--cache", type=folder_name, help="folder of the model and activations")
     return parser
 
 
@@ -82,3 +82,10 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
+
+
+def folder_name(text: str) -> Path:
+    """argparse type: a path; the empty string would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no folder")
+    return Path(text)
