@@ -76,3 +76,11 @@ def make_config(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.json"
     path.write_text(json.dumps(config))
     return path
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """What every file in a folder holds, by its path; None for a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }

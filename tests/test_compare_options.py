@@ -231,37 +231,6 @@ def test_without_a_checkpoint_a_training_starts_anew(tmp_path: Path, config: Mak
     assert not (tmp_path / "topk" / "steps.jsonl").exists()
 
 
-def test_checkpoints_are_resumed_from_if_both_are_there(tmp_path: Path, config: MakeConfig) -> None:
-    state, _ = settle(tmp_path, config())
-    paths = [tmp_path / name / "checkpoints" / "512" for name in ("topk", "topk_sparse")]
-    for path in paths:
-        path.mkdir(parents=True)
-    state.record_checkpoint(4, ["topk", "topk_sparse"], [str(path) for path in paths])
-    state.save(tmp_path)
-    pretend_steps(tmp_path, 5)
-    resumed, message = settle(tmp_path, config())
-    assert message == (
-        "Resuming both arms from their checkpoints after step 4 of the 5 that they had taken"
-    )
-    assert (resumed.run, resumed.resumed_at) == (state.run, [4])
-
-    paths[0].rmdir()
-    _, message = settle(tmp_path, config())
-    assert message.startswith("Starting anew")
-    assert not paths[1].exists()
-
-
-def test_a_finished_training_is_not_repeated(tmp_path: Path, config: MakeConfig) -> None:
-    state, _ = settle(tmp_path, config())
-    pretend_steps(tmp_path, 30)
-    state.trained = True
-    state.save(tmp_path)
-    again, message = settle(tmp_path, config())
-    assert again == state
-    assert message.startswith("Both arms are already trained")
-    assert (tmp_path / "topk" / "steps.jsonl").exists()
-
-
 def test_first_difference_names_the_field() -> None:
     before = {"a": {"b": 1, "c": [2]}, "d": 3}
     assert first_difference(before, {"a": {"b": 1, "c": [4]}, "d": 3}) == (

@@ -94,7 +94,7 @@ def test_a_file_that_is_no_runner_config_is_named(
     ("arguments", "message"),
     [
         (["compare", f"--output={'x' * 5000}"], "--output: 'xxx"),
-        (["compare", "--output="], "--output: '' is not the name of a folder"),
+        (["compare", "--output="], "--output: '' names no folder"),
         (["compare", "--cache=file"], "--cache: 'file' cannot be written to: it is not a folder"),
         (["compare", f"--steps={'9' * 6000}"], "--steps: '999"),
         (["compare", "--steps=99999999999999999999"], "--steps: 99999999999999999999 has more tha"),
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_runner_config_is_named(
         (["profile", f"--shape={'9' * 6000},2,3,4"], "--shape: '999"),
         (["profile", "--shape=16,64,4,8", "--output=file"], "--output: 'file' cannot be written"),
         (["profile", "--shape=16,64,4,8", f"--output={'x' * 5000}"], "--output: 'xxx"),
-        (["profile", "--shape=16,64,4,8", "--output="], "--output: '' is not the name of a folder"),
+        (["profile", "--shape=16,64,4,8", "--output="], "--output: '' names no folder"),
         (["profile", "--shape=16,64,4"], "--shape: '16,64,4' is not D_IN,D_SAE,K,BATCH"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -60,7 +60,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 def writable_folder(text: str) -> Path:
     """argparse type: a folder that exists or can be made, and can be written to."""
     if not text:
-        raise argparse.ArgumentTypeError("'' is not the name of a folder")
+        raise argparse.ArgumentTypeError("'' names no folder")
     try:
         check_writable("folder", text, 0)
     except ValueError as error:

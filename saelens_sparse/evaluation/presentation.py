@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saelens_sparse.evaluation.results import write_whole
+from saelens_sparse.evaluation.whole_files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

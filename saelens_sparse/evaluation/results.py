@@ -43,14 +43,6 @@ def device_name(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, which appears only once it is whole, and its folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-    scratch.replace(path)
-
-
 def slug(text: str) -> str:
     """The text in lower case, with one underscore for everything that is no letter or digit."""
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")

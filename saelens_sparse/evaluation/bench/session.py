@@ -18,7 +18,7 @@ from saelens_sparse.evaluation.command_line import (
     Parser,
     add_measuring_options,
 )
-from saelens_sparse.evaluation.results import RESULTS, ResultsFile, environment
+from saelens_sparse.evaluation.results import RESULTS, ResultsFile, environment, load_rows
 from saelens_sparse.runner_config import UsageError
 
 
@@ -66,8 +66,8 @@ def run_contest(
 
 def open_results(args: argparse.Namespace) -> ResultsFile:
     """The file that rows go to; says where it is before anything is measured."""
-    if args.out is not None and args.out.is_dir():
-        raise UsageError(f"--out must name a JSON Lines file; {args.out} is a folder")
+    if args.out is not None:
+        _check_out(args.out)
     results = ResultsFile(args.out, environment(args.device, args.commit))
     print(f"{results.environment['device']}; rows go to {results.path}", flush=True)
     return results
@@ -102,6 +102,20 @@ def names_of(
         return [member for name in asked for member in groups.get(name, (name,))]
 
     return parse
+
+
+def _check_out(path: Path) -> None:
+    """Refuse a file that rows cannot be appended to, or that has other content than rows."""
+    if path.is_dir():
+        raise UsageError(f"--out must name a JSON Lines file; {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        rows = load_rows([path])
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--out: {path} cannot be used: {error}") from error
+    if path.stat().st_size and not any("device" in row for row in rows):
+        raise UsageError(f"--out: {path} holds something else than rows; name another file")
 
 
 def _parser(name: str, contest_class: type[Contest[Any]]) -> Parser:

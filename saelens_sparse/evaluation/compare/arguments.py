@@ -50,7 +50,7 @@ batches. Without CONFIG: an SAE of SmolLM2-135M on Python's documentation, which
     add(
         "--overwrite",
         action="store_true",
-        help="discard results of a comparison with other settings in the folder",
+        help="discard results in the folder that are of other settings, or damaged",
     )
 
     fields = parser.add_argument_group("instead of what the config says")

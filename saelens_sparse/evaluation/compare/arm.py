@@ -33,6 +33,8 @@ import saelens_sparse
 from saelens_sparse.evaluation.compare.evaluate import evaluate
 from saelens_sparse.evaluation.compare.process_memory import ProcessMemory
 from saelens_sparse.evaluation.compare.records import ArmFolder, Step
+from saelens_sparse.evaluation.output_folder import lock_folder
+from saelens_sparse.evaluation.whole_files import sync_folder, whole_file, write_whole
 from saelens_sparse.training import SparseSAETrainer
 
 SAMPLE_ROWS = 1024
@@ -179,7 +181,8 @@ class ArmRunner(LanguageModelSAETrainingRunner):
         ]
         if trainer.n_training_samples == 0 and hasattr(trainer.sae, "W_dec"):
             decoder = trainer.sae.W_dec.detach().to("cpu", torch.float16).contiguous()
-            save_file({"W_dec": decoder}, self.folder.initial_decoder)
+            with whole_file(self.folder.initial_decoder) as scratch:
+                save_file({"W_dec": decoder}, scratch)
         self.steps = MeasuredSteps(trainer, self.turns)
         # Once more, for the batches: an arm may draw another number of values for its weights.
         torch.manual_seed(self.cfg.seed + self.steps.steps_taken)
@@ -188,6 +191,8 @@ class ArmRunner(LanguageModelSAETrainingRunner):
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None:
+            sync_folder(checkpoint_path)
         self.steps.checkpoint = None if checkpoint_path is None else str(checkpoint_path)
 
     @override
@@ -196,9 +201,10 @@ class ArmRunner(LanguageModelSAETrainingRunner):
     ) -> None:
         self.steps.wait_for_turn()
         super().save_final_sae(sae, output_path, log_feature_sparsity)
-        save_file(self.steps.final_state(), self.folder.latents)
-        evaluation = evaluate(self, sae)
-        self.folder.evaluation.write_text(json.dumps(evaluation, indent=2) + "\n")
+        sync_folder(Path(output_path))
+        with whole_file(self.folder.latents) as scratch:
+            save_file(self.steps.final_state(), scratch)
+        write_whole(self.folder.evaluation, json.dumps(evaluate(self, sae), indent=2) + "\n")
         self.turns.tell(event="finished")
 
 
@@ -226,10 +232,12 @@ def main(args: list[str]) -> None:
     cfg = LanguageModelSAERunnerConfig.from_dict(json.loads(folder.config.read_text()))
     if options.resume is not None:
         cfg.resume_from_checkpoint = options.resume
-    runner = (OwnArmRunner if options.runner == "own" else ArmRunner)(cfg)
-    runner.folder = folder
-    runner.turns = Turns(driver)
-    runner.run()
+    # An arm may outlive its comparison for a step, or while it saves.
+    with lock_folder(folder.path):
+        runner = (OwnArmRunner if options.runner == "own" else ArmRunner)(cfg)
+        runner.folder = folder
+        runner.turns = Turns(driver)
+        runner.run()
 
 
 if __name__ == "__main__":

@@ -23,22 +23,42 @@ from saelens_sparse.evaluation.compare.driver import (
 )
 from saelens_sparse.evaluation.compare.options import Comparison, is_sparse, parse_comparison
 from saelens_sparse.evaluation.compare.report import collect, write_report
-from saelens_sparse.evaluation.compare.state import State, open_output
-from saelens_sparse.evaluation.results import write_whole
+from saelens_sparse.evaluation.compare.state import (
+    STATE_FILE,
+    State,
+    damage_of_results,
+    open_output,
+    read_state,
+)
+from saelens_sparse.evaluation.output_folder import enter_output_folder
+from saelens_sparse.evaluation.whole_files import damage, write_whole
+from saelens_sparse.runner_config import UsageError
 
+INPUT_SUFFIXES = (".arrow", ".json", ".jsonl", ".safetensors")
 EXIT_STATUS = {"complete": 0, "failed": 1, "interrupted": 130}
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     comparison = parse_comparison(args)
-    comparison.output.mkdir(parents=True, exist_ok=True)
-    state, message = open_output(comparison)
-    if message:
-        print(message, flush=True)
+    with ExitStack() as lock:
+        try:
+            read_state(comparison.output)  # a folder that is refused is left as it is
+            lock.enter_context(enter_output_folder(comparison.output, STATE_FILE))
+            state, message = open_output(comparison)
+        except OSError as error:
+            raise UsageError(f"--output: {comparison.output} cannot be used: {error}") from error
+        if message:
+            print(message, flush=True)
+        return run(comparison, state)
+
+
+def run(comparison: Comparison, state: State) -> int:
+    """Train what is not trained, and report; returns the exit status."""
     # SIGTERM, like Ctrl-C, keeps what there is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
+    finished_before = state.trained
     status, shared, opened = "complete", None, None
     try:
         if not state.trained:
@@ -49,10 +69,27 @@ def main(args: Sequence[str]) -> int:
         shared = match_dictionaries(comparison)
     except KeyboardInterrupt:
         status = "interrupted"
-        print("\nInterrupted; reporting what there is", file=sys.stderr)
-    except ComparisonError as error:
+        print("\nInterrupted; what there is stays", file=sys.stderr)
+    except (ComparisonError, OSError) as error:
         status = "failed"
         print(f"compare: {error}", file=sys.stderr)
+    if status == "complete" or not finished_before:
+        try:
+            report(comparison, state, status, shared, opened)
+        except OSError as error:
+            print(f"compare: the report cannot be written: {error}", file=sys.stderr)
+            return EXIT_STATUS["failed"]
+    return EXIT_STATUS[status]
+
+
+def report(
+    comparison: Comparison,
+    state: State,
+    status: str,
+    shared: dict[str, Any] | None,
+    opened: str | None,
+) -> None:
+    """Write and print what there is."""
     findings = collect(comparison, state, status, shared, opened)
     if findings is None:
         results = {"status": status, "settings": state.settings}
@@ -60,13 +97,18 @@ def main(args: Sequence[str]) -> int:
         write_whole(comparison.output / "results.json", text)
     else:
         write_report(comparison, state, findings)
-    return EXIT_STATUS[status]
 
 
 def prepare_inputs(comparison: Comparison) -> None:
     """Make the embedded model, text and activations, unless an earlier run has left them."""
     config = comparison.shared
-    if all(Path(config[name]).exists() for name in embedded_inputs.INPUT_FIELDS):
+    folders = [Path(config[name]) for name in embedded_inputs.INPUT_FIELDS]
+    for folder in filter(Path.exists, folders):
+        files = [path for path in folder.glob("*") if path.suffix in INPUT_SUFFIXES]
+        problems = (f"{path} {problem}" for path in files if (problem := damage(path)))
+        if (problem := next(problems, None if files else f"{folder} has no files")) is not None:
+            raise ComparisonError(f"{problem}; remove {folder}, or name another --cache")
+    if all(folder.exists() for folder in folders):
         return
     print("Preparing SmolLM2-135M and its activations on Python's documentation (once)", flush=True)
     module = "saelens_sparse.evaluation.compare.embedded_inputs"
@@ -81,6 +123,7 @@ def train(comparison: Comparison, state: State) -> None:
     """Train, save and evaluate both arms, from their checkpoints where the state has some."""
     logs = comparison.shared["logger"].get("log_to_wandb", True)
     names = list(comparison.configs)
+    samples = state.checkpoint_step * comparison.shared["train_batch_size_tokens"]
     print(f"Training {' and '.join(names)} in turn, {comparison.n_steps} steps each", flush=True)
     with ExitStack() as running:
         arms = [
@@ -93,18 +136,20 @@ def train(comparison: Comparison, state: State) -> None:
                         wandb_group=state.run if logs else None,
                         architecture=folder.architecture,
                     ),
-                    checkpoint=state.checkpoints.get(folder.architecture),
+                    checkpoint=str(folder.checkpoint(samples)) if samples else None,
                     steps_before=state.checkpoint_step,
                 )
             )
             for folder in comparison.folders
         ]
 
-        def on_checkpoint(step: int, paths: list[str]) -> None:
-            state.record_checkpoint(step, names, paths)
+        def on_checkpoint(step: int) -> None:
+            state.checkpoint_step = step
             state.save(comparison.output)
 
         train_in_turn(arms, comparison.n_steps, on_checkpoint)
+    if (problem := damage_of_results(comparison)) is not None:
+        raise ComparisonError(f"the training has ended, but {problem}")
     state.trained = True
     state.save(comparison.output)
 
@@ -124,20 +169,16 @@ def check_in_stock_saelens(comparison: Comparison) -> str | None:
         check=False,
     )
     if process.returncode:
-        raise ComparisonError(f"stock SAELens could not open the SAE:\n{process.stderr}")
+        error = (process.stderr.strip() or f"exit status {process.returncode}").splitlines()[-1]
+        raise ComparisonError(f"stock SAELens could not open {folder.sae}: {error}")
     return process.stdout.strip().splitlines()[-1]
 
 
 def match_dictionaries(comparison: Comparison) -> dict[str, Any] | None:
-    """Match the latents of both arms, once: the result is kept."""
-    kept = comparison.output / "dictionaries.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    """Match the latents of both arms; None if one of them has no decoder."""
+    if not all(map(has_dictionary, comparison.folders)):
+        return None
     try:
-        if not all(map(has_dictionary, comparison.folders)):
-            return None
-        shared = compare_dictionaries(comparison.folders, comparison.shared["device"])
-    except (OSError, SafetensorError, RuntimeError) as error:
+        return compare_dictionaries(comparison.folders, comparison.shared["device"])
+    except (OSError, SafetensorError, RuntimeError, LookupError) as error:
         raise ComparisonError(f"the dictionaries could not be matched: {error}") from error
-    write_whole(kept, json.dumps(shared) + "\n")
-    return shared

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from saelens_sparse.evaluation.compare.records import ArmFolder
+from saelens_sparse.evaluation.whole_files import damage
 
 THRESHOLDS = (0.7, 0.9, 0.99)
 SIMILARITIES_AT_ONCE = 2**26
@@ -125,10 +125,7 @@ def compare_dictionaries(folders: Sequence[ArmFolder], device: str) -> dict[str,
     """`share` of two trained arms, with a progress bar."""
     decoders = [load_file(folder.sae / SAE_WEIGHTS_FILENAME)["W_dec"] for folder in folders]
     alive = [load_file(folder.latents)["alive"] for folder in folders]
-    initial = [
-        load_file(folder.initial_decoder)["W_dec"] if folder.initial_decoder.exists() else None
-        for folder in folders
-    ]
+    initial = [load_file(folder.initial_decoder)["W_dec"] for folder in folders]
     total = int(alive[0].sum())
     with tqdm(total=total, desc="Matching", unit="latent", dynamic_ncols=True) as bar:
         return share(decoders, alive, initial, device, on_rows=bar.update)
@@ -136,8 +133,7 @@ def compare_dictionaries(folders: Sequence[ArmFolder], device: str) -> dict[str,
 
 def has_dictionary(folder: ArmFolder) -> bool:
     """Whether the arm's saved SAE has a decoder to be matched."""
-    weights: Path = folder.sae / SAE_WEIGHTS_FILENAME
-    return weights.exists() and folder.latents.exists() and "W_dec" in load_file(weights)
+    return damage(folder.sae / SAE_WEIGHTS_FILENAME, "W_dec") is None
 
 
 def _unit(decoder: torch.Tensor, alive: torch.Tensor, device: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from saelens_sparse.evaluation.compare.records import ArmFolder, Step, load_steps
+from saelens_sparse.evaluation.whole_files import write_whole
 
 GOODBYE_SECONDS = 20
 """For an arm to end its step and log out, once the comparison is interrupted."""
@@ -47,7 +48,7 @@ class ArmProcess:
         self.steps: list[Step] = load_steps(folder.steps)[:steps_before]
         self.checkpoint = checkpoint
         self.taken = steps_before
-        folder.steps.write_text("".join(step.to_json() + "\n" for step in self.steps))
+        write_whole(folder.steps, "".join(step.to_json() + "\n" for step in self.steps))
         self._steps_file = folder.steps.open("a", buffering=1)
         command = [sys.executable, "-m", "saelens_sparse.evaluation.compare.arm", str(folder.path)]
         command += ["--runner", runner]
@@ -108,6 +109,10 @@ class ArmProcess:
         self.steps.append(step)
         return step
 
+    def sync_steps(self) -> None:
+        """Return once the steps so far are on the disk."""
+        os.fsync(self._steps_file.fileno())
+
     def finish(self) -> None:
         """Let the arm, ready after its last step, save and evaluate its SAE."""
         self._give_turn()
@@ -140,7 +145,7 @@ class ArmProcess:
 
 
 def train_in_turn(
-    arms: Sequence[ArmProcess], n_steps: int, on_checkpoint: Callable[[int, list[str]], None]
+    arms: Sequence[ArmProcess], n_steps: int, on_checkpoint: Callable[[int], None]
 ) -> None:
     """
     Give the arms their turns, a step each, until all have taken `n_steps`; then let them finish.
@@ -148,8 +153,7 @@ def train_in_turn(
     Args:
         arms: Stand at the same step.
         n_steps: Of the whole training.
-        on_checkpoint: Called with a number of steps, and the arms' checkpoints after so many,
-            when all arms have one.
+        on_checkpoint: Called with a number of steps when all arms have a checkpoint after so many.
     """
     for arm in arms:
         arm.wait_until_ready()
@@ -165,10 +169,14 @@ def train_in_turn(
                 arm.wait_until_ready()
             checkpoints = [arm.checkpoint for arm in arms]
             if None not in checkpoints and checkpoints != recorded:
-                on_checkpoint(index + 1, [str(checkpoint) for checkpoint in checkpoints])
+                for arm in arms:
+                    arm.sync_steps()
+                on_checkpoint(index + 1)
                 recorded = checkpoints
             bar.set_postfix_str(_progress(arms), refresh=False)
             bar.update()
+    for arm in arms:
+        arm.sync_steps()
     for arm in tqdm(arms, desc="Saving and evaluating", unit="SAE", dynamic_ncols=True):
         arm.finish()
 

@@ -26,8 +26,11 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from filelock import FileLock
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from saelens_sparse.evaluation.whole_files import sync_folder
 
 EMBEDDED_CONFIGS = {
     "topk_sparse": Path(__file__).with_name("smollm2_demo_topk.json"),
@@ -41,15 +44,21 @@ INPUT_FIELDS = ("model_name", "dataset_path", "cached_activations_path")
 def make_once(target: Path, make: Callable[[Path], None]) -> None:
     """Call `make` on a scratch folder and name it `target`, unless `target` already exists.
 
-    An interrupted call leaves no `target`, so the next one starts afresh.
+    An interrupted call leaves no `target`, so the next one starts afresh. A second process waits
+    for the first.
     """
     if target.exists():
         return
-    scratch = target.with_name(target.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    make(scratch)
-    scratch.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if target.exists():
+            return
+        scratch = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        make(scratch)
+        sync_folder(scratch)
+        scratch.rename(target)
 
 
 def find_gguf() -> Path:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATIONS_STORE_STATE_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+
+from saelens_sparse.evaluation.whole_files import damage
 
 # The terms of SAELens's losses that the report speaks of; an architecture may have others.
 MSE = "mse_loss"
@@ -53,6 +64,28 @@ class Step:
         """One line of `steps.jsonl`."""
         return json.dumps(asdict(self))
 
+    @staticmethod
+    def from_json(line: str) -> Step:
+        """
+        The step of a line.
+
+        Raises:
+            ValueError: the line is no step.
+        """
+        try:
+            values = json.loads(line)
+            values.pop("threads", None)  # which earlier versions wrote
+            step = Step(**values)
+            losses = values.pop("losses")
+            del values["implementation"]
+            numbers = [losses[MSE], *losses.values()]
+            numbers += (v for name, v in values.items() if v is not None or "bytes" not in name)
+            if all(isinstance(value, int | float) for value in numbers):
+                return step
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            pass
+        raise ValueError(f"not a step: {line[:80]!r}")
+
 
 @dataclass(frozen=True)
 class ArmFolder:
@@ -89,6 +122,10 @@ class ArmFolder:
         """SAELens's checkpoints, each in a folder named by the number of tokens."""
         return self.path / "checkpoints"
 
+    def checkpoint(self, n_samples: int) -> Path:
+        """The checkpoint after so many tokens."""
+        return self.checkpoints / str(n_samples)
+
     @property
     def initial_decoder(self) -> Path:
         """The decoder before the first step, `[d_sae, d_in]` in float16."""
@@ -117,17 +154,55 @@ class ArmFolder:
             self.evaluation,
         )
 
+    def damage_of_results(self, n_steps: int) -> str | None:
+        """What is wrong with the results of a finished training; None if all are whole."""
+        needed = {
+            self.sae / SAE_WEIGHTS_FILENAME: (),
+            self.sae / SAE_CFG_FILENAME: ("architecture",),
+            self.sae / SPARSITY_FILENAME: ("sparsity",),
+            self.latents: ("alive", "activations"),
+            self.evaluation: ("skipped",),
+        }
+        if damage(self.sae / SAE_WEIGHTS_FILENAME, "W_dec") is None:
+            needed[self.initial_decoder] = ("W_dec",)
+        if (problem := _first_damage(needed)) is not None:
+            return problem
+        taken = len(load_steps(self.steps))
+        return None if taken == n_steps else f"{self.steps} has {taken} of the {n_steps} steps"
+
+    def damage_of_checkpoint(self, n_samples: int) -> str | None:
+        """What keeps a training from going on from a checkpoint; None if nothing does."""
+        checkpoint = self.checkpoint(n_samples)
+        return _first_damage(
+            {
+                checkpoint / SAE_WEIGHTS_FILENAME: (),
+                checkpoint / TRAINER_STATE_FILENAME: (),
+                checkpoint / ACTIVATIONS_STORE_STATE_FILENAME: (),
+                checkpoint / ACTIVATION_SCALER_CFG_FILENAME: ("scaling_factor",),
+            }
+        )
+
 
 def load_steps(path: Path) -> list[Step]:
-    """The steps of a file; a last line cut short, by a machine that went down, is left out."""
+    """
+    The steps of a file, up to the first line that is not the next step.
+
+    A machine that goes down cuts the last line short.
+    """
     steps: list[Step] = []
-    if not path.exists():
+    if not path.is_file():
         return steps
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            values: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
+            step = Step.from_json(line)
+        except ValueError:
             break
-        values.pop("threads", None)  # which earlier versions wrote
-        steps.append(Step(**values))
+        if step.step != len(steps) + 1:
+            break
+        steps.append(step)
     return steps
+
+
+def _first_damage(needed: Mapping[Path, tuple[str, ...]]) -> str | None:
+    problems = ((path, damage(path, *names)) for path, names in needed.items())
+    return next((f"{path} {problem}" for path, problem in problems if problem), None)

@@ -35,7 +35,8 @@ from saelens_sparse.evaluation.presentation import (
     html_text,
     plain_table,
 )
-from saelens_sparse.evaluation.results import environment, write_whole
+from saelens_sparse.evaluation.results import environment
+from saelens_sparse.evaluation.whole_files import damage, write_whole
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def collect(
     batch_size = comparison.shared["train_batch_size_tokens"]
     a, b = (summarize(name, taken, batch_size) for name, taken in steps.items())
     evaluations: list[dict[str, Any] | None] = [
-        json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else None
+        None
+        if damage(folder.evaluation, "skipped")
+        else json.loads(folder.evaluation.read_text(encoding="utf-8"))
         for folder in comparison.folders
     ]
     return Findings(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from saelens_sparse.evaluation.command_line import (
     parse_shape,
     writable_folder,
 )
+from saelens_sparse.evaluation.output_folder import enter_output_folder
 from saelens_sparse.evaluation.presentation import label_of
 from saelens_sparse.evaluation.profile.arm import (
     Measurement,
@@ -36,6 +38,7 @@ from saelens_sparse.evaluation.profile.ceilings import Ceilings, measure_ceiling
 from saelens_sparse.evaluation.profile.counters import why_not
 from saelens_sparse.evaluation.profile.report import (
     REPORT_FILE,
+    RESULTS_FILE,
     read_results,
     terminal_text,
     write_report,
@@ -71,11 +74,20 @@ def main(args: Sequence[str]) -> int:
     folder = options.output or Path(_folder_name(settings, options.config))
     with usage_errors():
         check_writable("--output", folder, 0)
-    results = _results_to_continue(settings, folder)
+    with ExitStack() as lock:
+        try:
+            results = _results_to_continue(settings, folder)
+            lock.enter_context(enter_output_folder(folder, RESULTS_FILE))
+        except OSError as error:
+            raise UsageError(f"--output: {folder} cannot be used: {error}") from error
+        return _profile(arms, settings, results, folder)
+
+
+def _profile(arms: Sequence[Arm], settings: Settings, results: Record, folder: Path) -> int:
+    """Measure the arms that the results lack, and report; returns the exit status."""
     missing = [arm for arm in arms if results["arms"].get(arm.name, {}).get("status") != "ok"]
     interrupted = False
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             _measure(missing, settings, results, folder)
         except KeyboardInterrupt:
@@ -208,6 +220,7 @@ def _measure(arms: Sequence[Arm], settings: Settings, results: Record, folder: P
             found = measure_ceilings(problem, settings.device)
             results["ceilings"] = asdict(found)
             results["floor_ms"] = found.floor_ms(problem)
+        write_results(results, folder)  # before traces: the folder is known by it
         ceilings = Ceilings(**results["ceilings"])
         bar.update()
         measurement = Measurement(settings, inputs, folder)

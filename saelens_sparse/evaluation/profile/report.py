@@ -29,7 +29,8 @@ from saelens_sparse.evaluation.profile.tables import (
     summary_table,
     waits_table,
 )
-from saelens_sparse.evaluation.results import write_whole
+from saelens_sparse.evaluation.whole_files import damage, write_whole
+from saelens_sparse.runner_config import UsageError
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 
@@ -40,12 +41,19 @@ def write_results(results: Record, folder: Path) -> None:
 
 
 def read_results(folder: Path) -> Record | None:
-    """What an earlier run left in the folder; None if that is nothing that can be read."""
-    try:
-        results = json.loads((folder / RESULTS_FILE).read_text())
-    except (OSError, json.JSONDecodeError):
+    """
+    What an earlier run left in the folder; None if there was none.
+
+    Raises:
+        UsageError: the folder's results are not those of a profile, or damaged.
+    """
+    path = folder / RESULTS_FILE
+    if not path.exists():
         return None
-    return results if isinstance(results, dict) and "arms" in results else None
+    # Results of a comparison have no ceilings.
+    if (problem := damage(path, "settings", "environment", "ceilings", "arms")) is not None:
+        raise UsageError(f"--output: {path} {problem}; name another folder")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_report(results: Record, folder: Path) -> None:
