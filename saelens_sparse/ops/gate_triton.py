@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.device import kernel, on_device_of_arguments
+from saelens_sparse.ops.float16_product import has_float32_sums
 from saelens_sparse.ops.gate import GatePattern, gate_and_edge
 from saelens_sparse.ops.ragged import RaggedRows
 from saelens_sparse.ops.row_ops_triton import gather_dot
@@ -42,13 +43,14 @@ class GateLaunch:
     MARK_COLS: int = 512
     MARK_ROWS: int = 8
     MARK_WARPS: int = 2
+    LIST_WORDS: int = 32768
     RESOLVE_PAIRS: int = 256
 
 
 LAUNCH = GateLaunch()
 
 
-@triton.jit
+@kernel
 def _mark_kernel(
     words_ptr,  # [N, W] int32, bit i of word w is latent 32 w + i
     edges_ptr,  # [L]
@@ -108,7 +110,7 @@ def _count_bits(words):
     return ((words * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
+@kernel
 def _count_marks_kernel(
     counts_ptr,  # [N] int64
     words_ptr,  # [N, W]
@@ -116,12 +118,15 @@ def _count_marks_kernel(
     BLOCK_W: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    w = tl.arange(0, BLOCK_W)
-    words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
-    tl.store(counts_ptr + n, tl.sum(_count_bits(words), axis=0).to(tl.int64))
+    count = tl.zeros((BLOCK_W,), tl.int32)
+    for start in range(0, W, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
+        count += _count_bits(words)
+    tl.store(counts_ptr + n, tl.sum(count, axis=0).to(tl.int64))
 
 
-@triton.jit
+@kernel
 def _list_marks_kernel(
     latents_ptr,  # [P] int64
     rows_ptr,  # [P] int32
@@ -139,26 +144,30 @@ def _list_marks_kernel(
 ):
     """The marked latents of a row in order; each turn lists the lowest mark left in every word."""
     n = tl.program_id(0).to(tl.int64)
-    w = tl.arange(0, BLOCK_W)
-    words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
-    counts = _count_bits(words)
-    position = tl.load(offsets_ptr + n) + tl.cumsum(counts, axis=0) - counts
-    for _ in range(tl.max(counts, axis=0)):
-        lowest = words & (~words + 1)
-        latent = w * _WORD + _count_bits(lowest - 1)
-        live = (words != 0) & (position < P)
-        tl.store(latents_ptr + position, latent.to(tl.int64), mask=live)
-        row = tl.full((BLOCK_W,), 0, tl.int32) + (first_row + n).to(tl.int32)
-        tl.store(rows_ptr + position, row, mask=live)
-        if EXACT:
-            s = tl.load(screen_ptr + n * L + latent, mask=live, other=0.0).to(tl.float32)
-            pre_act = s + tl.load(bias_ptr + latent, mask=live, other=0.0)
-            tl.store(pre_acts_ptr + position, pre_act.to(pre_acts_ptr.dtype.element_ty), mask=live)
-        words = words & (words - 1)
-        position += 1
+    row = tl.full((BLOCK_W,), 0, tl.int32) + (first_row + n).to(tl.int32)
+    first = tl.load(offsets_ptr + n)
+    for start in range(0, W, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
+        counts = _count_bits(words)
+        position = first + tl.cumsum(counts, axis=0) - counts
+        for _ in range(tl.max(counts, axis=0)):
+            lowest = words & (~words + 1)
+            latent = w * _WORD + _count_bits(lowest - 1)
+            live = (words != 0) & (position < P)
+            tl.store(latents_ptr + position, latent.to(tl.int64), mask=live)
+            tl.store(rows_ptr + position, row, mask=live)
+            if EXACT:
+                s = tl.load(screen_ptr + n * L + latent, mask=live, other=0.0).to(tl.float32)
+                pre_act = s + tl.load(bias_ptr + latent, mask=live, other=0.0)
+                pre_act = pre_act.to(pre_acts_ptr.dtype.element_ty)
+                tl.store(pre_acts_ptr + position, pre_act, mask=live)
+            words = words & (words - 1)
+            position += 1
+        first += tl.sum(counts, axis=0)
 
 
-@triton.jit
+@kernel
 def _resolve_kernel(
     keys_ptr,  # [P] int32
     row_counts_ptr,  # [N] int32
@@ -193,8 +202,10 @@ def _resolve_kernel(
 
 
 def can_screen(x: torch.Tensor) -> bool:
-    """Whether there are rows, of a width that one program can hold."""
-    return x.shape[0] > 0 and x.shape[1] <= MAX_D_IN
+    """Whether there are rows, of a width that one program can hold, and products that bounds hold
+    for.
+    """
+    return x.shape[0] > 0 and x.shape[1] <= MAX_D_IN and has_float32_sums(x)
 
 
 @on_device_of_arguments
@@ -228,8 +239,9 @@ def find_pattern(
     row_counts = torch.empty(n_rows, dtype=torch.int32, device=device)
     offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=device)
     n_words = triton.cdiv(d_sae, _WORD.value)
-    block_w = triton.next_power_of_2(n_words)
-    for rows, products in screen.chunks(buffer_bytes):
+    block_w = min(triton.next_power_of_2(n_words), LAUNCH.LIST_WORDS)
+    n_warps = warps(block_w, 512, device)
+    for rows, products in screen.chunks(buffer_bytes, LAUNCH.MARK_ROWS):
         n_chunk = products.shape[0]
         words = torch.empty(n_chunk, n_words, dtype=torch.int32, device=device)
         grid = (triton.cdiv(d_sae, LAUNCH.MARK_COLS), triton.cdiv(n_chunk, LAUNCH.MARK_ROWS))
@@ -239,7 +251,6 @@ def find_pattern(
             num_warps=LAUNCH.MARK_WARPS,
         )  # fmt: skip
         counts = torch.empty(n_chunk, dtype=torch.int64, device=device)
-        n_warps = warps(block_w, per_warp=512)
         _count_marks_kernel[(n_chunk,)](counts, words, n_words, BLOCK_W=block_w, num_warps=n_warps)
         ends = offsets[rows.start + 1 : rows.stop + 1]
         torch.cumsum(counts, 0, out=ends)
