@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sae_lens.constants import (
 from safetensors import safe_open
 
 from saelens_sparse.saes.base import STATE_FILENAME
+from saelens_sparse.warn import warn_caller
 from saelens_sparse.whole_folders import WRITE_ERRORS, new_folder, reason
 
 # What a run reads when it resumes: of each SAE, and of the run.
@@ -55,10 +55,7 @@ def write_checkpoint(checkpoint: Path, write: Callable[[Path], None], *, warns: 
     except WRITE_ERRORS as error:
         if not warns:
             raise
-        warnings.warn(
-            f"the checkpoint {str(checkpoint)!r} could not be written: {reason(error)}",
-            stacklevel=3,
-        )
+        warn_caller(f"the checkpoint {str(checkpoint)!r} could not be written: {reason(error)}")
         return False
     return True
 
@@ -92,10 +89,9 @@ def whole_checkpoint(named: str, names_of_saes: Sequence[str] = ()) -> str:
             "none in it or beside it"
         )
     newest = max(found, key=lambda checkpoint: int(checkpoint.name))
-    warnings.warn(
+    warn_caller(
         f"resume_from_checkpoint: {named!r} is no whole checkpoint ({problem}). The run resumes "
-        f"from {str(newest)!r} instead.",
-        stacklevel=3,
+        f"from {str(newest)!r} instead."
     )
     return str(newest)
 

@@ -6,13 +6,14 @@ import os
 import shutil
 import tempfile
 import uuid
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors import SafetensorError
+
+from saelens_sparse.warn import warn_caller
 
 try:
     import fcntl
@@ -90,9 +91,8 @@ def save_somewhere(
             failures.append(f"{str(place or 'the temporary folder')!r} ({reason(error)})")
             continue
         if failures:
-            warnings.warn(
-                f"{name} could not be written to {', '.join(failures)}. It is in {str(folder)!r}.",
-                stacklevel=3,
+            warn_caller(
+                f"{name} could not be written to {', '.join(failures)}. It is in {str(folder)!r}."
             )
         return folder
     raise OSError(f"{name} could not be written to {', '.join(failures)}")
