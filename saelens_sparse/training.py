@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,7 +34,7 @@ from saelens_sparse.graph import (
 from saelens_sparse.interruption import StopSignals
 from saelens_sparse.ops import HostCount, RowGradient, WeightCopy, rounded_dtype
 from saelens_sparse.optim import ClippingAdam
-from saelens_sparse.saes.base import SparseTrainingSAEMixin
+from saelens_sparse.saes.base import Pending, SparseTrainingSAEMixin
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE
 
 RowGradients = dict[str, list[RowGradient]]
@@ -208,15 +208,26 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         """The output, and the gradients that no parameter holds."""
         sae.copies, self._replayed = self._copies, None
         try:
-            if not _has_own_pass(sae):
-                return self._take_passes(sae, sae_in)
-            return self._replay(sae, sae_in) or self._take_passes(sae, sae_in)
+            graph = self._usable_graph(sae, sae_in)
+            if graph is None:
+                output, pending = self._take_passes(sae, sae_in, sae.asks_at_once)
+                row_gradients = sae.row_gradients or {}
+            else:
+                output, pending = graph.replay(sae_in)
+                row_gradients = graph.row_gradients
+            if all(part.holds() for part in pending):
+                self._replayed = graph
+                return output, row_gradients
+            self.optimizer.zero_grad()
+            output, _ = self._take_passes(sae, sae_in, asks_at_once=True)
+            return output, sae.row_gradients or {}
         finally:
             sae.copies = sae.row_gradients = None
 
     def _take_passes(
-        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
-    ) -> tuple[TrainStepOutput, RowGradients]:
+        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor, asks_at_once: bool
+    ) -> tuple[TrainStepOutput, Sequence[Pending]]:
+        """The output, and what it relies on: nothing if that was asked at once."""
         logger, n_steps = self.cfg.logger, self.n_training_steps
         step_input = TrainStepInput(
             sae_in=sae_in,
@@ -226,24 +237,25 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             is_logging_step=logger.log_to_wandb and (n_steps + 1) % logger.wandb_log_frequency == 0,
         )
         sae.row_gradients = None if sae.cfg.gradient_buffers else {}
+        pending: Sequence[Pending] = ()
         with self.autocast_if_enabled:
-            if _has_own_pass(sae):
-                output, pending = sae.start_training_forward_pass(step_input)
+            if not _has_own_pass(sae):
+                output = sae.training_forward_pass(step_input=step_input)
+            elif asks_at_once:
+                output = sae.checked_training_forward_pass(step_input)
             else:
-                output, pending = sae.training_forward_pass(step_input=step_input), ()
+                output, pending = sae.start_training_forward_pass(step_input)
         output.loss.backward()
-        if not all(part.holds() for part in pending):
-            self.optimizer.zero_grad()
-            sae.row_gradients = None if sae.cfg.gradient_buffers else {}
-            with self.autocast_if_enabled:
-                output = sae.training_forward_pass(step_input)
-            output.loss.backward()
-        return output, sae.row_gradients or {}
+        return output, pending
 
-    def _replay(
+    def _usable_graph(
         self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
-    ) -> tuple[TrainStepOutput, RowGradients] | None:
-        """The step's passes as a CUDA graph; None if they are not one, or must be taken again."""
+    ) -> GraphedPass | None:
+        """The step's passes as a CUDA graph, recorded where there is none yet; None if they are
+        not one.
+        """
+        if not _has_own_pass(sae) or sae.asks_at_once:
+            return None
         if not gains(sae) or not isinstance(sae, SparseTopKTrainingSAE):
             return None
         with self.autocast_if_enabled:  # what runs depends on it
@@ -256,16 +268,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
                 self._steps_before_graph -= 1
                 return None
             self._graph = try_to_record(sae, sae_in, self.autocast_if_enabled)
-            self._steps_before_graph = STEPS_BEFORE
-            if self._graph is None:
-                self._steps_before_graph = sys.maxsize
-                return None
-        output, pending = self._graph.replay(sae_in)
-        if not all(part.holds() for part in pending):
-            self.optimizer.zero_grad()
-            return None
-        self._replayed = self._graph
-        return output, self._graph.row_gradients
+            self._steps_before_graph = STEPS_BEFORE if self._graph is not None else sys.maxsize
+        return self._graph
 
     def _replays_rest(self, sae: SparseTrainingSAEMixin) -> bool:
         """Whether counting and the update can be graphs in this step, as its passes were.

@@ -73,11 +73,13 @@ class _TrainingPass:
         sae: whose it is.
         dead_count: the dead latents that its losses ask for, and their number.
         unchecked: what it relies on and nobody has asked yet; None if that is asked at once.
+        was_complete: whether all that was asked at once had found all that is active.
     """
 
     sae: SparseTrainingSAEMixin
     dead_count: HostCount | None = None
     unchecked: list[Pending] | None = None
+    was_complete: bool = True
 
 
 # Each thread has its own, so that passes of one SAE may run at once.
@@ -137,6 +139,8 @@ class SparseTrainingSAEMixin(_Base):
     """
 
     b_enc: nn.Parameter
+    # Whether a training forward pass asks at once if it found all that is active.
+    asks_at_once = False
     # Set by a trainer during its step: where gradients go as sums over active pairs, and what its
     # last update has written for this step, both by name of the parameter.
     row_gradients: dict[str, list[RowGradient]] | None = None
@@ -226,10 +230,11 @@ class SparseTrainingSAEMixin(_Base):
     # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
     @_not_compiled
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        output, pending = self.start_training_forward_pass(step_input)
-        if all(part.holds() for part in pending):
-            return output
-        return self._take_forward_pass(step_input, unchecked=None)
+        if not self.asks_at_once:
+            output, pending = self.start_training_forward_pass(step_input)
+            if all(part.holds() for part in pending):
+                return output
+        return self.checked_training_forward_pass(step_input)
 
     def start_training_forward_pass(
         self, step_input: TrainStepInput
@@ -242,28 +247,41 @@ class SparseTrainingSAEMixin(_Base):
 
         Returns:
             The output, and what it relies on. If one of these does not hold, which is rare, the
-            output and whatever followed from it must be dropped, and `training_forward_pass`
-            called instead.
+            output and whatever followed from it must be dropped, and
+            `checked_training_forward_pass` called instead.
         """
         unchecked: list[Pending] = []
-        return self._take_forward_pass(step_input, unchecked), unchecked
+        return self._take_forward_pass(step_input, unchecked)[0], unchecked
+
+    def checked_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """A training forward pass that waits for the device, and finds again what was missing.
+
+        As long as something is, the next ones are of this kind too (`asks_at_once`): with a NaN
+        in every batch, each would otherwise be taken twice.
+        """
+        output, self.asks_at_once = self._take_forward_pass(step_input, unchecked=None)
+        return output
 
     def _take_forward_pass(
         self, step_input: TrainStepInput, unchecked: list[Pending] | None
-    ) -> TrainStepOutput:
-        """SAELens's training forward pass; what it relies on is asked at once without `unchecked`,
-        and else left there.
+    ) -> tuple[TrainStepOutput, bool]:
+        """SAELens's training forward pass. What it relies on is left in `unchecked`, or without
+        one asked at once.
+
+        Returns:
+            The output, and whether something that was asked at once had to be found again.
         """
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
         dead_count = None
         if mask is not None and self.uses_dead_latents:
             dead_count = HostCount(mask)
-        with _in_progress(_TrainingPass(self, dead_count, unchecked)):
+        training_pass = _TrainingPass(self, dead_count, unchecked)
+        with _in_progress(training_pass):
             output = super().training_forward_pass(step_input)
         if isinstance(output.feature_acts, SparseFeatureActs):
             output.metrics.update(output.feature_acts.code.metrics)
-        return output
+        return output, not training_pass.was_complete
 
     @property
     def training_pass(self) -> _TrainingPass | None:
@@ -271,13 +289,19 @@ class SparseTrainingSAEMixin(_Base):
         training_pass = _pass_in_progress.get()
         return training_pass if training_pass is not None and training_pass.sae is self else None
 
-    def leaves_unchecked(self, pending: Pending) -> bool:
-        """Whether the step in progress asks later if `pending` holds, and goes on as if it did."""
+    def is_complete(self, pending: Pending) -> bool:
+        """Whether a search has found all that is active, so that its result can be used as it is.
+
+        A step that asks this later goes on as if it were so.
+        """
         training_pass = self.training_pass
-        if training_pass is None or training_pass.unchecked is None:
-            return False
-        training_pass.unchecked.append(pending)
-        return True
+        if training_pass is not None and training_pass.unchecked is not None:
+            training_pass.unchecked.append(pending)
+            return True
+        holds = pending.holds()
+        if training_pass is not None and not holds:
+            training_pass.was_complete = False
+        return holds
 
     @property
     def uses_dead_latents(self) -> bool:

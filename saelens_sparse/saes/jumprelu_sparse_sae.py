@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,11 +278,11 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         return self.cfg.pre_act_loss_coefficient is not None
 
     @override
-    def start_training_forward_pass(
-        self, step_input: TrainStepInput
-    ) -> tuple[TrainStepOutput, Sequence[Pending]]:
+    def _take_forward_pass(
+        self, step_input: TrainStepInput, unchecked: list[Pending] | None
+    ) -> tuple[TrainStepOutput, bool]:
         self._check_l0(step_input.n_training_steps)
-        return super().start_training_forward_pass(step_input)
+        return super()._take_forward_pass(step_input, unchecked)
 
     def _check_l0(self, n_training_steps: int) -> None:
         settled = self.cfg.l0_warm_up_steps + L0_CHECK_STEPS
@@ -365,7 +365,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         pattern = pending.pattern
         # Sorting keeps the device busy if the host waits for the number of pairs.
         order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
-        if not self.leaves_unchecked(pending) and not pending.holds():
+        if not self.is_complete(pending):
             pattern = pending.result()
             order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
         self._policy.expect(pending.totals, x.shape[0], d_sae)

@@ -152,7 +152,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         selection = pending.selection
         # Sorting keeps the device busy if the host waits for the selection's check.
         order = LatentOrder.of_keys(selection.keys, d_sae)
-        if not self.leaves_unchecked(pending) and not pending.holds():
+        if not self.is_complete(pending):
             selection = pending.result()
             order = LatentOrder.of_keys(selection.keys, d_sae)
         dead = find_dead()
