@@ -1,7 +1,22 @@
 """Inputs and error budgets for the tests of the sparse operations."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import pytest
 import torch
+
+
+@contextmanager
+def cublas_switch(name: str, value: bool) -> Generator[None]:
+    """A switch of `torch.backends.cuda.matmul`: `monkeypatch` would delete it afterwards."""
+    switches = torch.backends.cuda.matmul
+    before = getattr(switches, name)
+    setattr(switches, name, value)
+    try:
+        yield
+    finally:
+        setattr(switches, name, before)
 
 
 def random_latents(

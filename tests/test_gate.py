@@ -25,7 +25,7 @@ from tests.gate_helpers import (
     plain,
     whole_numbers,
 )
-from tests.ops_helpers import require_gpu_memory
+from tests.ops_helpers import cublas_switch, require_gpu_memory
 
 
 @pytest.fixture
@@ -147,7 +147,10 @@ def test_pattern_by_chunks_of_rows_gives_the_same_bits(
     problem = whole_numbers(7, 15, 45).to(device)
     whole = problem.start(backend).result()
     chunks: list[int] = []
-    owner, name = (torch, "mm") if backend == "triton" else (torch.Tensor, "nonzero")
+    owner: object = torch.Tensor
+    name = "nonzero"
+    if backend == "triton":
+        owner, name = import_module("saelens_sparse.ops.screen_triton"), "multiply_float16"
     original = getattr(owner, name)
 
     def spy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -408,13 +411,13 @@ def test_pattern_matches_float64_at_a_training_shape(
     autocast: bool,
     distribution: Callable[[int, int, int], Problem],
     gpu_backend: Backend,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # By default cuBLAS may round partial sums to bfloat16, which no bound here allows for.
-    reduction = "allow_bf16_reduced_precision_reduction"
-    monkeypatch.setattr(torch.backends.cuda.matmul, reduction, False)
     problem = distribution(300, 768, 12_289).to("cuda")
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+    with (
+        # By default cuBLAS may round partial sums to bfloat16, which no bound here allows for.
+        cublas_switch("allow_bf16_reduced_precision_reduction", False),
+        torch.autocast("cuda", torch.bfloat16, enabled=autocast),
+    ):
         patterns = [
             problem.start(gpu_backend, capacity, buffer_bytes).result()
             for capacity in (1000, 300 * 12_289)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.device import kernel, on_device_of_arguments
 
 _BLOCK = 1024
 
@@ -60,7 +60,7 @@ def adam_rule(
     return parameter, first, second
 
 
-@triton.jit
+@kernel
 def _adam_kernel(
     parameter_ptr,  # [n], as the next three
     gradient_ptr,

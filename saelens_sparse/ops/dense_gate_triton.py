@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.device import kernel, on_device_of_arguments
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class DenseGateLaunch:
 LAUNCH = DenseGateLaunch()
 
 
-@triton.jit
+@kernel
 def _dense_gate_kernel(
     acts_ptr,  # [N, L]
     row_parts_ptr,  # [N, T] int32, active latents by row and tile of columns
@@ -41,7 +41,7 @@ def _dense_gate_kernel(
     ROWS: tl.constexpr,
 ):
     """acts = h * (h > gate) for h = products + bias, and counts"""
-    tile, block = tl.program_id(0), tl.program_id(1)
+    tile, block = tl.program_id(0) % T, tl.program_id(0) // T
     cols = tile * COLS + tl.arange(0, COLS)
     col_mask = cols < L
     bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
@@ -70,7 +70,7 @@ def _dense_gate_kernel(
     tl.store(pair_parts_ptr + block * T + tile, tl.sum(tl.sum(pairs, axis=1), axis=0))
 
 
-@triton.jit
+@kernel
 def _dense_gate_gradients_kernel(
     grad_pre_acts_ptr,  # [N, L]
     bias_parts_ptr,  # [R, L]
@@ -83,6 +83,7 @@ def _dense_gate_gradients_kernel(
     inverse_bandwidth,
     N,
     L,
+    T,
     HAS_ACTS: tl.constexpr,
     HAS_L0: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
@@ -92,7 +93,7 @@ def _dense_gate_gradients_kernel(
     ROWS: tl.constexpr,
 ):
     """Gradients of the products, and their sums over a block of rows (`gate_autograd.py`)."""
-    tile, block = tl.program_id(0), tl.program_id(1)
+    tile, block = tl.program_id(0) % T, tl.program_id(0) // T
     cols = tile * COLS + tl.arange(0, COLS)
     col_mask = cols < L
     bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
@@ -135,15 +136,14 @@ def dense_gate(
     bandwidth: float,
     acts_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    pre_acts_dtype, gates, grid = _arguments(products, bias, threshold)
-    (n_rows, d_sae), (n_tiles, n_blocks) = products.shape, grid
-    device = products.device
+    pre_acts_dtype, gates, n_tiles, n_blocks = _arguments(products, bias, threshold)
+    (n_rows, d_sae), device = products.shape, products.device
     acts = torch.empty(n_rows, d_sae, dtype=acts_dtype, device=device)
     row_parts = torch.empty(n_rows, n_tiles, dtype=torch.int32, device=device)
     latent_parts = torch.empty(n_blocks, d_sae, dtype=torch.int32, device=device)
     pair_parts = torch.empty(n_blocks, n_tiles, dtype=torch.int32, device=device)
     if products.numel() > 0:
-        _dense_gate_kernel[grid](
+        _dense_gate_kernel[(n_tiles * n_blocks,)](
             acts, row_parts, latent_parts, pair_parts, products, bias.contiguous(), gates,
             bandwidth / 2, n_rows, d_sae, n_tiles, PRE_ACTS=_TRITON_DTYPE[pre_acts_dtype],
             COLS=LAUNCH.COLS, STEP=LAUNCH.STEP, ROWS=LAUNCH.ROWS, num_warps=LAUNCH.num_warps,
@@ -163,16 +163,16 @@ def dense_gate_gradients(
     grad_acts: torch.Tensor | None,
     grad_l0: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    pre_acts_dtype, gates, grid = _arguments(products, bias, threshold)
-    (n_rows, d_sae), n_blocks = products.shape, grid[1]
+    pre_acts_dtype, gates, n_tiles, n_blocks = _arguments(products, bias, threshold)
+    n_rows, d_sae = products.shape
     grad_products = torch.empty_like(products)
     parts = torch.empty(2, n_blocks, d_sae, dtype=torch.float32, device=products.device)
     if products.numel() > 0:
-        _dense_gate_gradients_kernel[grid](
+        _dense_gate_gradients_kernel[(n_tiles * n_blocks,)](
             grad_products, parts[0], parts[1], products, bias.contiguous(), gates,
             products if grad_acts is None else grad_acts.contiguous(),
             products if grad_l0 is None else grad_l0.contiguous(),
-            1 / bandwidth, n_rows, d_sae, HAS_ACTS=grad_acts is not None,
+            1 / bandwidth, n_rows, d_sae, n_tiles, HAS_ACTS=grad_acts is not None,
             HAS_L0=grad_l0 is not None, STE_TO_INPUT=ste_to_input,
             PRE_ACTS=_TRITON_DTYPE[pre_acts_dtype], COLS=LAUNCH.COLS, STEP=LAUNCH.STEP,
             ROWS=LAUNCH.ROWS, num_warps=LAUNCH.num_warps,
@@ -190,11 +190,11 @@ _TRITON_DTYPE = {
 
 def _arguments(
     products: torch.Tensor, bias: torch.Tensor, threshold: torch.Tensor
-) -> tuple[torch.dtype, torch.Tensor, tuple[int, int]]:
-    """Dtype of the pre-activations, thresholds rounded to it, and the launch grid."""
+) -> tuple[torch.dtype, torch.Tensor, int, int]:
+    """Dtype of the pre-activations, thresholds rounded to it, and how many tiles of columns and
+    blocks of rows there are. Each of their pairs is a program, tiles first, in one dimension of the
+    grid: of more than 4,194,240 rows there are more blocks than another one may have.
+    """
     dtype = torch.promote_types(products.dtype, bias.dtype)
-    grid = (
-        triton.cdiv(products.shape[1], LAUNCH.COLS),
-        triton.cdiv(products.shape[0], LAUNCH.ROWS),
-    )
-    return dtype, threshold.to(dtype).float(), grid
+    n_tiles = triton.cdiv(products.shape[1], LAUNCH.COLS)
+    return dtype, threshold.to(dtype).float(), n_tiles, triton.cdiv(products.shape[0], LAUNCH.ROWS)

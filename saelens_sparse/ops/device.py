@@ -1,14 +1,56 @@
-"""Launching kernels on the device of their tensors."""
+"""Launching kernels: on the device of their tensors, within its limits, alike in every Triton."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from functools import cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+import triton
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+# Programs that a launch may have in each dimension of its grid.
+MAX_GRID = (2**31 - 1, 65_535, 65_535)
+# Threads that a program may have.
+_MAX_THREADS = 1024
+
+
+class kernel:
+    """
+    `triton.jit` for what is launched, as `function[grid](...)`, rather than called by a kernel.
+
+    Every launch says that a multiplication and an addition are fused into one operation, which
+    rounds once. Published results rely on it bit by bit, and Triton's default changes in 3.10. The
+    bounds of screening hold either way: Triton's interpreter does not fuse.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.name = function.__name__
+        self.jitted = triton.jit(function)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        """
+        What launches the kernel on a grid of programs.
+
+        Raises:
+            ValueError: no GPU launches so many programs at once.
+        """
+        if any(n > most for n, most in zip(grid, MAX_GRID, strict=False)):
+            raise ValueError(
+                f"{self.name} needs a grid of {' x '.join(map(str, grid))} programs; "
+                f"at most {' x '.join(map(str, MAX_GRID))} can be launched"
+            )
+        return partial(self.jitted[grid], enable_fp_fusion=True)
+
+
+@cache
+def max_warps(device: torch.device) -> int:
+    """Warps that a program may have on a device: 32, or 16 where a warp has 64 threads."""
+    if device.type != "cuda":
+        return _MAX_THREADS // 32
+    return _MAX_THREADS // torch.cuda.get_device_properties(device).warp_size
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.device import kernel, on_device_of_arguments
+from saelens_sparse.ops.float16_product import has_float32_sums
 from saelens_sparse.ops.gate import GatePattern, gate_and_edge
 from saelens_sparse.ops.ragged import RaggedRows
 from saelens_sparse.ops.row_ops_triton import gather_dot
@@ -42,13 +43,14 @@ class GateLaunch:
     MARK_COLS: int = 512
     MARK_ROWS: int = 8
     MARK_WARPS: int = 2
+    LIST_WORDS: int = 32768  # at most: more marks of a row are listed by several programs
     RESOLVE_PAIRS: int = 256
 
 
 LAUNCH = GateLaunch()
 
 
-@triton.jit
+@kernel
 def _mark_kernel(
     words_ptr,  # [N, W] int32, bit i of word w is latent 32 w + i
     edges_ptr,  # [L]
@@ -108,25 +110,27 @@ def _count_bits(words):
     return ((words * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
+@kernel
 def _count_marks_kernel(
-    counts_ptr,  # [N] int64
+    counts_ptr,  # [N, B] int64
     words_ptr,  # [N, W]
     W,
     BLOCK_W: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    w = tl.arange(0, BLOCK_W)
+    """counts[n, b] = marks in block b of BLOCK_W words of row n"""
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    w = block * BLOCK_W + tl.arange(0, BLOCK_W)
     words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
-    tl.store(counts_ptr + n, tl.sum(_count_bits(words), axis=0).to(tl.int64))
+    count = tl.sum(_count_bits(words), axis=0).to(tl.int64)
+    tl.store(counts_ptr + n * tl.num_programs(1) + block, count)
 
 
-@triton.jit
+@kernel
 def _list_marks_kernel(
     latents_ptr,  # [P] int64
     rows_ptr,  # [P] int32
     pre_acts_ptr,  # [P], written only if EXACT
-    offsets_ptr,  # [N + 1] where each row begins
+    offsets_ptr,  # [N B + 1], where the marks of each block of words begin
     words_ptr,  # [N, W]
     screen_ptr,  # [N, L]
     bias_ptr,  # [L]
@@ -137,12 +141,15 @@ def _list_marks_kernel(
     EXACT: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """The marked latents of a row in order; each turn lists the lowest mark left in every word."""
-    n = tl.program_id(0).to(tl.int64)
-    w = tl.arange(0, BLOCK_W)
+    """The marked latents of a block of words in order; each turn lists the lowest mark left in
+    every word.
+    """
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    w = block * BLOCK_W + tl.arange(0, BLOCK_W)
     words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
     counts = _count_bits(words)
-    position = tl.load(offsets_ptr + n) + tl.cumsum(counts, axis=0) - counts
+    first = tl.load(offsets_ptr + n * tl.num_programs(1) + block)
+    position = first + tl.cumsum(counts, axis=0) - counts
     for _ in range(tl.max(counts, axis=0)):
         lowest = words & (~words + 1)
         latent = w * _WORD + _count_bits(lowest - 1)
@@ -158,7 +165,7 @@ def _list_marks_kernel(
         position += 1
 
 
-@triton.jit
+@kernel
 def _resolve_kernel(
     keys_ptr,  # [P] int32
     row_counts_ptr,  # [N] int32
@@ -193,8 +200,10 @@ def _resolve_kernel(
 
 
 def can_screen(x: torch.Tensor) -> bool:
-    """Whether there are rows, of a width that one program can hold."""
-    return x.shape[0] > 0 and x.shape[1] <= MAX_D_IN
+    """Whether there are rows, of a width that one program can hold, and products that bounds hold
+    for.
+    """
+    return x.shape[0] > 0 and x.shape[1] <= MAX_D_IN and has_float32_sums(x)
 
 
 @on_device_of_arguments
@@ -226,10 +235,11 @@ def find_pattern(
     )
     keys = torch.full((capacity,), d_sae, dtype=torch.int32, device=device)
     row_counts = torch.empty(n_rows, dtype=torch.int32, device=device)
-    offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=device)
     n_words = triton.cdiv(d_sae, _WORD.value)
-    block_w = triton.next_power_of_2(n_words)
-    for rows, products in screen.chunks(buffer_bytes):
+    block_w = min(triton.next_power_of_2(n_words), LAUNCH.LIST_WORDS)
+    n_blocks, n_warps = triton.cdiv(n_words, block_w), warps(block_w, 512, device)
+    offsets = torch.zeros(n_rows * n_blocks + 1, dtype=torch.int64, device=device)
+    for rows, products in screen.chunks(buffer_bytes, LAUNCH.MARK_ROWS):
         n_chunk = products.shape[0]
         words = torch.empty(n_chunk, n_words, dtype=torch.int32, device=device)
         grid = (triton.cdiv(d_sae, LAUNCH.MARK_COLS), triton.cdiv(n_chunk, LAUNCH.MARK_ROWS))
@@ -238,20 +248,21 @@ def find_pattern(
             EXACT=screen.exact, COLS=LAUNCH.MARK_COLS, ROWS=LAUNCH.MARK_ROWS,
             num_warps=LAUNCH.MARK_WARPS,
         )  # fmt: skip
-        counts = torch.empty(n_chunk, dtype=torch.int64, device=device)
-        n_warps = warps(block_w, per_warp=512)
-        _count_marks_kernel[(n_chunk,)](counts, words, n_words, BLOCK_W=block_w, num_warps=n_warps)
-        ends = offsets[rows.start + 1 : rows.stop + 1]
-        torch.cumsum(counts, 0, out=ends)
+        counts = torch.empty(n_chunk * n_blocks, dtype=torch.int64, device=device)
+        _count_marks_kernel[(n_chunk, n_blocks)](
+            counts, words, n_words, BLOCK_W=block_w, num_warps=n_warps
+        )
+        chunk_offsets = offsets[rows.start * n_blocks : rows.stop * n_blocks + 1]
+        torch.cumsum(counts, 0, out=chunk_offsets[1:])
         if rows.start > 0:
-            ends += offsets[rows.start]
-        _list_marks_kernel[(n_chunk,)](
-            latents, rows_of_pairs, pre_acts, offsets[rows.start :], words, products,
+            chunk_offsets[1:] += chunk_offsets[0]
+        _list_marks_kernel[(n_chunk, n_blocks)](
+            latents, rows_of_pairs, pre_acts, chunk_offsets, words, products,
             screen.bias, rows.start, capacity, d_sae, n_words, EXACT=screen.exact,
             BLOCK_W=block_w, num_warps=n_warps,
         )  # fmt: skip
     # Where there is no room, rows end early.
-    ragged = RaggedRows(offsets.clamp(max=capacity), rows_of_pairs)
+    ragged = RaggedRows(offsets[::n_blocks].clamp(max=capacity), rows_of_pairs)
     if not screen.exact:
         pre_acts = gather_dot(x, latents, weight, ragged)
     _resolve_kernel[(n_rows,)](

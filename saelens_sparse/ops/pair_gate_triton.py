@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.device import kernel, on_device_of_arguments
 from saelens_sparse.ops.gate import GatePattern
 
 _BLOCK = 1024
 
 
-@triton.jit
+@kernel
 def _pair_gate_kernel(
     acts_ptr,  # [P]
     pre_acts_ptr,  # [P]
@@ -30,7 +30,7 @@ def _pair_gate_kernel(
     tl.store(acts_ptr + p, act.to(acts_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@kernel
 def _pair_gate_gradients_kernel(
     grad_pre_acts_ptr,  # [P]
     grad_gates_ptr,  # [P]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.adam_triton import AdamSettings, adam_rule
-from saelens_sparse.ops.device import on_device
+from saelens_sparse.ops.device import kernel, on_device
 from saelens_sparse.ops.row_gradient import RowGradient
 from saelens_sparse.ops.row_ops_triton import (
     NORM_COLS,
@@ -53,7 +53,7 @@ def _add_block_row(acc, j, cols, slots_ptr, block_ptr, D):
     return acc + row.to(tl.float32)
 
 
-@triton.jit
+@kernel
 def _square_sums_kernel(
     out_ptr,  # [L, T]
     slots_ptr,  # [L] int32, unused unless HAS_BLOCK, as the next
@@ -87,7 +87,7 @@ def _square_sums_kernel(
     tl.store(out_ptr + out, tl.sum(gradient * gradient, axis=0))
 
 
-@triton.jit
+@kernel
 def _update_kernel(
     weight_ptr,  # [L, D], as the moments
     first_moment_ptr,

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.device import MAX_GRID, kernel, on_device_of_arguments
 from saelens_sparse.ops.latent_order import LatentOrder
 from saelens_sparse.ops.ragged import RaggedRows
 
@@ -72,7 +72,7 @@ def _row_of_pairs(row_offsets_ptr, n, K, RAGGED: tl.constexpr):
     return first, n_pairs
 
 
-@triton.jit
+@kernel
 def _gather_sum_kernel(
     out_ptr,  # [N, D]
     coefficients_ptr,  # [N, K]
@@ -113,7 +113,7 @@ def _gather_sum_kernel(
     tl.store(out_ptr + n * D + cols, out, mask=col_mask)
 
 
-@triton.jit
+@kernel
 def _gather_dot_kernel(
     out_ptr,  # [N, K]
     batch_ptr,  # [N, D]
@@ -184,7 +184,7 @@ def _sum_pairs(
     return acc, tl.sum(totals, axis=0)
 
 
-@triton.jit
+@kernel
 def _partial_sums_kernel(
     partials_ptr,  # [S, D]
     partial_totals_ptr,  # [S]
@@ -275,7 +275,7 @@ def sum_segment(
     return acc, total
 
 
-@triton.jit
+@kernel
 def _segment_sum_kernel(
     out_ptr,  # [L, D]
     totals_ptr,  # [L]
@@ -306,7 +306,7 @@ def _segment_sum_kernel(
         tl.store(totals_ptr + j, total.to(totals_ptr.dtype.element_ty))
 
 
-@triton.jit
+@kernel
 def _segment_totals_kernel(
     totals_ptr,  # [L]
     offsets_ptr,  # [L + 1]
@@ -329,7 +329,7 @@ def _segment_totals_kernel(
     tl.store(totals_ptr + j, tl.sum(acc, axis=1), mask=j < L)
 
 
-@triton.jit
+@kernel
 def _add_rows_kernel(
     weight_ptr,  # [L, D]
     rows_ptr,  # [n]
@@ -346,7 +346,7 @@ def _add_rows_kernel(
     tl.store(target, (old + value).to(weight_ptr.dtype.element_ty), mask=cols < D)
 
 
-@triton.jit
+@kernel
 def _row_combination_kernel(
     parts_ptr,  # [B, D]
     coefficients_ptr,  # [L]
@@ -382,7 +382,7 @@ def store_square_sum(squares_ptr, j, row):
     tl.store(squares_ptr + place, tl.sum(row * row, axis=0))
 
 
-@triton.jit
+@kernel
 def _row_squares_kernel(
     squares_ptr,  # [L, T]
     weight_ptr,  # [L, D]
@@ -395,7 +395,7 @@ def _row_squares_kernel(
     store_square_sum(squares_ptr, j, row)
 
 
-@triton.jit
+@kernel
 def _probe_kernel(out_ptr):
     tl.store(out_ptr, 1)
 
@@ -435,7 +435,9 @@ def gather_dot(
     launch = GATHER_DOT
     if out.numel() > 0:
         mean_pairs = triton.cdiv(latents.numel(), n_rows)
-        _gather_dot_kernel[(n_rows, triton.cdiv(mean_pairs, launch.BLOCK_K))](
+        # Fewer programs a row than it has blocks of pairs take several blocks each.
+        n_programs = min(triton.cdiv(mean_pairs, launch.BLOCK_K), MAX_GRID[1])
+        _gather_dot_kernel[(n_rows, n_programs)](
             out, batch.contiguous(), latents.contiguous(), weight.contiguous(), offsets, k,
             weight.shape[1], RAGGED=ragged is not None, BLOCK_K=launch.BLOCK_K,
             BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,

@@ -9,12 +9,13 @@ bfloat16, the screen is the computation, and bounds are zero.
 The bound, for latent j of row n, with rounding residuals dx and dw, Cauchy-Schwarz twice:
 
     |x.w - x'.w'| <= |dx| |w| + |x'| |dw| + accumulation + rounding of the result to float16
+
+Accumulation is in float32: `float16_product.py` sees to that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +24,15 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.dense_gate import matmul_dtype
+from saelens_sparse.ops.device import MAX_GRID, kernel, max_warps
+from saelens_sparse.ops.float16_product import multiply_float16
 from saelens_sparse.ops.weight_copy import WeightCopy
 
 # Rows up to this width are held in one program's registers.
 MAX_D_IN = 32768
-# Beyond this a launch grid would exceed CUDA's limit.
-_MAX_CHUNK_ROWS = 2**20
 
 
-@triton.jit
+@kernel
 def _round_rows_kernel(
     rounded_ptr,  # [R, D] float16
     errors_ptr,  # [3, R]: what undoes the scale, |row|, |row - rounded / 2^e|
@@ -60,7 +61,7 @@ def _round_rows_kernel(
     tl.store(errors_ptr + 2 * R + r, tl.sqrt(tl.sum(error * error, axis=0)) * inverse)
 
 
-@triton.jit
+@kernel
 def _latent_terms_kernel(
     terms_ptr,  # [5, L]: inverse scale, bias, norm, residual, rest; each times the decoder norm
     errors_ptr,  # [3, L]
@@ -231,18 +232,24 @@ class Screen:
             torch.promote_types(compute_dtype, bias.dtype),
         )
 
-    def chunks(self, buffer_bytes: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Row ranges and their products `[rows, d_sae]`, in a buffer that the next one reuses."""
+    def chunks(
+        self, buffer_bytes: int, rows_per_program: int
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Row ranges and their products `[rows, d_sae]`, in a buffer that the next one reuses.
+
+        Kernels with `rows_per_program` can be launched on the rows of any.
+        """
         n_rows, d_sae = self.x.shape[0], self.weight.shape[0]
         step = buffer_bytes // (d_sae * self.x.element_size())
-        step = max(1, min(n_rows, step, _MAX_CHUNK_ROWS))
+        step = max(1, min(n_rows, step, MAX_GRID[1] * rows_per_program))
         buffer = torch.empty(step, d_sae, dtype=self.x.dtype, device=self.x.device)
         for start in range(0, n_rows, step):
             rows = slice(start, min(start + step, n_rows))
             chunk = buffer[: rows.stop - rows.start]
-            device = self.x.device
-            with torch.autocast(device.type, enabled=False), _float32_accumulation(device):
+            if self.exact:  # autocast leaves a product into a buffer alone
                 torch.mm(self.x[rows], self.weight.T, out=chunk)
+            else:
+                multiply_float16(self.x[rows], self.weight, chunk)
             yield rows, chunk
 
     def arguments(self, rows: slice) -> tuple[Any, ...]:
@@ -263,21 +270,6 @@ class Screen:
         return {"EXACT": self.exact, "HAS_NORMS": self.norms is not None}
 
 
-@contextmanager
-def _float32_accumulation(device: torch.device) -> Iterator[None]:
-    """Keep cuBLAS from adding partial sums in float16, which the bound does not cover."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    settings = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation)
-    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_fp16_accumulation = False
-    try:
-        yield
-    finally:
-        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = settings
-
-
 def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float16 rows, each scaled by a power of two, and their errors (`Screen.x_error`)."""
     n_rows, d = rows.shape
@@ -285,7 +277,7 @@ def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     errors = torch.empty(3, n_rows, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(d)
     _round_rows_kernel[(n_rows,)](
-        rounded, errors, rows, n_rows, d, BLOCK_D=block, num_warps=warps(block, per_warp=512)
+        rounded, errors, rows, n_rows, d, BLOCK_D=block, num_warps=warps(block, 512, rows.device)
     )
     return rounded, errors
 
@@ -302,6 +294,7 @@ def _latent_terms(
     return terms
 
 
-def warps(elements: int, per_warp: int) -> int:
+def warps(elements: int, per_warp: int, device: torch.device) -> int:
     """Warps for a program that holds so many elements."""
-    return min(32, max(1, triton.next_power_of_2(triton.cdiv(elements, per_warp))))
+    wanted = triton.next_power_of_2(triton.cdiv(elements, per_warp))
+    return min(max_warps(device), max(1, wanted))

@@ -26,7 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.device import on_device_of_arguments
+from saelens_sparse.ops.device import kernel, on_device_of_arguments
+from saelens_sparse.ops.float16_product import has_float32_sums
 from saelens_sparse.ops.screen_triton import (
     MAX_D_IN,
     ROUNDING,
@@ -42,6 +43,8 @@ from saelens_sparse.ops.weight_copy import WeightCopy
 
 # Rows up to this width are held in one program's registers.
 MAX_KEEP_COLUMNS = 32768
+# Lists up to this length, of k up to 8,192, likewise.
+MAX_LISTED = 32768
 
 # 16 bytes of the buffer: what one thread reads at once.
 RUN = 8
@@ -104,7 +107,7 @@ def _topk(keys, k):
     return kept
 
 
-@triton.jit
+@kernel
 def _group_maxima_kernel(
     maxima_ptr,  # [N, G]
     screen_ptr,  # [N, L]
@@ -142,7 +145,7 @@ def _group_maxima_kernel(
     tl.store(maxima_ptr + out, maxima, mask=row_mask[:, None] & (groups < G)[None, :])
 
 
-@triton.jit
+@kernel
 def _group_terms_kernel(
     group_terms_ptr,  # [4, G]: inverse scale, magnitude of the bias, norm, residual
     terms_ptr,  # [5, L], see score_of
@@ -167,7 +170,7 @@ def _group_terms_kernel(
         tl.store(group_terms_ptr + term * G + groups, largest, mask=groups < G)
 
 
-@triton.jit
+@kernel
 def _reaching_groups_kernel(
     groups_ptr,  # [N, CAPACITY] int32
     n_groups_ptr,  # [N] int32
@@ -228,7 +231,7 @@ def _reaching_groups_kernel(
     tl.store(thresholds_ptr + n, threshold)
 
 
-@triton.jit
+@kernel
 def _candidates_kernel(
     latents_ptr,  # [N, C] int32
     pre_acts_ptr,  # [N, C]; unless EXACT score - bound: the least that a recomputation may give
@@ -290,7 +293,7 @@ def _candidates_kernel(
     tl.store(flags_ptr + n, missed.to(tl.int8))
 
 
-@triton.jit
+@kernel
 def _refine_kernel(
     latents_ptr,  # [N, C]
     scores_ptr,  # [N, C], the most that a recomputation may give
@@ -320,7 +323,7 @@ def _refine_kernel(
     tl.store(counts_ptr + n, tl.sum(kept.to(tl.int32), axis=0))
 
 
-@triton.jit
+@kernel
 def _rescore_kernel(
     pre_acts_ptr,  # [N, C]
     scores_ptr,  # [N, C], upper bounds in, scores out
@@ -365,7 +368,7 @@ def _rescore_kernel(
             tl.store(flags_ptr + n, 1)
 
 
-@triton.jit
+@kernel
 def _select_kernel(
     out_latents_ptr,  # [N, k] int64
     out_pre_acts_ptr,  # [N, k]
@@ -395,7 +398,7 @@ def _select_kernel(
     tl.store(out_scores_ptr + out, score.to(out_scores_ptr.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@kernel
 def _topk_values_kernel(
     values_ptr,  # [N, M]
     kept_ptr,  # [N, M] int8
@@ -424,9 +427,12 @@ def _topk_values_kernel(
 
 
 def can_screen(x: torch.Tensor, weight: torch.Tensor, k: int) -> bool:
-    """Whether there are rows, and latents enough per selected one, for groups to be of use."""
+    """Whether there are rows, of a width and with lists that one program can hold, latents enough
+    per selected one for groups to be of use, and products that bounds hold for.
+    """
     d_sae, d_in = weight.shape
-    return x.shape[0] > 0 and d_in <= MAX_D_IN and d_sae >= 4 * k * RUN
+    fits = d_in <= MAX_D_IN and list_capacity(k) <= MAX_LISTED
+    return x.shape[0] > 0 and fits and d_sae >= 4 * k * RUN and has_float32_sums(x)
 
 
 def group_count(d_sae: int, k: int) -> int:
@@ -462,6 +468,7 @@ def select_topk(
     x, weight = x.contiguous(), weight.contiguous()
     screen = Screen.of(x, weight, bias, norms, rounded)
     capacity = list_capacity(k)
+    list_warps = warps(capacity, 256, device)
     found = _Candidates(
         latents=torch.empty(n_rows, capacity, dtype=torch.int32, device=device),
         pre_acts=torch.empty(n_rows, capacity, dtype=torch.float32, device=device),
@@ -470,12 +477,12 @@ def select_topk(
         flags=torch.empty(n_rows, dtype=torch.int8, device=device),
         group_terms=_group_terms(screen, group_count(d_sae, k)),
     )
-    for rows, products in screen.chunks(buffer_bytes):
+    for rows, products in screen.chunks(buffer_bytes, LAUNCH.MAXIMA_ROWS):
         _find_candidates(found, screen, rows, products, k)
     if not screen.exact:
         _refine_kernel[(n_rows,)](
             found.latents, found.scores, found.pre_acts, found.counts, k, C=capacity,
-            num_warps=warps(capacity, per_warp=256),
+            num_warps=list_warps,
         )  # fmt: skip
         block_c = LAUNCH.RESCORE_CANDIDATES
         # As many programs a row as have work on most rows, which have some 1.3 k candidates.
@@ -494,7 +501,7 @@ def select_topk(
     out_keys = torch.empty(n_rows, k, dtype=torch.int32, device=device)
     _select_kernel[(n_rows,)](
         out_latents, out_pre_acts, out_scores, out_keys, found.latents, found.pre_acts,
-        found.scores, found.counts, d_sae, k, C=capacity, num_warps=warps(capacity, per_warp=256),
+        found.scores, found.counts, d_sae, k, C=capacity, num_warps=list_warps,
     )  # fmt: skip
     selection = Selection(out_latents, out_pre_acts, out_scores, out_keys)
     return selection, found.flags.view(torch.bool)
@@ -516,7 +523,7 @@ def topk_values(
         _topk_values_kernel[(n_rows,)](
             values, kept, products, bias, norms32, bias.numel(), width, k,
             HAS_NORMS=norms is not None, BLOCK_M=block,
-            num_warps=warps(block, per_warp=KEEP_PER_WARP),
+            num_warps=warps(block, KEEP_PER_WARP, products.device),
         )  # fmt: skip
     return values, kept.view(torch.bool)
 
@@ -566,7 +573,7 @@ def _find_candidates(
     _reaching_groups_kernel[(n_rows,)](
         reaching, n_reaching, thresholds, maxima, found.group_terms, x_error, x_stride,
         accumulation, n_groups, k, EXACT=screen.exact, CAPACITY=capacity, BLOCK_G=block_g,
-        num_warps=warps(block_g, per_warp=512),
+        num_warps=warps(block_g, 512, device),
     )  # fmt: skip
     _candidates_kernel[(n_rows,)](
         found.latents[rows], found.pre_acts[rows], found.scores[rows], found.counts[rows],
