@@ -22,6 +22,13 @@ MAX_SPARSE_DENSITY = {True: 1 / 8, False: 1 / 40}
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
+# GPUs that the kernels are known to fit: NVIDIA's from this compute capability on, and AMD's of
+# these architectures. Each kernel compiles with its launch settings for 7.5, 8.0, 8.6, 8.9, 9.0,
+# 10.0, 12.0, gfx942 and gfx1100, within what a program may use there
+# (tests/test_kernel_compilation.py). Of these 9.0 alone has been run on.
+MIN_COMPUTE_CAPABILITY = (7, 5)
+HIP_ARCHITECTURES = ("gfx942", "gfx1100")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -109,19 +116,42 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _triton_installation_problem(device: str) -> str | None:
+    """Why this Triton cannot run the kernels on this device, or None when it can."""
     try:
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
     except ImportError as error:
-        return f"the package triton cannot be imported ({error})"
+        return f"the package triton cannot be imported ({_first_line(error)})"
     try:
-        # Only a launch shows whether Triton finds a C compiler and a driver that it can use.
-        from saelens_sparse.ops.row_ops_triton import launch_probe
+        problem = None if device == "cpu" else _gpu_problem(device)
+        if problem is None:
+            # Only a launch shows whether Triton finds a C compiler and a driver that it can use.
+            from saelens_sparse.ops.row_ops_triton import launch_probe
 
-        launch_probe(torch.device(device))
+            launch_probe(torch.device(device))
     except Exception as error:
-        return f"Triton could not compile and run a kernel ({type(error).__name__}: {error})"
-    return None
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        return f"Triton could not compile and run a kernel ({reason})"
+    return problem
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _gpu_problem(device: str) -> str | None:
+    """Why the kernels are not known to fit a GPU, or None when they are."""
+    if torch.version.hip is not None:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        if architecture in HIP_ARCHITECTURES:
+            return None
+        known = ", ".join(HIP_ARCHITECTURES)
+        return f"of AMD's GPUs the Triton kernels are known to fit {known}; this is {architecture}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MIN_COMPUTE_CAPABILITY:
+        return None
+    least, found = ("{}.{}".format(*version) for version in (MIN_COMPUTE_CAPABILITY, capability))
+    return f"the Triton kernels need compute capability {least} or higher; this GPU has {found}"
 
 
 @cache

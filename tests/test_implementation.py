@@ -1,6 +1,8 @@
 import importlib.util
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from saelens_sparse.implementation import (
     choose_implementation,
     triton_problem,
 )
+from tests.kernel_compilation import CARDS
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 SPARSE = 64 / 65_536
@@ -42,6 +45,20 @@ def working_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def broken_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which no kernel compiles."""
     monkeypatch.setattr(implementation, INSTALLATION, lambda _: "there is no C compiler")
+
+
+def pretend_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with this GPU, on which the first kernel runs."""
+    row_ops_triton = import_module("saelens_sparse.ops.row_ops_triton")
+    monkeypatch.setattr(row_ops_triton, "launch_probe", lambda _: None)
+    if name.startswith("sm_"):
+        capability = divmod(int(name.removeprefix("sm_")), 10)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    else:
+        properties = SimpleNamespace(gcnArchName=f"{name}:sramecc+:xnack-")
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
 @pytest.mark.usefixtures("working_triton")
@@ -197,8 +214,9 @@ def test_a_kernel_that_does_not_run_is_a_reason_found_out_once(
 
     def launch_probe(device: torch.device) -> None:
         launches.append(device)
-        raise RuntimeError("no driver")
+        raise RuntimeError("no driver\n`ptxas` stderr:\n/tmp/kernel.ptx, line 9")
 
+    pretend_gpu("sm_90", monkeypatch)
     monkeypatch.setattr(row_ops_triton, "launch_probe", launch_probe)
     for _ in range(3):
         problem = triton_problem(CUDA, torch.float32)
@@ -212,6 +230,43 @@ def test_the_interpreter_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_problem(CPU, torch.float32) is None
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert triton_problem(CPU, torch.float32) is not None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("name", [*CARDS, "sm_103", "sm_121"])
+def test_triton_is_chosen_on_gpus_that_the_kernels_are_compiled_for_and_on_newer_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpu(name, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_implementation("auto", CUDA, torch.float32, SPARSE).name == "triton"
+    assert choose_implementation("triton", CUDA, torch.bfloat16, SPARSE).name == "triton"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("sm_70", r"need compute capability 7\.5 or higher; this GPU has 7\.0"),
+        ("sm_61", r"need compute capability 7\.5 or higher; this GPU has 6\.1"),
+        ("gfx90a", "known to fit gfx942, gfx1100; this is gfx90a"),
+        ("gfx1030", "known to fit gfx942, gfx1100; this is gfx1030"),
+    ],
+)
+def test_auto_takes_torch_on_other_gpus_and_says_so_once_and_a_request_for_triton_raises(
+    name: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpu(name, monkeypatch)
+    with pytest.warns(UserWarning, match=f"slower PyTorch path on this GPU: .*{problem}"):
+        choice = choose_implementation("auto", CUDA, torch.float32, SPARSE)
+    assert choice.name == choice.backend == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_implementation("auto", CUDA, torch.float32, SPARSE) == choice
+    with pytest.raises(ValueError, match=f"cannot run here: .*{problem}") as raised:
+        choose_implementation("triton", CUDA, torch.float32, SPARSE)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.gpu
