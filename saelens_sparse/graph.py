@@ -8,7 +8,6 @@ number sets shapes), nobody who hooks into the pass.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from saelens_sparse.lazy import DeferredPreActs, SparseFeatureActs
 from saelens_sparse.ops import PendingSelection, RowGradient
 from saelens_sparse.saes.base import Pending, any_hooks
 from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE
+from saelens_sparse.warn import warn_caller
 
 _T = TypeVar("_T")
 
@@ -268,7 +268,4 @@ def _give_up(device: torch.device, error: RuntimeError) -> None:
 
 @cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"a training step runs without a CUDA graph, which could not be recorded: {reason}",
-        stacklevel=4,
-    )
+    warn_caller(f"a training step runs without a CUDA graph, which could not be recorded: {reason}")

@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
 import torch
+
+from saelens_sparse.warn import warn_caller
 
 Implementation = Literal["auto", "triton", "torch", "dense"]
 Backend = Literal["triton", "torch"]
@@ -156,4 +157,4 @@ def _gpu_problem(device: str) -> str | None:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    warn_caller(message)

@@ -1,5 +1,6 @@
 """Sizes beyond what one grid, one program or one list of a kernel holds."""
 
+from collections.abc import Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -41,13 +42,22 @@ def test_a_grid_that_no_gpu_launches_is_refused_in_one_line(grid: tuple[int, ...
     assert str(grid[-1]) in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.fixture
+def forgotten_devices() -> Iterator[None]:
+    """Nothing is known of a device before, nor after."""
+    module("device").max_warps.cache_clear()
+    yield
+    module("device").max_warps.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten_devices")
 @pytest.mark.parametrize(("warp_size", "warps"), [(32, 32), (64, 16)])
 def test_a_program_has_1024_threads_at_most(
     warp_size: int, warps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     properties = SimpleNamespace(warp_size=warp_size)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    device = torch.device("cuda", 1000 + warp_size)  # what is known of real ones is kept
+    device = torch.device("cuda", 0)
     assert module("device").max_warps(device) == warps
     assert module("screen_triton").warps(2**15, 512, device) == warps
     assert module("screen_triton").warps(1024, 512, device) == 2

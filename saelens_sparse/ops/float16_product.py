@@ -21,13 +21,13 @@ product is launched.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from saelens_sparse.ops.dense_gate import matmul, matmul_dtype
+from saelens_sparse.warn import warn_caller
 
 # With fewer rows a trial tells too little, and a float32 result costs little.
 MIN_ROWS_TRIED = 128
@@ -106,9 +106,8 @@ def _switches() -> tuple[bool, bool]:
 
 @cache
 def _warn_of_float16_sums() -> None:
-    warnings.warn(
+    warn_caller(
         "saelens_sparse computes the encoder's products in float32, which is slower, because "
         "torch.backends.cuda.matmul.allow_fp16_accumulation is on: "
-        "no bound holds for a screen whose sums are float16.",
-        stacklevel=5,  # outside this package
+        "no bound holds for a screen whose sums are float16."
     )

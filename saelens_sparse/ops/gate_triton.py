@@ -43,7 +43,7 @@ class GateLaunch:
     MARK_COLS: int = 512
     MARK_ROWS: int = 8
     MARK_WARPS: int = 2
-    LIST_WORDS: int = 32768
+    LIST_WORDS: int = 32768  # at most: more marks of a row are listed by several programs
     RESOLVE_PAIRS: int = 256
 
 
@@ -112,18 +112,17 @@ def _count_bits(words):
 
 @kernel
 def _count_marks_kernel(
-    counts_ptr,  # [N] int64
+    counts_ptr,  # [N, B] int64
     words_ptr,  # [N, W]
     W,
     BLOCK_W: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    count = tl.zeros((BLOCK_W,), tl.int32)
-    for start in range(0, W, BLOCK_W):
-        w = start + tl.arange(0, BLOCK_W)
-        words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
-        count += _count_bits(words)
-    tl.store(counts_ptr + n, tl.sum(count, axis=0).to(tl.int64))
+    """counts[n, b] = marks in block b of BLOCK_W words of row n"""
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    w = block * BLOCK_W + tl.arange(0, BLOCK_W)
+    words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
+    count = tl.sum(_count_bits(words), axis=0).to(tl.int64)
+    tl.store(counts_ptr + n * tl.num_programs(1) + block, count)
 
 
 @kernel
@@ -131,7 +130,7 @@ def _list_marks_kernel(
     latents_ptr,  # [P] int64
     rows_ptr,  # [P] int32
     pre_acts_ptr,  # [P], written only if EXACT
-    offsets_ptr,  # [N + 1] where each row begins
+    offsets_ptr,  # [N B + 1], where the marks of each block of words begin
     words_ptr,  # [N, W]
     screen_ptr,  # [N, L]
     bias_ptr,  # [L]
@@ -142,29 +141,28 @@ def _list_marks_kernel(
     EXACT: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """The marked latents of a row in order; each turn lists the lowest mark left in every word."""
-    n = tl.program_id(0).to(tl.int64)
-    row = tl.full((BLOCK_W,), 0, tl.int32) + (first_row + n).to(tl.int32)
-    first = tl.load(offsets_ptr + n)
-    for start in range(0, W, BLOCK_W):
-        w = start + tl.arange(0, BLOCK_W)
-        words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
-        counts = _count_bits(words)
-        position = first + tl.cumsum(counts, axis=0) - counts
-        for _ in range(tl.max(counts, axis=0)):
-            lowest = words & (~words + 1)
-            latent = w * _WORD + _count_bits(lowest - 1)
-            live = (words != 0) & (position < P)
-            tl.store(latents_ptr + position, latent.to(tl.int64), mask=live)
-            tl.store(rows_ptr + position, row, mask=live)
-            if EXACT:
-                s = tl.load(screen_ptr + n * L + latent, mask=live, other=0.0).to(tl.float32)
-                pre_act = s + tl.load(bias_ptr + latent, mask=live, other=0.0)
-                pre_act = pre_act.to(pre_acts_ptr.dtype.element_ty)
-                tl.store(pre_acts_ptr + position, pre_act, mask=live)
-            words = words & (words - 1)
-            position += 1
-        first += tl.sum(counts, axis=0)
+    """The marked latents of a block of words in order; each turn lists the lowest mark left in
+    every word.
+    """
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    w = block * BLOCK_W + tl.arange(0, BLOCK_W)
+    words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
+    counts = _count_bits(words)
+    first = tl.load(offsets_ptr + n * tl.num_programs(1) + block)
+    position = first + tl.cumsum(counts, axis=0) - counts
+    for _ in range(tl.max(counts, axis=0)):
+        lowest = words & (~words + 1)
+        latent = w * _WORD + _count_bits(lowest - 1)
+        live = (words != 0) & (position < P)
+        tl.store(latents_ptr + position, latent.to(tl.int64), mask=live)
+        row = tl.full((BLOCK_W,), 0, tl.int32) + (first_row + n).to(tl.int32)
+        tl.store(rows_ptr + position, row, mask=live)
+        if EXACT:
+            s = tl.load(screen_ptr + n * L + latent, mask=live, other=0.0).to(tl.float32)
+            pre_act = s + tl.load(bias_ptr + latent, mask=live, other=0.0)
+            tl.store(pre_acts_ptr + position, pre_act.to(pre_acts_ptr.dtype.element_ty), mask=live)
+        words = words & (words - 1)
+        position += 1
 
 
 @kernel
@@ -237,10 +235,10 @@ def find_pattern(
     )
     keys = torch.full((capacity,), d_sae, dtype=torch.int32, device=device)
     row_counts = torch.empty(n_rows, dtype=torch.int32, device=device)
-    offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=device)
     n_words = triton.cdiv(d_sae, _WORD.value)
     block_w = min(triton.next_power_of_2(n_words), LAUNCH.LIST_WORDS)
-    n_warps = warps(block_w, 512, device)
+    n_blocks, n_warps = triton.cdiv(n_words, block_w), warps(block_w, 512, device)
+    offsets = torch.zeros(n_rows * n_blocks + 1, dtype=torch.int64, device=device)
     for rows, products in screen.chunks(buffer_bytes, LAUNCH.MARK_ROWS):
         n_chunk = products.shape[0]
         words = torch.empty(n_chunk, n_words, dtype=torch.int32, device=device)
@@ -250,19 +248,21 @@ def find_pattern(
             EXACT=screen.exact, COLS=LAUNCH.MARK_COLS, ROWS=LAUNCH.MARK_ROWS,
             num_warps=LAUNCH.MARK_WARPS,
         )  # fmt: skip
-        counts = torch.empty(n_chunk, dtype=torch.int64, device=device)
-        _count_marks_kernel[(n_chunk,)](counts, words, n_words, BLOCK_W=block_w, num_warps=n_warps)
-        ends = offsets[rows.start + 1 : rows.stop + 1]
-        torch.cumsum(counts, 0, out=ends)
+        counts = torch.empty(n_chunk * n_blocks, dtype=torch.int64, device=device)
+        _count_marks_kernel[(n_chunk, n_blocks)](
+            counts, words, n_words, BLOCK_W=block_w, num_warps=n_warps
+        )
+        chunk_offsets = offsets[rows.start * n_blocks : rows.stop * n_blocks + 1]
+        torch.cumsum(counts, 0, out=chunk_offsets[1:])
         if rows.start > 0:
-            ends += offsets[rows.start]
-        _list_marks_kernel[(n_chunk,)](
-            latents, rows_of_pairs, pre_acts, offsets[rows.start :], words, products,
+            chunk_offsets[1:] += chunk_offsets[0]
+        _list_marks_kernel[(n_chunk, n_blocks)](
+            latents, rows_of_pairs, pre_acts, chunk_offsets, words, products,
             screen.bias, rows.start, capacity, d_sae, n_words, EXACT=screen.exact,
             BLOCK_W=block_w, num_warps=n_warps,
         )  # fmt: skip
     # Where there is no room, rows end early.
-    ragged = RaggedRows(offsets.clamp(max=capacity), rows_of_pairs)
+    ragged = RaggedRows(offsets[::n_blocks].clamp(max=capacity), rows_of_pairs)
     if not screen.exact:
         pre_acts = gather_dot(x, latents, weight, ragged)
     _resolve_kernel[(n_rows,)](

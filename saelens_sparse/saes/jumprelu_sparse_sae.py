@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,7 @@ from saelens_sparse.saes.base import (
     require_int,
     require_number,
 )
+from saelens_sparse.warn import warn_caller
 
 LOSS_MODES = ("step", "tanh", "quadratic")
 
@@ -496,9 +496,8 @@ def warn_of_l0(l0: float, n_training_steps: int, cfg: JumpReLUTrainingSAEConfig)
     elif l0 < 1:
         advice = "less than one latent on a row. Lower l0_coefficient, or lengthen its warm-up"
     if advice is not None:
-        warnings.warn(
+        warn_caller(
             f"L0 of the SAE on {cfg.metadata.hook_name or 'its inputs'} is {l0:.3g} after "
             f"{n_training_steps:,} steps, {advice} (now l0_coefficient={cfg.l0_coefficient:g}, "
-            f"jumprelu_bandwidth={cfg.jumprelu_bandwidth:g}).",
-            stacklevel=2,
+            f"jumprelu_bandwidth={cfg.jumprelu_bandwidth:g})."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +29,7 @@ from saelens_sparse.saes.base import (
     require_int,
     require_number,
 )
+from saelens_sparse.warn import warn_caller
 
 
 @dataclass
@@ -252,8 +252,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
 
 @cache
 def _say_sparse_activations_are_moot() -> None:
-    warnings.warn(
+    warn_caller(
         "use_sparse_activations=True has nothing left to do in topk_sparse: activations are "
-        "never dense.",
-        stacklevel=4,
+        "never dense."
     )
