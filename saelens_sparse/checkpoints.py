@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from saelens_sparse.saes.base import STATE_FILENAME
 from saelens_sparse.warn import warn_caller
-from saelens_sparse.whole_folders import WRITE_ERRORS, new_folder, reason
+from saelens_sparse.whole_folders import WRITE_ERRORS, is_write_error, new_folder, reason
 
 # What a run reads when it resumes: of each SAE, and of the run.
 _NEEDED_OF_SAE = (SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME, ACTIVATION_SCALER_CFG_FILENAME)
@@ -53,7 +53,7 @@ def write_checkpoint(checkpoint: Path, write: Callable[[Path], None], *, warns: 
         with new_folder(checkpoint) as folder:
             write(folder)
     except WRITE_ERRORS as error:
-        if not warns:
+        if not warns or not is_write_error(error):
             raise
         warn_caller(f"the checkpoint {str(checkpoint)!r} could not be written: {reason(error)}")
         return False
@@ -64,8 +64,9 @@ def whole_checkpoint(named: str, names_of_saes: Sequence[str] = ()) -> str:
     """
     The checkpoint to resume from: the one that is named, if it is whole.
 
-    Otherwise it is the one of those in or beside that folder whose training went farthest, and
-    a warning says so. Only folders that have the name of a regular checkpoint count.
+    Otherwise it is the one of those in or beside that folder whose training went farthest, but not
+    farther than the named one, and a warning says so. Only folders that have the name of a regular
+    checkpoint count.
 
     Args:
         named: `resume_from_checkpoint` of the run.
@@ -83,10 +84,12 @@ def whole_checkpoint(named: str, names_of_saes: Sequence[str] = ()) -> str:
     found = [*_regular(folder, names_of_saes)] or [
         *_regular(folder.absolute().parent, names_of_saes)
     ]
+    if folder.name.isdecimal():
+        found = [other for other in found if int(other.name) < int(folder.name)]
     if not found:
         raise ValueError(
             f"resume_from_checkpoint: {named!r} is no whole checkpoint ({problem}), and there is "
-            "none in it or beside it"
+            "no earlier one in it or beside it"
         )
     newest = max(found, key=lambda checkpoint: int(checkpoint.name))
     warn_caller(

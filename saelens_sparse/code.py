@@ -73,6 +73,10 @@ class Code(ABC):
     def __post_init__(self) -> None:
         self._acts_version = version_of(self.acts)
 
+    def is_made_with(self, W_dec: torch.Tensor) -> bool:
+        """Whether a decoder is what it was when the code was made."""
+        return version_of(W_dec) == self.decoder_version
+
     def require_current(self) -> None:
         """Raise if the tensors of this code have been overwritten by those of a later step."""
         if version_of(self.acts) != self._acts_version:
@@ -147,6 +151,11 @@ class SelectedCode(Code):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.norms_have_graph = self.has_graph and self.W_dec.requires_grad
+
+    @override
+    def is_made_with(self, W_dec: torch.Tensor) -> bool:
+        # The reported activations are scaled by the norms of one decoder.
+        return super().is_made_with(W_dec) and (self.norms is None or W_dec is self.W_dec)
 
     @property
     @override

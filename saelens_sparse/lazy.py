@@ -44,6 +44,7 @@ _WATCHES_GRADIENT = {
     torch.Tensor.register_hook,
     torch.Tensor.register_post_accumulate_grad_hook,
     torch.Tensor.retain_grad,
+    _getter("grad"),
 }
 _COPIES = {torch.Tensor.__reduce_ex__, torch.Tensor.__deepcopy__}
 

@@ -74,6 +74,8 @@ def _check_outputs(
 ) -> None:
     weights = sum(map(_weight_bytes, saes))
     n_checkpoints = max(1, cfg.n_checkpoints + cfg.save_final_checkpoint)
+    if cfg.resume_from_checkpoint is not None:
+        n_checkpoints = 1  # how many of them are there already is not known
     needed_on_disk: Counter[int] = Counter()
     for name, n_bytes in (
         ("output_path", weights),

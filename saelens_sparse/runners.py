@@ -100,7 +100,7 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
         """Save a whole checkpoint. For overrides, the trainer calls it after each of its own."""
         if self.trainer is None:
             super().save_checkpoint(checkpoint_path)
-        elif checkpoint_path is not None and checkpoint_path != self.trainer.last_checkpoint:
+        elif checkpoint_path is not None and not self.trainer.is_reporting_checkpoint:
             self.trainer.save_checkpoint(checkpoint_path.name, checkpoint_path.parent)
 
     @override
@@ -113,8 +113,8 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
 
         with self._stop_signals.held():
             folder = save_somewhere(write, "the trained SAE", output_path, _spare(self.cfg))
-            if self.cfg.logger.log_to_wandb:
-                _log_final(self, folder, log_feature_sparsity is not None)
+        if self.cfg.logger.log_to_wandb:
+            _log_final(self, folder, log_feature_sparsity is not None)
 
 
 class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
@@ -169,10 +169,10 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             folder = save_somewhere(
                 write, "the trained SAEs", self.cfg.output_path, _spare(self.cfg)
             )
-            if self.cfg.logger.log_to_wandb:
-                for name, sae in saes.items():
-                    logged = SimpleNamespace(sae=sae, cfg=self.cfg.to_sae_trainer_config())
-                    _log_final(logged, folder / name, has_sparsity=True)
+        if self.cfg.logger.log_to_wandb:
+            for name, sae in saes.items():
+                logged = SimpleNamespace(sae=sae, cfg=self.cfg.to_sae_trainer_config())
+                _log_final(logged, folder / name, has_sparsity=True)
 
 
 def checked(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:

@@ -64,6 +64,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     stop_signals: StopSignals  # a runner sets its own
     write_runner_files: Callable[[Path], None] | None = None  # what a runner adds to a checkpoint
     last_checkpoint: Path | None = None
+    is_reporting_checkpoint = False  # while `save_checkpoint_fn` is told of one
 
     @classmethod
     def taking_over(cls, trainer: SAETrainer[Any, Any]) -> SparseSAETrainer:
@@ -181,10 +182,14 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             if not write_checkpoint(checkpoint, write, warns=base_path is None):
                 return
             self.last_checkpoint = checkpoint
-            if self.cfg.logger.log_to_wandb:
-                self.log_files(checkpoint, wandb_aliases)
-            if self.save_checkpoint_fn is not None:
+        if self.cfg.logger.log_to_wandb:
+            self.log_files(checkpoint, wandb_aliases)
+        if self.save_checkpoint_fn is not None:
+            self.is_reporting_checkpoint = True
+            try:
                 self.save_checkpoint_fn(checkpoint_path=checkpoint)
+            finally:
+                self.is_reporting_checkpoint = False
 
     def write_files(self, folder: Path) -> None:
         """Write what a checkpoint holds of the SAE and of its training."""
@@ -402,9 +407,9 @@ class SparseMultiSAETrainer(MultiSAETrainer):
             if not write_checkpoint(checkpoint, write, warns=True):
                 return
             self.last_checkpoint = checkpoint
-            if self.cfg.logger.log_to_wandb:
-                for name, trainer in self.trainers.items():
-                    trainer.log_files(checkpoint / name, wandb_aliases)
+        if self.cfg.logger.log_to_wandb:
+            for name, trainer in self.trainers.items():
+                trainer.log_files(checkpoint / name, wandb_aliases)
 
 
 def _has_own_pass(sae: SparseTrainingSAEMixin) -> bool:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
@@ -27,6 +27,8 @@ _MARK = ".saelens_sparse_is_writing"
 # What saving raises where a disk is full or a folder is not to be written to: PyTorch and
 # safetensors have errors of their own for it.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+# How PyTorch's RuntimeErrors of this kind are told from others.
+_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos", "file write failed")
 
 
 @contextmanager
@@ -80,14 +82,21 @@ def save_somewhere(
         OSError: no folder can be written to; the message names them.
     """
     failures: list[str] = []
+    cause: Exception | None = None
     for place in (Path(output_path), *elsewhere, None):  # None: a folder that is made only then
         try:
-            folder = place or Path(tempfile.mkdtemp(prefix="saelens_sparse_"))
-            with _partial_folder(folder, "sae") as partial:
-                write(partial)
-                _finish(partial)
-                _move_into(folder, partial)
+            with ExitStack() as undo:
+                folder = place or Path(tempfile.mkdtemp(prefix="saelens_sparse_"))
+                if place is None:
+                    undo.callback(_remove_empty, folder)
+                with _partial_folder(folder, "sae") as partial:
+                    write(partial)
+                    _finish(partial)
+                    _move_into(folder, partial)
         except WRITE_ERRORS as error:
+            if not is_write_error(error):
+                raise
+            cause = error
             failures.append(f"{str(place or 'the temporary folder')!r} ({reason(error)})")
             continue
         if failures:
@@ -95,7 +104,12 @@ def save_somewhere(
                 f"{name} could not be written to {', '.join(failures)}. It is in {str(folder)!r}."
             )
         return folder
-    raise OSError(f"{name} could not be written to {', '.join(failures)}")
+    raise OSError(f"{name} could not be written to {', '.join(failures)}") from cause
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether an error among `WRITE_ERRORS` says that something could not be written."""
+    return not isinstance(error, RuntimeError) or any(part in str(error) for part in _WRITER)
 
 
 def reason(error: Exception) -> str:
@@ -123,9 +137,9 @@ def _partial_folder(parent: Path, name: str) -> Generator[Path]:
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield partial
-    except WRITE_ERRORS:
-        raise
     except Exception as error:
+        if isinstance(error, WRITE_ERRORS) and is_write_error(error):
+            raise
         is_kept = True
         (partial / _MARK).unlink(missing_ok=True)
         error.add_note(f"What was written until then is in {partial}")
@@ -133,6 +147,11 @@ def _partial_folder(parent: Path, name: str) -> Generator[Path]:
     finally:
         if not is_kept:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -174,6 +174,10 @@ READERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "register_hook": lambda acts, _: acts.register_hook(torch.neg),
     "retain_grad": lambda acts, _: acts.retain_grad(),
     "autograd.grad": lambda acts, loss: torch.autograd.grad(loss, acts),
+    "backward, and its inputs' grad": lambda acts, loss: (
+        loss.backward(inputs=[acts]),
+        acts.grad,
+    ),
     "autograd.grad of a list": lambda acts, loss: torch.autograd.grad([loss], inputs=[acts]),
 }
 
@@ -203,6 +207,48 @@ class TestGradientsOfActivations:
             seen.append(gradients_seen)
         ((expected,), (actual,)) = seen
         assert error(actual, expected) <= 1e-5 * expected.norm()
+
+
+class TestOtherDecoders:
+    """Activations of one SAE that another one decodes, or the same with another decoder."""
+
+    @pytest.mark.parametrize("change", ["another SAE", "another parameter"])
+    @arms(options=FEW_OPTIONS)
+    def test_the_decoder_that_decodes_counts(
+        self, arm: Arm, options: dict[str, Any], change: str
+    ) -> None:
+        stock, x = arm.case(n_rows=12, **options)
+        with torch.no_grad():
+            other_stock = copy.deepcopy(stock)
+            other_stock.W_dec.mul_(torch.linspace(0.5, 2, stock.cfg.d_sae).to(x).unsqueeze(1))
+        pairs: list[tuple[Any, Any]] = [(stock, other_stock)]
+        pairs.append((arm.sparse(stock), arm.sparse(other_stock)))
+        results: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for sae, other in pairs:
+            acts, _ = sae.encode_with_hidden_pre(x)
+            if change == "another parameter":
+                sae.W_dec = torch.nn.Parameter(other.W_dec.detach().clone())
+                other = sae
+            recons = other.decode(acts)
+            recons.pow(2).sum().backward()
+            assert other.W_dec.grad is not None
+            results.append((recons.detach(), other.W_dec.grad))
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert error(actual, expected) <= 1e-5 * expected.norm()
+
+
+class TestCompiled:
+    """`torch.compile` of an SAE, which breaks its graph at the sparse parts."""
+
+    @arms(topk=ON_CPU, jumprelu=ON_CPU)
+    def test_gives_what_the_sae_gives(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6)
+        for method in ("forward", "encode"):
+            sparse = arm.sparse(stock)
+            compiled: Any = torch.compile(getattr(sparse, method), backend="eager")
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    torch.testing.assert_close(compiled(x), getattr(stock, method)(x))
 
 
 class Doubled(torch.autograd.Function):

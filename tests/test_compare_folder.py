@@ -38,7 +38,7 @@ def refusal(capsys: pytest.CaptureFixture[str], config: str, output: Path, *opti
     """The one line with which the command refuses the folder."""
     assert cli.main(["compare", config, f"--output={output}", *options]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("saelens-sparse: --output: ")
+    assert error.startswith(("saelens-sparse: --output: ", "saelens-sparse: output_path: "))
     assert len(error.splitlines()) == 1
     return error
 
@@ -357,3 +357,31 @@ def test_inputs_that_are_not_whole_are_named(
         ComparisonError, match=f"{folder}.* remove {folder}, or name another --cache"
     ):
         prepare_inputs(comparison)
+
+
+def test_a_training_that_ended_without_a_report_is_not_discarded(
+    tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both SAEs are saved, and what follows has failed."""
+    settle(tmp_path, config)
+    for arm in ("topk", "topk_sparse"):
+        (tmp_path / arm / "sae").mkdir()
+        (tmp_path / arm / "sae" / "sae_weights.safetensors").write_bytes(b"of weeks")
+    assert "--overwrite" in refusal(capsys, config, tmp_path)
+    assert (tmp_path / "topk" / "sae" / "sae_weights.safetensors").exists()
+    settle(tmp_path, config, "--overwrite")
+    assert not (tmp_path / "topk" / "sae").exists()
+
+
+def test_overwriting_spares_saes_that_were_put_beside_those_of_the_command(
+    tmp_path: Path, config: str
+) -> None:
+    settle(tmp_path, config)
+    mine = [tmp_path / "topk" / "checkpoints" / "my best", tmp_path / "topk" / "sae" / "my best"]
+    own = [tmp_path / "topk" / "checkpoints" / "512", tmp_path / "topk" / "sae"]
+    for folder in (*mine, *own):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sae_weights.safetensors").write_bytes(b"of weeks")
+    settle(tmp_path, config, "--overwrite")
+    assert all((folder / "sae_weights.safetensors").exists() for folder in mine)
+    assert not any((folder / "sae_weights.safetensors").exists() for folder in own)

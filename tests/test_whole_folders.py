@@ -52,14 +52,21 @@ class TestNewFolder:
         assert contents(final) == WRITTEN | {"notes": "old", "a/notes": "old", "b/notes": "old"}
         assert [path.name for path in tmp_path.iterdir()] == ["640"]
 
-    @pytest.mark.parametrize("error", [OSError, RuntimeError, KeyboardInterrupt])
-    def test_leaves_nothing_if_writing_fails(
-        self, tmp_path: Path, error: type[BaseException]
-    ) -> None:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(),
+            # What torch.save says of a full disk.
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+            KeyboardInterrupt(),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_leaves_nothing_if_writing_fails(self, tmp_path: Path, error: BaseException) -> None:
         (tmp_path / "640").mkdir()
         (tmp_path / "640" / "cfg.json").write_text("old")
-        with pytest.raises(error):
-            fail_to_write(tmp_path / "640", error())
+        with pytest.raises(type(error)):
+            fail_to_write(tmp_path / "640", error)
         assert contents(tmp_path) == {"640/cfg.json": "old"}
         assert [path.name for path in tmp_path.iterdir()] == ["640"]
 
@@ -127,3 +134,31 @@ class TestSaveSomewhere:
         for sae in ("", "a/"):
             of_sae = {after.get(f"{sae}{file}", "old") for file in (WEIGHTS, "cfg.json")}
             assert len(of_sae) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory"), RuntimeError("The size of tensor a (3) must")]
+)
+def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(tmp_path: Path, error: Exception) -> None:
+    calls: list[Path] = []
+
+    def fail(folder: Path) -> None:
+        calls.append(folder)
+        raise error
+
+    with pytest.raises(RuntimeError) as raised:
+        save_somewhere(fail, "the SAE", str(tmp_path / "output"), [tmp_path / "spare"])
+    assert raised.value is error
+    assert len(calls) == 1
+
+
+def test_the_last_failure_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def fail(folder: Path) -> None:  # noqa: ARG001
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="the SAE could not be written") as raised:
+        save_somewhere(fail, "the SAE", str(tmp_path / "output"), [])
+    assert isinstance(raised.value.__cause__, OSError)
+    assert [path.name for path in tmp_path.iterdir()] == ["output"], "no empty folder is left"

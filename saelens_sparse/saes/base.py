@@ -16,7 +16,7 @@ from sae_lens.util import str_to_dtype
 from torch import nn
 from typing_extensions import override
 
-from saelens_sparse.code import Code, DeadLatents, version_of
+from saelens_sparse.code import Code, DeadLatents
 from saelens_sparse.implementation import (
     IMPLEMENTATIONS,
     Backend,
@@ -330,6 +330,12 @@ class SparseTrainingSAEMixin(_Base):
         choice = self.settle_implementation()
         if choice.name == "dense":
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
+        return self._encode_sparsely(x, choice)
+
+    @_not_compiled
+    def _encode_sparsely(
+        self, x: torch.Tensor, choice: Choice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.prepare_weights()
         sae_in, input_bias = self._sae_in_and_bias(x)
         leading_shape = sae_in.shape[:-1]
@@ -367,7 +373,7 @@ class SparseTrainingSAEMixin(_Base):
         if not isinstance(feature_acts, SparseFeatureActs):
             return super().decode(feature_acts)
         code = feature_acts.code
-        weights_changed = code.decoder_version != version_of(self.W_dec)
+        weights_changed = not code.is_made_with(self.W_dec)
         has_dense_hook = any(has_hooks(getattr(self, name)) for name in DENSE_HOOKS)
         if has_dense_hook or weights_changed or not feature_acts.is_untouched:
             return super().decode(feature_acts.materialized())

@@ -126,3 +126,18 @@ def test_a_keyboard_interrupt_of_another_origin_leaves_a_checkpoint_too(
     with pytest.raises(KeyboardInterrupt):
         runner.run()
     assert [checkpoint.name for checkpoint in checkpoints(runner.cfg)] == [str(3 * BATCH)]
+
+
+def test_a_checkpoint_of_the_same_name_is_written_again(
+    model: HookedSAETransformer, dataset: Dataset, tmp_path: Path
+) -> None:
+    """As `checkpoints/latest`, which a callback asks for now and then."""
+    runner = make(model, dataset, tmp_path)
+    counts: list[int] = []
+    runner.run()
+    latest = tmp_path / "checkpoints" / "latest"
+    for extra in (0, 64):
+        runner.trainer.n_training_samples += extra
+        runner.save_checkpoint(latest)
+        counts.append(torch.load(latest / "trainer_state.pt")["n_training_samples"])
+    assert counts == [N_TOKENS, N_TOKENS + 64]

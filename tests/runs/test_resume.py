@@ -214,3 +214,11 @@ def test_the_config_that_was_given_stays_as_it_is(
         runner = SparseTrainingRunner(cfg, override_model=model, override_dataset=dataset)
     assert resumed_from(runner) == checkpoints / "one" / NEW
     assert cfg.resume_from_checkpoint == folder
+
+
+def test_a_fall_back_never_leads_forward(checkpoints: Path, make: Make) -> None:
+    """Who names an early checkpoint goes back on purpose."""
+    folder = checkpoints / "one"
+    cut(folder / OLD / "trainer_state.pt")
+    with pytest.raises(ValueError, match="no earlier one"):
+        make(folder / OLD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -18,14 +19,20 @@ from saelens_sparse.evaluation.compare.records import ArmFolder, load_steps
 from saelens_sparse.evaluation.output_folder import has_files
 from saelens_sparse.evaluation.whole_files import damage, write_whole
 from saelens_sparse.runner_config import UsageError
+from saelens_sparse.saes.base import STATE_FILENAME
 
 STATE_FILE = "state.json"
 MARK = {"made_by": "saelens-sparse compare", "format": 1}
 """By which the command knows its own state; earlier versions wrote none."""
 FIELDS = {"settings": dict, "run": str, "checkpoint_step": int, "resumed_at": list, "trained": bool}
 REPORT_FILES = ("results.json", "report.html", "dictionaries.json")  # the last by earlier versions
-SAELENS_FILES = {value for name, value in vars(constants).items() if name.endswith("_FILENAME")}
-"""What SAELens names the files of checkpoints and SAEs."""
+SAELENS_FILES = {
+    STATE_FILENAME,
+    *(value for name, value in vars(constants).items() if name.endswith("_FILENAME")),
+}
+"""The names of the files of checkpoints and SAEs: SAELens's, and one of this package's."""
+CHECKPOINT_NAME = re.compile(r"(final_)?\d+")
+"""What SAELens names the folder of a checkpoint."""
 
 
 @dataclass
@@ -122,6 +129,13 @@ def _go_on(state: State, comparison: Comparison) -> tuple[State | None, str]:
         return None, ""
     steps = min(len(load_steps(folder.steps)) for folder in comparison.folders)
     if not (state.trained or state.checkpoint_step):
+        saved = [folder.sae for folder in comparison.folders if folder.sae.exists()]
+        if not comparison.overwrite and (saved or steps == comparison.n_steps):
+            raise UsageError(
+                f"--output: {comparison.output} holds a training that ended after step {steps} "
+                "without a report and has no checkpoint to go on from; name another folder, or "
+                "give --overwrite to discard it"
+            )
         message = (
             f"Starting anew: an earlier training ended after step {steps} without a "
             "checkpoint (n_checkpoints, or --checkpoints, makes some)"
@@ -254,14 +268,17 @@ def _clear(output: Path, architectures: Iterable[str]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or of a folder SAELens's files; a folder that holds others stays."""
+    """Remove a file; or of a folder, and of checkpoints in it, SAELens's files. A folder that holds
+    others stays.
+    """
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    for inner in path.rglob("*"):
-        if inner.name in SAELENS_FILES and inner.is_file():
-            inner.unlink()
-    for folder in (*sorted(path.rglob("*"), reverse=True), path):
+    checkpoints = [inner for inner in path.iterdir() if CHECKPOINT_NAME.fullmatch(inner.name)]
+    for folder in (*checkpoints, path):
         if folder.is_dir():
+            for name in SAELENS_FILES:
+                if (folder / name).is_file():
+                    (folder / name).unlink()
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
