@@ -138,7 +138,8 @@ def test_a_screen_that_cannot_decide_is_given_up(monkeypatch: pytest.MonkeyPatch
     """After the first rows; else all that it leaves open would be computed twice."""
     monkeypatch.setattr(screen_cpu, "SCORE_BYTES", 4 * 1500 * 2)
     problem = select_helpers.plain(*SHAPE, 7)
-    problem.weight[:400] = problem.weight[0] + 1e-5 * torch.randn(400, 24)
+    # Far apart for float32, and far below what bfloat16 tells apart.
+    problem.weight[:400] = problem.weight[0] + 1e-4 * torch.randn(400, 24)
     problem.bias[:400] = 5.0
     assert problem.norms is not None
     problem.norms[:400] = 1.0
@@ -154,7 +155,7 @@ def test_a_screen_that_cannot_decide_is_given_up(monkeypatch: pytest.MonkeyPatch
     selection = problem.select("torch")
     assert parts == [0]
     assert selection.rows_recomputed == 0
-    select_helpers.assert_selects_topk(problem, selection, distinct=0.5)
+    select_helpers.assert_selects_topk(problem, selection, distinct=0.6)
 
 
 def test_a_screen_that_leaves_many_pairs_open_is_given_up(
