@@ -66,7 +66,7 @@ def train(case: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     runner, architecture = options.pop("runner"), options.pop("architecture")
     torch.manual_seed(0)
     sizes = {"k": k} if architecture == "topk" else {"l0_coefficient": 0.1, "l0_warm_up_steps": 5}
-    sae = TrainingSAE.from_dict(
+    sae: Any = TrainingSAE.from_dict(
         {"architecture": f"{architecture}_sparse", "d_in": d_in, "d_sae": d_sae, "dtype": dtype,
          "device": device, **sizes, **options}
     )  # fmt: skip
@@ -125,7 +125,7 @@ def record(checkout: Path, device: str, steps: int, file: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("other", type=Path, help="a checkout of the commit to compare with")
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--steps", type=int, default=50)

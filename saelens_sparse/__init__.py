@@ -9,15 +9,15 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-from saelens_sparse.optim import prepare_optimizers
-from saelens_sparse.pretrained import load_pretrained
-from saelens_sparse.runners import SparseMultiSAETrainingRunner, SparseTrainingRunner
-from saelens_sparse.saes.jumprelu_sparse_sae import (
+from saelens_sparse.architectures.jumprelu import (
     SparseJumpReLUTrainingSAE,
     SparseJumpReLUTrainingSAEConfig,
 )
-from saelens_sparse.saes.topk_sparse_sae import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saelens_sparse.architectures.topk import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saelens_sparse.sharing import upload_saes_to_huggingface
+from saelens_sparse.training.optimizer import prepare_optimizers
+from saelens_sparse.training.pretrained import load_pretrained
+from saelens_sparse.training.runners import SparseMultiSAETrainingRunner, SparseTrainingRunner
 
 __version__ = "0.1.0"
 

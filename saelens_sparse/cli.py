@@ -15,11 +15,11 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_sparse
-from saelens_sparse.config_checks import check_field, check_fields, check_training, field_hints
-from saelens_sparse.messages import suggestion
+from saelens_sparse.config.checks import check_field, check_fields, check_training, field_hints
+from saelens_sparse.config.files import UsageError, load_config, usage_errors
+from saelens_sparse.config.messages import suggestion
 from saelens_sparse.private_names import parse_cfg_args
-from saelens_sparse.runner_config import UsageError, load_config, usage_errors
-from saelens_sparse.runners import SparseTrainingRunner, checked
+from saelens_sparse.training.runners import SparseTrainingRunner, checked
 
 USAGE = """\
 usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...]
@@ -42,9 +42,9 @@ bench    measures registered problem sizes against stock SAELens.
 # Modules with a `main` that takes the arguments and returns the exit status; imported when asked
 # for, since they bring what training does not need.
 _COMMANDS = {
-    "compare": "saelens_sparse.evaluation.compare.command",
-    "profile": "saelens_sparse.evaluation.profile.command",
-    "bench": "saelens_sparse.evaluation.bench.command",
+    "compare": "saelens_sparse.compare.command",
+    "profile": "saelens_sparse.profile.command",
+    "bench": "benchmarks.command",
 }
 
 

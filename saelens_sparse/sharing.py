@@ -19,7 +19,7 @@ from sae_lens.constants import (
 )
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from saelens_sparse.saes.base import SparseTrainingSAEMixin
+from saelens_sparse.architectures.base import SparseTrainingSAEMixin
 
 
 def upload_saes_to_huggingface(

@@ -13,9 +13,9 @@ from sae_lens.saes.sae import SAEConfig
 
 import saelens_sparse
 from saelens_sparse.sharing import in_stock_form
-from tests.architecture_helpers import ON_CPU, Arm, arms
 from tests.conftest import TARGETS
-from tests.sae_helpers import make_trainer
+from tests.support.architectures import ON_CPU, Arm, arms
+from tests.support.saes import make_trainer
 
 both_on_cpu = arms(topk=ON_CPU, jumprelu=ON_CPU)
 

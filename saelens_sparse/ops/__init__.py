@@ -4,11 +4,10 @@ Each public function validates its arguments and picks the PyTorch or the Triton
 implementation; the two never import each other.
 """
 
-from saelens_sparse.ops.autograd import decode_selected, encode_selected, keep_topk
-from saelens_sparse.ops.block import RowBlock
-from saelens_sparse.ops.dense_gate import matmul_dtype
-from saelens_sparse.ops.gate import GatePattern, PendingPattern, start_find_pattern
-from saelens_sparse.ops.gate_autograd import (
+from saelens_sparse.ops.common.host_copy import HostCopy, HostCount
+from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.encode import decode_selected, encode_selected, keep_topk
+from saelens_sparse.ops.encode_dense import (
     FiringCounts,
     Gate,
     at_latents,
@@ -16,11 +15,10 @@ from saelens_sparse.ops.gate_autograd import (
     encode_gated,
     encode_gated_densely,
 )
-from saelens_sparse.ops.host_count import HostCopy, HostCount
-from saelens_sparse.ops.latent_order import LatentOrder
-from saelens_sparse.ops.ragged import RaggedRows
-from saelens_sparse.ops.row_gradient import RowGradient
-from saelens_sparse.ops.row_ops import (
+from saelens_sparse.ops.pairs.order import LatentOrder
+from saelens_sparse.ops.pairs.ragged import RaggedRows
+from saelens_sparse.ops.rows.block import RowBlock
+from saelens_sparse.ops.rows.operations import (
     add_rows,
     gather_dot,
     gather_sum,
@@ -29,14 +27,16 @@ from saelens_sparse.ops.row_ops import (
     segment_sum,
     segment_totals,
 )
-from saelens_sparse.ops.select import (
+from saelens_sparse.ops.search.threshold import PendingPattern, start_find_pattern
+from saelens_sparse.ops.search.topk import (
     PendingSelection,
-    Selection,
     select_topk,
     start_select_topk,
     topk_values,
 )
-from saelens_sparse.ops.weight_copy import WeightCopy, rounded_dtype
+from saelens_sparse.ops.search.types import GatePattern, Selection
+from saelens_sparse.ops.update.row_gradient import RowGradient
+from saelens_sparse.ops.update.weight_copy import WeightCopy, rounded_dtype
 
 __all__ = [
     "FiringCounts",

@@ -21,7 +21,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from transformer_lens import HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tests.runs.helpers import CONTEXT, D_MODEL, VOCABULARY, Run, Train, log_of, runner_config
+from tests.support.runs import CONTEXT, D_MODEL, VOCABULARY, Run, Train, log_of, runner_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -119,7 +119,7 @@ def run(model: HookedSAETransformer, dataset: Dataset, tmp_path: Path) -> Run:
 def train() -> Generator[Train]:
     """Runs a scenario of `hit_runs`; returns the exit status."""
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.runs.hit_runs"],
+        [sys.executable, "-m", "tests.support.hit_runs"],
         cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         stdin, stdout = process.stdin, process.stdout

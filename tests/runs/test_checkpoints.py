@@ -14,7 +14,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.activations_store import ActivationsStore
 
 from saelens_sparse import SparseTopKTrainingSAE
-from tests.runs.helpers import (
+from tests.support.runs import (
     BATCH,
     BOTH,
     D_MODEL,
@@ -29,7 +29,7 @@ from tests.runs.helpers import (
     sae_config,
     what_libraries_say,
 )
-from tests.sae_helpers import assert_same_training
+from tests.support.saes import assert_same_training
 
 pytestmark = what_libraries_say
 

@@ -11,7 +11,7 @@ import torch
 from sae_lens import SAE, TopKTrainingSAEConfig
 
 from saelens_sparse import SparseTopKTrainingSAEConfig, cli
-from tests.runs.helpers import (
+from tests.support.runs import (
     BATCH,
     CONTEXT,
     D_MODEL,
@@ -100,7 +100,8 @@ def test_training_does_without_what_compares_and_measures(tmp_path: Path) -> Non
     path.write_text(json.dumps({**values, "verbose": True}))
     script = (
         "import sys; from saelens_sparse import cli; status = cli.main(sys.argv[1:]);"
-        "assert not [name for name in sys.modules if name.startswith('saelens_sparse.evaluation')];"
+        "reports = ('saelens_sparse.compare', 'saelens_sparse.profile');"
+        "assert not [name for name in sys.modules if name.startswith(reports)];"
         "sys.exit(status)"
     )
     process = subprocess.run(

@@ -13,7 +13,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 from saelens_sparse import SparseTopKTrainingSAE
-from tests.runs.helpers import (
+from tests.support.runs import (
     BATCH,
     BOTH,
     CONTEXT,
@@ -27,7 +27,7 @@ from tests.runs.helpers import (
     sae_config,
     what_libraries_say,
 )
-from tests.sae_helpers import make_stock, make_trainer, sparse_like, stock_like, zipf_inputs
+from tests.support.saes import make_stock, make_trainer, sparse_like, stock_like, zipf_inputs
 
 pytestmark = what_libraries_say
 

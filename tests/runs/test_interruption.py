@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs.helpers import (
+from tests.support.runs import (
     BATCH,
     N_TOKENS,
     RUN_FILES,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from wandb.errors import CommError
 
 from saelens_sparse import SparseMultiSAETrainingRunner, SparseTrainingRunner
-from tests.runs.helpers import (
+from tests.support.runs import (
     BATCH,
     N_TOKENS,
     RUN_FILES,

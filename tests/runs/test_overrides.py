@@ -17,9 +17,9 @@ from sae_lens import (
 
 from saelens_sparse import SparseMultiSAETrainingRunner, SparseTrainingRunner
 from tests.conftest import Target
-from tests.runs.helpers import BATCH, config_of, multi_config, runner_config, what_libraries_say
-from tests.sae_helpers import assert_same_training, superposed_rows
-from tests.test_training import make_trainer, own_trainer, pair, state_of, train
+from tests.support.runs import BATCH, config_of, multi_config, runner_config, what_libraries_say
+from tests.support.saes import assert_same_training, superposed_rows
+from tests.training.test_trainer import make_trainer, own_trainer, pair, state_of, train
 
 pytestmark = what_libraries_say
 N_STEPS = 4

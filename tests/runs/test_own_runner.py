@@ -15,7 +15,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_sparse import SparseTrainingRunner
-from tests.runs.helpers import (
+from tests.support.runs import (
     BATCH,
     N_TOKENS,
     checkpoints,
@@ -24,7 +24,7 @@ from tests.runs.helpers import (
     sae_config,
     what_libraries_say,
 )
-from tests.sae_helpers import assert_same_training
+from tests.support.saes import assert_same_training
 
 pytestmark = what_libraries_say
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

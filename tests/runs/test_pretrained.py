@@ -20,8 +20,8 @@ from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file, save_file
 
 from saelens_sparse import SparseTrainingRunner
-from saelens_sparse.pretrained import load_pretrained
-from tests.runs.helpers import (
+from saelens_sparse.training.pretrained import load_pretrained
+from tests.support.runs import (
     BATCH,
     D_MODEL,
     D_SAE,
@@ -31,7 +31,7 @@ from tests.runs.helpers import (
     runner_config,
     what_libraries_say,
 )
-from tests.sae_helpers import assert_same_training, parameters
+from tests.support.saes import assert_same_training, parameters
 
 pytestmark = what_libraries_say
 FAMILIES = {"topk": ("topk", "topk_sparse"), "jumprelu": ("jumprelu", "jumprelu_sparse")}

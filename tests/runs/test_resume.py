@@ -12,8 +12,8 @@ from datasets import Dataset
 from sae_lens import HookedSAETransformer, LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 
 from saelens_sparse import SparseMultiSAETrainingRunner, SparseTrainingRunner
-from saelens_sparse.checkpoints import problem_of
-from tests.runs.helpers import (
+from saelens_sparse.training.checkpoints import problem_of
+from tests.support.runs import (
     BATCH,
     N_TOKENS,
     RUN_FILES,
@@ -25,7 +25,7 @@ from tests.runs.helpers import (
     sae_config,
     what_libraries_say,
 )
-from tests.sae_helpers import assert_same_training
+from tests.support.saes import assert_same_training
 
 pytestmark = what_libraries_say
 SAES = ("a", "b")

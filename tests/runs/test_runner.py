@@ -22,7 +22,7 @@ from sae_lens.config import LoggingConfig
 from sae_lens.registry import get_sae_training_class
 
 from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
-from tests.runs.helpers import (
+from tests.support.runs import (
     BATCH,
     BOTH,
     CONTEXT,
@@ -38,7 +38,7 @@ from tests.runs.helpers import (
     sae_config,
     what_libraries_say,
 )
-from tests.sae_helpers import assert_same_training, parameters
+from tests.support.saes import assert_same_training, parameters
 
 pytestmark = what_libraries_say
 

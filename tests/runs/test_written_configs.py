@@ -12,10 +12,10 @@ from sae_lens import HookedSAETransformer, MultiSAETrainingRunner
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_sparse import SparseTrainingRunner, cli
-from saelens_sparse.config_checks import check_training
-from saelens_sparse.evaluation.compare.options import parse_comparison
-from saelens_sparse.runner_config import load_config
-from tests.runs.helpers import (
+from saelens_sparse.compare.options import parse_comparison
+from saelens_sparse.config.checks import check_training
+from saelens_sparse.config.files import load_config
+from tests.support.runs import (
     D_MODEL,
     D_SAE,
     Run,

@@ -1,0 +1,1 @@
+"""Sparse counterparts of SAELens's training SAEs, one file each."""

@@ -1,0 +1,258 @@
+"""Top-K training SAE that computes only what is active. Counterpart of SAELens's `topk_sae.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from typing_extensions import override
+
+from saelens_sparse.architectures.base import (
+    SparseTrainingSAEConfigMixin,
+    SparseTrainingSAEMixin,
+    has_hooks,
+    require_int,
+    require_number,
+)
+from saelens_sparse.choice.availability import Choice
+from saelens_sparse.codes.code import Code, DeadLatents, SelectedCode, version_of
+from saelens_sparse.codes.on_demand import DeferredPreActs
+from saelens_sparse.ops import (
+    LatentOrder,
+    RowBlock,
+    encode_selected,
+    keep_topk,
+    start_select_topk,
+)
+from saelens_sparse.warn import warn_caller
+
+
+@dataclass
+class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEConfig):
+    """
+    Configuration class for training a SparseTopKTrainingSAE.
+
+    Every field of SAELens's TopKTrainingSAEConfig has the same default and meaning. The SAE
+    that is saved for inference is a stock `topk` SAE.
+
+    Args:
+        implementation (Literal["auto", "triton", "torch", "dense"]): What computes the SAE.
+            "triton" are the GPU kernels, "torch" is sparse PyTorch for any device, "dense" is
+            SAELens's own arithmetic. "auto" takes the fastest that works.
+        screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
+            of one chunk of rows while their top k are selected, in MiB.
+        fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
+            rounding, in less time and memory. Checkpoints are the same either way.
+        gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
+            SparseTrainingRunner too. Without, its update sums them from the active latents where it
+            needs them, in less time and memory, and their `.grad` stays None; unless so many
+            latents are active that buffers are faster.
+        cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
+            SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        use_sparse_activations (bool): Accepted for compatibility. The plugin never holds dense
+            activations, so that there is nothing left for it to do.
+        k (int): Number of top latents to keep active. Inherited from TopKTrainingSAEConfig.
+        aux_loss_coefficient (float): Coefficient for the auxiliary loss (AuxK) that revives
+            dead latents. Inherited from TopKTrainingSAEConfig.
+        rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
+            Inherited from TopKTrainingSAEConfig.
+        decoder_init_norm (float | None): Norm to initialize decoder weights to.
+            Inherited from TrainingSAEConfig.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+        dtype (str): Data type of the SAE's parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the input
+            before encoding. Inherited from SAEConfig.
+        normalize_activations (Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]):
+            Normalization of the input activations. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations.
+            Inherited from SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
+    """  # noqa: E501
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_sparse"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+    @override
+    def __post_init__(self) -> None:
+        require_int("k", self.k, 1)
+        require_int("d_sae", self.d_sae, 1)
+        if self.k > self.d_sae:
+            raise ValueError(f"k must be at most d_sae={self.d_sae}; got {self.k}")
+        require_number("aux_loss_coefficient", self.aux_loss_coefficient)
+        if self.use_sparse_activations:
+            _say_sparse_activations_are_moot()
+        super().__post_init__()
+
+
+class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
+    """
+    Top-K SAE that trains the same model as SAELens's TopKTrainingSAE, computing only what is
+    active: the top k are selected from a screen instead of a dense hidden state, decode and
+    every gradient touch the active latents alone, and AuxK costs what the dead latents cost.
+    """
+
+    cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    @override
+    def implementation(self) -> Choice:
+        if self._topk is None:
+            return Choice("dense", "activation_fn is not SAELens's TopK, or has hooks")
+        return self.choose(self._topk.k / self.cfg.d_sae)
+
+    @property
+    def _topk(self) -> TopK | None:
+        """The activation function, whose k stock obeys too; None if it does more than that."""
+        function = self.activation_fn
+        if not isinstance(function, TopK) or type(function).forward is not TopK.forward:
+            return None
+        return None if "forward" in vars(function) or has_hooks(function) else function
+
+    @override
+    def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return TopK(self.cfg.k, use_sparse_activations=False)
+
+    @override
+    def make_code(
+        self,
+        x: torch.Tensor,
+        input_bias: torch.Tensor | None,
+        find_dead: Callable[[], DeadLatents | None],
+        choice: Choice,
+    ) -> Code:
+        assert self._topk is not None
+        W_enc, b_enc, d_sae = self.W_enc, self.b_enc, self.cfg.d_sae
+        norms = None
+        if self.cfg.rescale_acts_by_decoder_norm:
+            norms = self.decoder_norms(choice.backend)
+        buffer_bytes = self.cfg.screen_buffer_mib * 2**20
+        pending = start_select_topk(
+            x,
+            W_enc.T,
+            b_enc,
+            norms,
+            self._topk.k,
+            choice.backend,
+            buffer_bytes,
+            self.rounded_W_enc(),
+        )
+        selection = pending.selection
+        # Sorting keeps the device busy if the host waits for the selection's check.
+        order = LatentOrder.of_keys(selection.keys, d_sae)
+        if not self.is_complete(pending):
+            selection = pending.result()
+            order = LatentOrder.of_keys(selection.keys, d_sae)
+        dead = find_dead()
+        acts, dead_W_enc = encode_selected(
+            x,
+            W_enc,
+            b_enc,
+            input_bias,
+            selection,
+            order,
+            None if dead is None else dead.block,
+            choice.backend,
+            self.sink_of("W_enc", selection.latents.numel(), choice.backend),
+        )
+        if dead is not None:
+            dead.W_enc = dead_W_enc
+        return SelectedCode(
+            x=x,
+            input_bias=input_bias,
+            acts=acts,
+            decoder_version=version_of(self.W_dec),
+            backend=choice.backend,
+            dead=dead,
+            selection=selection,
+            order=order,
+            norms=norms,
+            W_dec=self.W_dec,
+        )
+
+    @override
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: torch.Tensor,
+        sae_out: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        dead_neuron_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        AuxK loss of the dead latents, computed on their rows of the weights alone.
+
+        Formula: Gao et al. 2024 (arXiv:2406.04093), appendix A.2 and B.1, as in SAELens.
+        """
+        if dead_neuron_mask is None:
+            return sae_out.new_zeros(())
+        code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
+        if (
+            not isinstance(code, SelectedCode)
+            or code.dead is None
+            or code.dead.mask is not dead_neuron_mask
+        ):
+            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        dead = code.dead
+        if dead.block is None:
+            return sae_out.new_zeros(())
+        if (
+            dead.W_enc is None
+            or dead.W_dec is None
+            or self.cfg.normalize_activations
+            in (
+                "constant_norm_rescale",
+                "layer_norm",
+            )
+        ):
+            # Not decoded sparsely; or refused by stock, in its own words.
+            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+
+        n_dead = dead.block.latents.numel()
+        k_aux = sae_in.shape[-1] // 2
+        scale = min(n_dead / k_aux, 1.0)
+        values = self._dead_acts(code, dead.block, dead.W_enc, k_aux)
+        residual = (sae_in - sae_out).detach()
+        recons = self.reshape_fn_out((values @ dead.W_dec).view_as(residual), self.d_head)
+        auxk_loss = (recons - residual).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * scale * auxk_loss
+
+    def _dead_acts(
+        self, code: SelectedCode, block: RowBlock, W_enc: torch.Tensor, k_aux: int
+    ) -> torch.Tensor:
+        """Values `[n_rows, width]` of the dead latents, without a ReLU, zero for all but the top
+        `k_aux` of a row.
+        """
+        n_dead = block.latents.numel()
+        products, bias = self.dead_products(code, block, W_enc)
+        if k_aux >= n_dead:
+            return products + F.pad(bias, (0, block.width - n_dead))
+        # The decoder norms steer the selection; in the reconstruction they cancel.
+        norms = None if code.norms is None else code.norms[block.latents]
+        return keep_topk(products, bias, norms, k_aux, code.backend)
+
+    @override
+    def dense_pre_acts(self, code: Code) -> torch.Tensor:
+        hidden_pre = super().dense_pre_acts(code)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        return hidden_pre
+
+
+@cache
+def _say_sparse_activations_are_moot() -> None:
+    warn_caller(
+        "use_sparse_activations=True has nothing left to do in topk_sparse: activations are "
+        "never dense."
+    )

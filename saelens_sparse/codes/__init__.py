@@ -1,0 +1,1 @@
+"""What encoding a batch leaves for the rest of a step."""

@@ -1,0 +1,1 @@
+"""Configs from files and flags, and what is checked of them before anything is loaded."""

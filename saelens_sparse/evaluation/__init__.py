@@ -1,1 +1,0 @@
-"""Comparing, profiling and benchmarking the sparse architectures: what the commands share."""

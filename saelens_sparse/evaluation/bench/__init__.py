@@ -1,1 +1,0 @@
-"""`saelens-sparse bench`: registered cases, each arm checked before it is timed."""

@@ -1,1 +1,0 @@
-"""`saelens-sparse compare`: two architectures trained side by side from one runner config."""

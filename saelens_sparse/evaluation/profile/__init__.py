@@ -1,1 +1,0 @@
-"""`saelens-sparse profile`: one training step of each arm, taken apart."""

@@ -1,0 +1,1 @@
+"""Activation functions, at pairs and between dense products."""

@@ -1,0 +1,5 @@
+"""What computes an operation."""
+
+from typing import Literal
+
+Backend = Literal["triton", "torch"]

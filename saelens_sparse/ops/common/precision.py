@@ -1,0 +1,23 @@
+"""In which precision products run."""
+
+from __future__ import annotations
+
+import torch
+
+
+def matmul_dtype(operand: torch.Tensor) -> torch.dtype:
+    """The dtype in which a product with this operand runs: autocast's, which spares float64."""
+    device = operand.device.type
+    if operand.dtype == torch.float64 or operand.is_meta or not torch.is_autocast_enabled(device):
+        return operand.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`a @ b`, outside autocast and with a result in `dtype`, unrounded where cuBLAS can."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == dtype:
+            return a @ b
+        if a.is_cuda and dtype == torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return (a @ b).to(dtype)

@@ -1,0 +1,1 @@
+"""Products between rows of a weight and a sparse batch of latents."""

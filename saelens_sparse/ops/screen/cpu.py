@@ -1,0 +1,127 @@
+"""Screening of the encoder's products on a CPU that multiplies bfloat16 faster than float32.
+
+As `screen_triton` does on a GPU: a product of rounded operands, and a proven bound on its error,
+say which latents can matter; those are computed in float32. Here the bound is added to the scores,
+so that whoever compares them needs no second tensor. For latent j of row n, with rounded operands
+x' and w', residuals dx and dw, and Cauchy-Schwarz twice:
+
+    |x.w - x'.w'| <= |dx| |w| + |x'| |dw| + accumulation + rounding of the result to bfloat16
+                  <= |x| (|w| (max over rows of |dx| / |x|  +  accumulation  +  2^-8) + |dw|)
+
+that is one factor of the row times one of the latent (each taken 1% larger than it need be).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from saelens_sparse.ops.common.precision import matmul_dtype
+
+# Products this small take less time than what surrounds them. At 256 -> 4,096, 256 rows (2.7e8)
+# screening gains nothing, at 576 -> 8,192, 1024 rows (4.8e9) a third of encoding and selecting.
+_MIN_PRODUCT = 2**30
+_CHUNK_BYTES = 32 * 2**20
+# Scores that are compared at a time: few, so that they stay in the cache, and in memory that is
+# not fresh.
+SCORE_BYTES = 4 * 2**20
+# Elements rounded at a time. Fewer stay in a nearer cache, but every operation on a piece is a
+# point at which threads wait for each other, which takes long where others use the cores.
+_ROUNDED_ELEMENTS = 2**21
+
+_BFLOAT16_ROUNDING = 2.0**-8
+_SLACK = 1.01
+# Norms below this may have lost squares to underflow.
+_TINY_NORM = 1e-14
+
+
+def can_screen(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether screening is possible for these operands, and worth it."""
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == matmul_dtype(weight) == torch.float32
+        and x.shape[0] * weight.numel() >= _MIN_PRODUCT
+        and _multiplies_bfloat16()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it and PyTorch tells of them and uses them."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return bool(native) and torch.backends.mkldnn.is_available()
+
+
+def upper_bounds(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    buffer_bytes: int,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """What the scores `(x @ weight.T + bias) * norms` are at most, a few rows at a time.
+
+    By at most twice the bound above more than they are. NaN or infinite where a score is not
+    finite, and where a norm leaves float32's range. A copy of `weight` in bfloat16 is held
+    meanwhile.
+
+    Args:
+        x: `[n_rows, d_in]` float32, at least one row.
+        weight: `[d_sae, d_in]` float32.
+        bias: `[d_sae]`.
+        norms: `[d_sae]` or None.
+        buffer_bytes: bound on the size of the products of one chunk of rows.
+
+    Yields:
+        The index of the first row, and `[rows, d_sae]` float32, which the next overwrites.
+    """
+    d_sae, d_in = weight.shape
+    x_rounded, x_norms, x_residuals = _round_rows(x)
+    rounded, weight_norms, residuals = _round_rows(weight)
+    x_norms += _TINY_NORM
+    weight_norms += _TINY_NORM
+    # Of the sums over d_in here, and in the float32 products that are compared with the bounds.
+    accumulation = d_in * torch.finfo(torch.float32).eps
+    # Of a row that is not finite the norm is not either, which is enough.
+    x_relative = (x_residuals / x_norms).nan_to_num_(0.0).max()
+    relative = x_relative + _BFLOAT16_ROUNDING + accumulation
+    error = _SLACK * (relative * weight_norms + residuals)
+    if norms is not None:
+        bias, error = bias * norms, error * norms
+    offset = torch.where(bias < 0, bias * (1 - 4e-7), bias * (1 + 4e-7))  # may be -inf
+
+    buffer = x.new_empty(max(1, SCORE_BYTES // (d_sae * x.element_size())), d_sae)
+    buffer_bytes = min(buffer_bytes, _CHUNK_BYTES)
+    chunk_rows = max(1, buffer_bytes // (d_sae * rounded.element_size()))
+    # Little at first, so that whoever sees in it that screening does not help has lost little.
+    starts = [0, *range(min(buffer.shape[0], chunk_rows), x.shape[0], chunk_rows)]
+    for start, end in pairwise([*starts, x.shape[0]]):
+        products = x_rounded[start:end] @ rounded.T
+        for part in products.split(buffer.shape[0]):
+            bounds = buffer[: part.shape[0]]
+            if norms is None:
+                bounds.copy_(part)
+            else:
+                torch.mul(part, norms, out=bounds)
+            bounds.add_(offset).addr_(x_norms[start : start + part.shape[0]], error)
+            yield start, bounds
+            start += part.shape[0]
+
+
+def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows in bfloat16, their norms, and the norms of what rounding took away."""
+    rounded = torch.empty_like(rows, dtype=torch.bfloat16)
+    norms, residuals = rows.new_empty(2, rows.shape[0])
+    step = max(1, _ROUNDED_ELEMENTS // rows.shape[1])
+    for part, low, norm, residual in zip(
+        *(tensor.split(step) for tensor in (rows, rounded, norms, residuals)), strict=True
+    ):
+        low.copy_(part)
+        torch.linalg.vector_norm(part, dim=1, out=norm)
+        torch.linalg.vector_norm(part - low, dim=1, out=residual)
+    return rounded, norms, residuals

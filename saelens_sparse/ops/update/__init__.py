@@ -1,0 +1,1 @@
+"""What an optimizer does with gradients that are sums over pairs."""

@@ -1,0 +1,126 @@
+"""Triton kernel of an Adam update that divides gradients on the way."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """Adam's learning rate, decay rates of the moments, and what keeps it from dividing by zero.
+
+    The learning rate is one element, float32, on the device: it changes from step to step where
+    the launches of a CUDA graph do not.
+    """
+
+    lr: torch.Tensor
+    beta1: float
+    beta2: float
+    eps: float
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `adam_rule` takes from `lr_ptr` to `eps`."""
+        return (
+            self.lr, _log(self.beta1), _log(self.beta2), 1 - self.beta1, 1 - self.beta2, self.eps,
+        )  # fmt: skip
+
+
+@triton.jit
+def adam_rule(
+    parameter,
+    gradient,
+    first,
+    second,
+    step_ptr,  # one element, float32
+    divisor_ptr,  # one element
+    lr_ptr,  # one element
+    log_beta1,
+    log_beta2,
+    rest1,
+    rest2,
+    eps,
+):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) on gradient / divisor."""
+    step = tl.load(step_ptr).to(tl.float64)
+    correction1 = (1.0 - tl.exp(step * log_beta1)).to(tl.float32)
+    correction2 = tl.sqrt((1.0 - tl.exp(step * log_beta2)).to(tl.float32))
+    gradient = gradient / tl.load(divisor_ptr).to(tl.float32)
+    first += rest1 * (gradient - first)
+    second += rest2 * (gradient * gradient - second)
+    parameter -= (tl.load(lr_ptr) / correction1) * first / (tl.sqrt(second) / correction2 + eps)
+    return parameter, first, second
+
+
+@kernel
+def _adam_kernel(
+    parameter_ptr,  # [n], as the next three
+    gradient_ptr,
+    first_moment_ptr,
+    second_moment_ptr,
+    step_ptr,  # one element, float32
+    divisor_ptr,  # one element
+    n,
+    lr_ptr,  # one element
+    log_beta1,
+    log_beta2,
+    rest1,
+    rest2,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = i < n
+    gradient = tl.load(gradient_ptr + i, mask=live, other=0.0).to(tl.float32)
+    first = tl.load(first_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
+    second = tl.load(second_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
+    parameter = tl.load(parameter_ptr + i, mask=live, other=0.0).to(tl.float32)
+    parameter, first, second = adam_rule(
+        parameter, gradient, first, second, step_ptr, divisor_ptr, lr_ptr, log_beta1, log_beta2,
+        rest1, rest2, eps,
+    )  # fmt: skip
+    tl.store(parameter_ptr + i, parameter.to(parameter_ptr.dtype.element_ty), mask=live)
+    tl.store(first_moment_ptr + i, first.to(first_moment_ptr.dtype.element_ty), mask=live)
+    tl.store(second_moment_ptr + i, second.to(second_moment_ptr.dtype.element_ty), mask=live)
+
+
+@on_device_of_arguments
+def adam_update(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    first_moment: torch.Tensor,
+    second_moment: torch.Tensor,
+    step: torch.Tensor,
+    divisor: torch.Tensor,
+    settings: AdamSettings,
+) -> None:
+    """Update a parameter and its moments in place, in one pass.
+
+    Args:
+        parameter: any shape, without gaps in memory.
+        gradient: same shape and strides, as the moments.
+        first_moment: running mean of the gradients.
+        second_moment: running mean of their squares.
+        step: one element, float32, the number of this update, counted from one.
+        divisor: one element, what the gradient is divided by first.
+        settings: the rest of what Adam needs.
+    """
+    n = parameter.numel()
+    if n == 0:
+        return
+    _adam_kernel[(triton.cdiv(n, _BLOCK),)](
+        parameter, gradient, first_moment, second_moment, step, divisor, n, *settings.arguments,
+        BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf

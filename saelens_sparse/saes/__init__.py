@@ -1,1 +1,0 @@
-"""Sparse counterparts of SAELens's training SAEs."""

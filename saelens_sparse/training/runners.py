@@ -1,0 +1,253 @@
+"""SAELens's training runners with the trainers of this package.
+
+Checks come before anything is loaded, and nothing that was trained is lost. The rest is SAELens's:
+activation store, configs, evals.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+    logger,
+)
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
+from typing_extensions import override
+
+from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
+from saelens_sparse.training.checkpoints import whole_checkpoint
+from saelens_sparse.training.interruption import StopSignals
+from saelens_sparse.training.pretrained import check_pretrained, concerns_sparse, load_pretrained
+from saelens_sparse.training.trainer import SparseMultiSAETrainer, SparseSAETrainer
+from saelens_sparse.training.whole_folders import save_somewhere
+
+_Config = TypeVar("_Config", LanguageModelSAERunnerConfig[Any], MultiSAETrainingRunnerConfig)
+
+
+class SparseTrainingRunner(LanguageModelSAETrainingRunner):
+    """
+    SAELens's `LanguageModelSAETrainingRunner` with the step of `SparseSAETrainer`.
+
+    Takes the same configs, and trains architectures that are not sparse as stock does. What
+    differs:
+
+    - SIGINT and SIGTERM stop the training between two steps, with a whole checkpoint where
+      `checkpoint_path` says, and raise KeyboardInterrupt. See `StopSignals`.
+    - A checkpoint that cannot be written costs a warning. A trained SAE that cannot be written to
+      `output_path` is written elsewhere; a warning says where.
+    - If `resume_from_checkpoint` is damaged, the newest whole checkpoint beside it is taken.
+    - `from_pretrained_path` may name an SAE of the counterpart architecture. What is trained is
+      what `sae` says, from the weights in that folder. See `load_pretrained`.
+
+    Raises:
+        ValueError: an output has no place to go, there is nothing whole to resume from, or the
+            weights to start from do not fit. Nothing has been loaded then.
+    """
+
+    trainer: SparseSAETrainer | None = None
+
+    @override
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        override_dataset: Any = None,
+        override_model: Any = None,
+        override_sae: TrainingSAE[Any] | None = None,
+    ) -> None:
+        if override_sae is not None:
+            cfg = copy.copy(cfg)
+            cfg.from_pretrained_path = None  # SAELens does not look at it then
+        cfg = checked(cfg)
+        path = cfg.from_pretrained_path
+        if path is not None and concerns_sparse(path, cfg.sae):
+            override_sae = load_pretrained(path, cfg.sae)
+        super().__init__(cfg, override_dataset, override_model, override_sae)
+        self._stop_signals = StopSignals()
+
+    @override
+    def run(self) -> TrainingSAE[Any]:
+        with StopSignals() as self._stop_signals:
+            return super().run()
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        self.trainer = SparseSAETrainer.taking_over(trainer)
+        self.trainer.stop_signals = self._stop_signals
+        self.trainer.write_runner_files = super().save_checkpoint
+        return _fit(self.trainer)
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        """Save a whole checkpoint. For overrides, the trainer calls it after each of its own."""
+        if self.trainer is None:
+            super().save_checkpoint(checkpoint_path)
+        elif checkpoint_path is not None and not self.trainer.is_reporting_checkpoint:
+            self.trainer.save_checkpoint(checkpoint_path.name, checkpoint_path.parent)
+
+    @override
+    def save_final_sae(
+        self, sae: Any, output_path: str, log_feature_sparsity: torch.Tensor | None = None
+    ) -> None:
+        def write(folder: Path) -> None:
+            _write_sae(folder, sae, log_feature_sparsity)
+            _write_config(folder, self.cfg)
+
+        with self._stop_signals.held():
+            folder = save_somewhere(write, "the trained SAE", output_path, _spare(self.cfg))
+        if self.cfg.logger.log_to_wandb:
+            _log_final(self, folder, log_feature_sparsity is not None)
+
+
+class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
+    """
+    SAELens's `MultiSAETrainingRunner` with the step of `SparseSAETrainer` for each SAE.
+
+    Signals, checkpoints and outputs are as in `SparseTrainingRunner`. SAELens's config has no
+    `from_pretrained_path` for several SAEs: give what `load_pretrained` returns as
+    `override_saes`.
+
+    Raises:
+        ValueError: an output has no place to go, or there is nothing whole to resume from.
+            Nothing has been loaded then.
+    """
+
+    @override
+    def __init__(
+        self,
+        cfg: MultiSAETrainingRunnerConfig,
+        override_dataset: Any = None,
+        override_model: Any = None,
+        override_saes: dict[str, TrainingSAE[Any]] | None = None,
+    ) -> None:
+        check_multi_runner_outputs(cfg)
+        cfg = _checked(cfg, names_of_saes=[*cfg.saes])
+        super().__init__(cfg, override_dataset, override_model, override_saes)
+        self._stop_signals = StopSignals()
+
+    @override
+    def run(self) -> dict[str, TrainingSAE[Any]]:
+        with StopSignals() as self._stop_signals:
+            return super().run()
+
+    @override
+    def _run_with_interruption_handling(
+        self, trainer: MultiSAETrainer
+    ) -> dict[str, TrainingSAE[Any]]:
+        return _fit(SparseMultiSAETrainer.taking_over(trainer, self._stop_signals))
+
+    @override
+    def _save_final_outputs(
+        self, saes: dict[str, TrainingSAE[Any]], trainer: MultiSAETrainer
+    ) -> None:
+        assert self.cfg.output_path is not None
+
+        def write(folder: Path) -> None:
+            for name, sae in saes.items():
+                _write_sae(folder / name, sae, trainer.trainers[name].log_feature_sparsity)
+            _write_config(folder, self.cfg)
+
+        with self._stop_signals.held():
+            folder = save_somewhere(
+                write, "the trained SAEs", self.cfg.output_path, _spare(self.cfg)
+            )
+        if self.cfg.logger.log_to_wandb:
+            for name, sae in saes.items():
+                logged = SimpleNamespace(sae=sae, cfg=self.cfg.to_sae_trainer_config())
+                _log_final(logged, folder / name, has_sparsity=True)
+
+
+def checked(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
+    """
+    The config of a run that can begin, as far as that shows before anything is loaded.
+
+    Returns:
+        The config itself, or a copy that names another checkpoint to resume from: see
+        `SparseTrainingRunner`.
+
+    Raises:
+        ValueError: as `SparseTrainingRunner`.
+    """
+    check_runner_outputs(cfg)
+    path = cfg.from_pretrained_path
+    if path is not None and concerns_sparse(path, cfg.sae):
+        check_pretrained(path, cfg.sae)
+    return _checked(cfg, names_of_saes=())
+
+
+def _checked(cfg: _Config, names_of_saes: Sequence[str]) -> _Config:
+    """The config, naming a whole checkpoint to resume from; checked for what fails at the end."""
+    if cfg.output_path is not None or cfg.checkpoint_path is not None:
+        try:
+            json.dumps(cfg.to_dict())
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the config is saved as JSON beside every SAE, and cannot be: {error}"
+            ) from error
+    if cfg.resume_from_checkpoint is not None:
+        whole = whole_checkpoint(cfg.resume_from_checkpoint, names_of_saes)
+        if whole != cfg.resume_from_checkpoint:
+            cfg = copy.copy(cfg)
+            cfg.resume_from_checkpoint = whole
+    return cfg
+
+
+def _fit(trainer: SparseSAETrainer | SparseMultiSAETrainer) -> Any:
+    """`trainer.fit()`, which leaves a checkpoint if it is stopped between two steps."""
+    signals = trainer.stop_signals
+    if trainer.evaluator is not None:
+        trainer.evaluator = signals.allowed_during(trainer.evaluator)
+    try:
+        return trainer.fit()
+    except KeyboardInterrupt:
+        if trainer.cfg.checkpoint_path is not None and signals.between_steps:
+            checkpoint = Path(trainer.cfg.checkpoint_path) / str(trainer.n_training_samples)
+            if checkpoint != trainer.last_checkpoint:
+                logger.warning("interrupted, saving progress to %s", checkpoint)
+                trainer.save_checkpoint(checkpoint.name)
+        raise
+
+
+def _spare(cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig) -> list[Path]:
+    """Where a trained SAE may go if `output_path` cannot be written to."""
+    return [] if cfg.checkpoint_path is None else [Path(cfg.checkpoint_path) / "output"]
+
+
+def _write_sae(folder: Path, sae: TrainingSAE[Any], sparsity: torch.Tensor | None) -> None:
+    sae.save_inference_model(folder)
+    if sparsity is not None:
+        save_file({"sparsity": sparsity}, folder / SPARSITY_FILENAME)
+
+
+def _write_config(
+    folder: Path, cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
+) -> None:
+    (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
+
+
+def _log_final(logged: Any, folder: Path, has_sparsity: bool) -> None:
+    logged.cfg.logger.log(
+        logged,
+        folder / SAE_WEIGHTS_FILENAME,
+        folder / SAE_CFG_FILENAME,
+        sparsity_path=folder / SPARSITY_FILENAME if has_sparsity else None,
+        wandb_aliases=["final_model"],
+    )

@@ -1,0 +1,391 @@
+"""Encoding and decoding in other ways than a training step does: frozen encoders, gradients of
+gradients, buffers that are used again, threads, files.
+"""
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from torch.utils.checkpoint import checkpoint
+
+from saelens_sparse.codes.on_demand import OnDemandTensor
+from tests.conftest import TARGETS
+from tests.support.architectures import FEW_OPTIONS, ON_CPU, Arm, arms, every_arm
+from tests.support.jumprelu import MODES, every_mode, make_case, sparse_jumprelu
+from tests.support.saes import (
+    FLOAT64,
+    dead_mask,
+    error,
+    forward_pass,
+    gradients,
+    make_trainer,
+)
+
+on_cpu = arms(topk=ON_CPU)
+
+
+def require_same_gradients(sparse: Any, stock: Any) -> None:
+    actual = gradients(sparse)
+    for name, expected in gradients(stock).items():
+        assert error(actual[name], expected) <= 1e-5 * expected.norm(), name
+
+
+class TestFrozenEncoder:
+    """Activations encoded without a graph, decoded with one."""
+
+    @pytest.mark.parametrize(
+        "context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+    )
+    @arms(options=FEW_OPTIONS)
+    def test_decoder_only_fine_tuning(
+        self, arm: Arm, options: dict[str, Any], context: Callable[[], Any]
+    ) -> None:
+        stock, x = arm.case(n_rows=20, **options)
+        sparse = arm.sparse(stock)
+        for sae in (stock, sparse):
+            with context():
+                acts, _ = sae.encode_with_hidden_pre(x)
+            if context is torch.inference_mode:
+                acts = acts.clone()
+            (sae.decode(acts) - x).pow(2).sum().backward()
+            assert sae.W_dec.grad is not None
+        require_same_gradients(sparse, stock)
+
+    @arms(topk=ON_CPU)
+    def test_a_frozen_encoder_within_the_graph(self, arm: Arm) -> None:
+        """The decoder's norms steer what is encoded, as long as the decoder is trained."""
+        stock, x = arm.case(n_rows=20)
+        sparse = arm.sparse(stock)
+        for sae in (stock, sparse):
+            for name in ("W_enc", "b_enc"):
+                getattr(sae, name).requires_grad_(False)
+            forward_pass(sae, x).loss.backward()
+        require_same_gradients(sparse, stock)
+
+    def test_the_decoder_becomes_trainable_after_encoding(self) -> None:
+        arm = Arm("topk", TARGETS["torch-cpu"])
+        stock, x = arm.case(n_rows=20)
+        sparse = arm.sparse(stock)
+        for sae in (stock, sparse):
+            sae.W_dec.requires_grad_(False)
+            acts, _ = sae.encode_with_hidden_pre(x)
+            sae.W_dec.requires_grad_(True)
+            sae.decode(acts).pow(2).sum().backward()
+        require_same_gradients(sparse, stock)
+
+    @every_mode
+    @pytest.mark.parametrize("path", ["torch", "fused"])
+    @pytest.mark.parametrize("pre_act_loss", [None, 0.3])
+    def test_thresholds_of_activations_without_a_graph(
+        self, mode: str, path: str, pre_act_loss: float | None
+    ) -> None:
+        options = {"pre_act_loss_coefficient": pre_act_loss, **MODES[mode]}
+        stock, x = make_case(TARGETS["torch-cpu"], FLOAT64, n_rows=20, **options)
+        sparse = sparse_jumprelu(stock, path)
+        mask = dead_mask(stock, 10)
+        for sae in (stock, sparse):
+            with torch.no_grad():
+                acts, hidden_pre = sae.encode_with_hidden_pre(x)
+            step_input = TrainStepInput(x, {"l0": 0.7}, mask, 0, False)
+            losses = sae.calculate_aux_loss(step_input, acts, hidden_pre, sae.decode(acts))
+            torch.stack([*losses.values()]).sum().backward()
+        require_same_gradients(sparse, stock)
+        if mode != "tanh":
+            assert sparse.threshold.grad is not None and sparse.threshold.grad.any()
+
+
+class TestSecondDerivatives:
+    """Sparse backward passes are not differentiable: whoever asks for their graph is told so."""
+
+    @pytest.mark.parametrize("use", ["grad", "backward"])
+    @every_arm
+    def test_a_graph_of_the_gradient_is_refused(self, arm: Arm, use: str) -> None:
+        stock, x = arm.case(n_rows=6)
+        sparse = arm.sparse(stock)
+        x = x.detach().clone().requires_grad_()
+        uses: dict[str, Callable[[], Any]] = {
+            "grad": lambda: torch.autograd.grad(sparse(x).sum(), x, create_graph=True),
+            "backward": lambda: forward_pass(sparse, x).loss.backward(create_graph=True),
+        }
+        with pytest.raises(RuntimeError, match=r"create_graph=True.*implementation='dense'"):
+            uses[use]()
+
+    @arms(topk=ON_CPU)
+    def test_one_of_a_single_part_is_refused(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6)
+        sparse = arm.sparse(stock)
+        acts, _ = sparse.encode_with_hidden_pre(x)
+        with pytest.raises(RuntimeError, match="create_graph=True"):
+            torch.autograd.grad(acts.sum(), sparse.W_enc, create_graph=True)
+        acts, _ = sparse.encode_with_hidden_pre(x.detach())
+        with pytest.raises(RuntimeError, match="create_graph=True"):
+            torch.autograd.grad(sparse.decode(acts).sum(), sparse.W_dec, create_graph=True)
+
+    @on_cpu
+    def test_dense_supports_them(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6)
+        penalties = []
+        for sae in (stock, arm.sparse(stock, "dense")):
+            rows = x.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(sae(rows).sum(), rows, create_graph=True)
+            gradient.pow(2).sum().backward()
+            penalties.append(sae.W_dec.grad)
+        assert penalties[0].norm() > 0
+        torch.testing.assert_close(penalties[1], penalties[0])
+
+
+class TestReusedInput:
+    """A caller fills its input buffer again before it looks at the result."""
+
+    @pytest.mark.parametrize("refill", ["in place", "past autograd"])
+    @arms(topk=ON_CPU)
+    def test_pre_activations_are_those_of_the_input_that_was_encoded(
+        self, arm: Arm, refill: str
+    ) -> None:
+        for centred in (True, False):
+            stock, x = arm.case(n_rows=6, apply_b_dec_to_input=centred)
+            sparse = arm.sparse(stock)
+            buffer = x.clone()
+            expected = stock.encode_with_hidden_pre(x)
+            actual = sparse.encode_with_hidden_pre(buffer)
+            (buffer if refill == "in place" else buffer.data).fill_(3.0)
+            for value, wanted in zip(actual, expected, strict=True):
+                torch.testing.assert_close(value.clone(), wanted)
+
+    @arms(topk=ON_CPU)
+    def test_gradients_are_too(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6, apply_b_dec_to_input=False)
+        sparse = arm.sparse(stock)
+        buffer = x.clone()
+        acts, _ = sparse.encode_with_hidden_pre(buffer)
+        recons = sparse.decode(acts)
+        buffer.data.fill_(3.0)
+        recons.pow(2).sum().backward()
+        stock.decode(stock.encode_with_hidden_pre(x)[0]).pow(2).sum().backward()
+        require_same_gradients(sparse, stock)
+
+
+READERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "register_hook": lambda acts, _: acts.register_hook(torch.neg),
+    "retain_grad": lambda acts, _: acts.retain_grad(),
+    "autograd.grad": lambda acts, loss: torch.autograd.grad(loss, acts),
+    "backward, and its inputs' grad": lambda acts, loss: (
+        loss.backward(inputs=[acts]),
+        acts.grad,
+    ),
+    "autograd.grad of a list": lambda acts, loss: torch.autograd.grad([loss], inputs=[acts]),
+}
+
+
+class TestGradientsOfActivations:
+    """What a sparse decode has read has no dense gradient: whoever asks for it is told so."""
+
+    @pytest.mark.parametrize("name", ["feature_acts", "hidden_pre"])
+    @pytest.mark.parametrize("reader", READERS)
+    @arms(topk=ON_CPU)
+    def test_after_a_training_step(self, arm: Arm, reader: str, name: str) -> None:
+        stock, x = arm.case(n_rows=6)
+        output = forward_pass(arm.sparse(stock), x)
+        assert isinstance(output.feature_acts, OnDemandTensor)
+        with pytest.raises(RuntimeError, match=rf"{name}.*implementation='dense'"):
+            READERS[reader](getattr(output, name), output.loss)
+
+    @arms(topk=ON_CPU)
+    def test_before_decoding_they_are_there(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6)
+        seen: list[list[torch.Tensor]] = []
+        for sae in (stock, arm.sparse(stock)):
+            gradients_seen: list[torch.Tensor] = []
+            acts, _ = sae.encode_with_hidden_pre(x)
+            acts.register_hook(gradients_seen.append)
+            sae.decode(acts).pow(2).sum().backward()
+            seen.append(gradients_seen)
+        ((expected,), (actual,)) = seen
+        assert error(actual, expected) <= 1e-5 * expected.norm()
+
+
+class TestOtherDecoders:
+    """Activations of one SAE that another one decodes, or the same with another decoder."""
+
+    @pytest.mark.parametrize("change", ["another SAE", "another parameter"])
+    @arms(options=FEW_OPTIONS)
+    def test_the_decoder_that_decodes_counts(
+        self, arm: Arm, options: dict[str, Any], change: str
+    ) -> None:
+        stock, x = arm.case(n_rows=12, **options)
+        with torch.no_grad():
+            other_stock = copy.deepcopy(stock)
+            other_stock.W_dec.mul_(torch.linspace(0.5, 2, stock.cfg.d_sae).to(x).unsqueeze(1))
+        pairs: list[tuple[Any, Any]] = [(stock, other_stock)]
+        pairs.append((arm.sparse(stock), arm.sparse(other_stock)))
+        results: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for sae, other in pairs:
+            acts, _ = sae.encode_with_hidden_pre(x)
+            if change == "another parameter":
+                sae.W_dec = torch.nn.Parameter(other.W_dec.detach().clone())
+                other = sae
+            recons = other.decode(acts)
+            recons.pow(2).sum().backward()
+            assert other.W_dec.grad is not None
+            results.append((recons.detach(), other.W_dec.grad))
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert error(actual, expected) <= 1e-5 * expected.norm()
+
+
+class TestCompiled:
+    """`torch.compile` of an SAE, which breaks its graph at the sparse parts."""
+
+    @arms(topk=ON_CPU, jumprelu=ON_CPU)
+    def test_gives_what_the_sae_gives(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6)
+        for method in ("forward", "encode"):
+            sparse = arm.sparse(stock)
+            compiled: Any = torch.compile(getattr(sparse, method), backend="eager")
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    torch.testing.assert_close(compiled(x), getattr(stock, method)(x))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return values * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return 2 * grads[0]
+
+
+class TestCustomFunctions:
+    """PyTorch gives a custom autograd.Function the tensor itself, past what makes it ordinary."""
+
+    @pytest.mark.parametrize("name", ["feature_acts", "hidden_pre"])
+    @arms(topk=ON_CPU)
+    def test_their_gradient_is_refused(self, arm: Arm, name: str) -> None:
+        stock, x = arm.case(n_rows=6)
+        output = forward_pass(arm.sparse(stock), x)
+        values: Any = Doubled.apply(getattr(output, name))
+        assert values.requires_grad
+        torch.testing.assert_close(values, 2 * getattr(forward_pass(stock, x), name))
+        with pytest.raises(RuntimeError, match=r"custom autograd\.Function"):
+            (values.sum() + output.loss).backward()
+
+    @arms(topk=ON_CPU)
+    def test_a_clone_has_a_gradient(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6)
+        sparse = arm.sparse(stock)
+        for sae in (stock, sparse):
+            values: Any = Doubled.apply(sae.encode_with_hidden_pre(x)[0].clone())
+            values.pow(2).sum().backward()
+        require_same_gradients(sparse, stock)
+
+    @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+    @arms(topk=ON_CPU)
+    def test_checkpointing(self, arm: Arm, reentrant: bool) -> None:
+        stock, x = arm.case(n_rows=6)
+        sparse = arm.sparse(stock)
+        for sae in (stock, sparse):
+            rows = x.detach().clone().requires_grad_()
+            loss: Any = checkpoint(
+                lambda rows, sae=sae: forward_pass(sae, rows).loss, rows, use_reentrant=reentrant
+            )
+            loss.backward()
+        require_same_gradients(sparse, stock)
+
+
+class TestInferenceMode:
+    @arms(topk=ON_CPU)
+    def test_an_sae_made_in_it(self, arm: Arm) -> None:
+        with torch.inference_mode():
+            stock = arm.stock()
+            x = arm.inputs(stock, 6)
+            sparse = arm.sparse(stock)
+            for sae in (stock, sparse):
+                sae.eval()
+            torch.testing.assert_close(sparse(x), stock(x))
+            torch.testing.assert_close(sparse.encode(x), stock.encode(x))
+            output, expected = (forward_pass(sae, x) for sae in (sparse, stock))
+            torch.testing.assert_close(output.loss, expected.loss)
+            torch.testing.assert_close(output.hidden_pre.clone(), expected.hidden_pre)
+        with torch.no_grad():
+            torch.testing.assert_close(sparse(x), stock(x))
+
+
+class TestThreads:
+    @arms(topk=ON_CPU, jumprelu=ON_CPU)
+    def test_forward_passes_of_one_sae_at_once(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=24)
+        sparse = arm.sparse(stock)
+        masks = [dead_mask(stock, n_dead) for n_dead in (0, 3, 12, 20)]
+        inputs = [x[6 * i : 6 * i + 6] for i in range(4)]
+        expected = [
+            forward_pass(stock, rows, mask) for rows, mask in zip(inputs, masks, strict=True)
+        ]
+        failures: list[str] = []
+        start = threading.Barrier(4)
+
+        def work(index: int) -> None:
+            start.wait()
+            for _ in range(15):
+                try:
+                    output = forward_pass(sparse, inputs[index], masks[index])
+                    for name, value in expected[index].losses.items():
+                        torch.testing.assert_close(output.losses[name], value)
+                    torch.testing.assert_close(
+                        sparse.encode(inputs[index]), expected[index].feature_acts
+                    )
+                except Exception as problem:
+                    failures.append(f"{index}: {problem!r}")
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures[0]
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda output: pickle.loads(pickle.dumps(output)),
+    "deepcopy": copy.deepcopy,
+    "deepcopy of a pickle": lambda output: copy.deepcopy(pickle.loads(pickle.dumps(output))),
+}
+
+
+class TestCopiedOutputs:
+    """An output that is sent to another process, or kept, after the weights have changed."""
+
+    @pytest.mark.parametrize("changed", [False, True], ids=["", "after the update"])
+    @pytest.mark.parametrize("copied", COPIES)
+    @arms(topk=ON_CPU)
+    def test_hold_what_is_still_known(self, arm: Arm, copied: str, changed: bool) -> None:
+        stock, x = arm.case(n_rows=6)
+        sparse = arm.sparse(stock)
+        with torch.no_grad():
+            expected = forward_pass(stock, x)
+            output = forward_pass(sparse, x)
+            if changed:
+                for parameter in sparse.parameters():
+                    parameter.mul_(2)
+            again = COPIES[copied](output)
+        torch.testing.assert_close(again.sae_out, expected.sae_out)
+        torch.testing.assert_close(again.feature_acts.clone(), expected.feature_acts)
+        assert again.hidden_pre.shape == expected.hidden_pre.shape
+        if not changed:
+            torch.testing.assert_close(again.hidden_pre.clone(), expected.hidden_pre)
+            return
+        with pytest.raises(RuntimeError, match=r"hidden_pre .* weights have changed .*'dense'"):
+            again.hidden_pre.max()
+
+    @arms(topk=ON_CPU)
+    def test_of_a_trainer_s_step(self, arm: Arm) -> None:
+        stock, x = arm.case(n_rows=6)
+        expected = forward_pass(stock, x).feature_acts.detach()
+        output = make_trainer(arm.sparse(stock)).step(x)
+        again = pickle.loads(pickle.dumps(output))
+        torch.testing.assert_close(again.feature_acts.detach(), expected)

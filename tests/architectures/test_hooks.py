@@ -1,0 +1,132 @@
+"""Hooks on a sparse SAE: what they see and change is as in SAELens's own SAE."""
+
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.saes.sae import _disable_hooks
+
+from saelens_sparse.codes.on_demand import OnDemandTensor
+from tests.support.architectures import ON_CPU, Arm, arms
+from tests.support.saes import FLOAT32, FLOAT64, dead_mask, forward_pass
+
+NAMES = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
+
+every_arm = arms(topk=ON_CPU)
+
+
+def stock_and_inputs(arm: Arm) -> tuple[Any, torch.Tensor]:
+    return arm.case(FLOAT64 if arm.architecture == "topk" else FLOAT32, n_rows=6)
+
+
+@every_arm
+def test_run_with_cache(arm: Arm) -> None:
+    stock, x = stock_and_inputs(arm)
+    sparse = arm.sparse(stock)
+    x = x.view(2, 3, -1)
+    (expected, expected_cache), (actual, cache) = (sae.run_with_cache(x) for sae in (stock, sparse))
+    torch.testing.assert_close(actual, expected)
+    assert cache.keys() == expected_cache.keys()
+    assert set(NAMES) < set(cache.keys())
+    for name, value in expected_cache.items():
+        assert type(cache[name]) is torch.Tensor
+        torch.testing.assert_close(cache[name], value)
+    # Afterwards nothing is dense any more.
+    assert sparse.implementation.name == arm.target.backend
+
+
+@pytest.mark.parametrize("name", NAMES)
+@every_arm
+def test_a_hook_makes_the_call_dense(arm: Arm, name: str) -> None:
+    stock, x = stock_and_inputs(arm)
+    sparse = arm.sparse(stock)
+    seen: list[list[torch.Tensor]] = []
+    outputs = []
+    for sae in (stock, sparse):
+        calls: list[torch.Tensor] = []
+
+        def halve(value: torch.Tensor, hook: Any, calls: Any = calls) -> torch.Tensor:  # noqa: ARG001
+            calls.append(value)
+            return value * 0.5
+
+        with sae.hooks(fwd_hooks=[(name, halve)]):
+            if sae is sparse:
+                assert sae.implementation.name == "dense"
+                assert name in sae.implementation.reason
+            outputs.append(forward_pass(sae, x, dead_mask(sae, 0)))
+            outputs[-1].loss.backward()
+        seen.append(calls)
+    assert len(seen[0]) == 1
+    torch.testing.assert_close(seen[1], seen[0])
+    assert type(seen[1][0]) is torch.Tensor
+    torch.testing.assert_close(outputs[1].sae_out, outputs[0].sae_out)
+    for parameter, expected in stock.named_parameters():
+        torch.testing.assert_close(getattr(sparse, parameter).grad, expected.grad)
+    assert sparse.implementation.name != "dense"
+    assert isinstance(forward_pass(sparse, x).feature_acts, OnDemandTensor)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@every_arm
+def test_backward_hooks(arm: Arm, name: str) -> None:
+    stock, x = stock_and_inputs(arm)
+    seen = []
+    for sae in (stock, arm.sparse(stock)):
+        gradients: list[torch.Tensor] = []
+        hook = getattr(sae, name)
+        hook.add_hook(lambda grad, hook, g=gradients: g.append(grad), dir="bwd")  # noqa: ARG005
+        forward_pass(sae, x).loss.backward()
+        sae.reset_hooks(including_permanent=True)
+        seen.append(gradients)
+    assert len(seen[0]) == 1
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("name", ["hook_sae_input", "hook_sae_output"])
+@every_arm
+def test_hooks_that_change_nothing_about_the_path(arm: Arm, name: str) -> None:
+    stock, x = stock_and_inputs(arm)
+    # Doubled inputs would move JumpReLU's gates to where nothing decides them.
+    factor = 2 if arm.architecture == "topk" else 1
+    results = []
+    for sae in (stock, arm.sparse(stock)):
+        with sae.hooks(fwd_hooks=[(name, lambda value, hook: factor * value)]):  # noqa: ARG005
+            if sae is not stock:
+                assert sae.implementation.name == arm.target.backend
+            results.append(sae(x))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@every_arm
+def test_error_term(arm: Arm) -> None:
+    """Values, what the hook sees, and the gradient, which does not go through the error."""
+    stock, x = stock_and_inputs(arm)
+    values: list[list[torch.Tensor]] = []
+    for sae in (stock, arm.sparse(stock)):
+        with pytest.warns(DeprecationWarning, match="use_error_term"):
+            sae.use_error_term = True
+        x = x.detach().clone().requires_grad_()
+        errors: list[torch.Tensor] = []
+        with sae.hooks(
+            fwd_hooks=[("hook_sae_error", lambda value, hook, e=errors: e.append(value))]  # noqa: ARG005
+        ):
+            out = sae(x)
+        (gradient,) = torch.autograd.grad((out**2).sum(), x)
+        with sae.hooks(fwd_hooks=[("hook_sae_acts_post", lambda v, hook: v * 0)]):  # noqa: ARG005
+            ablated = sae(x)
+        torch.testing.assert_close(out, x)
+        values.append([errors[0], gradient, ablated])
+    for expected, actual in zip(*values, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@every_arm
+def test_disabled_hooks(arm: Arm) -> None:
+    stock, x = stock_and_inputs(arm)
+    sparse = arm.sparse(stock)
+    sparse.hook_sae_acts_post.add_hook(lambda tensor, *, hook: tensor * 0)  # noqa: ARG005
+    assert sparse.implementation.name == "dense"
+    with _disable_hooks(sparse):
+        assert sparse.implementation.name == arm.target.backend
+        acts = sparse.encode(x)
+    assert acts.any()

@@ -1,0 +1,451 @@
+"""Pairs of a stock and a sparse SAE with the same weights, and what a step on them gives."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig, TrainingSAE
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saelens_sparse.codes.on_demand import OnDemandTensor
+from tests.conftest import TARGETS, Target, marks, target_parameters
+
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtype of the parameters, and whether the step runs under bfloat16 autocast."""
+
+    name: str
+    dtype: torch.dtype
+    autocast: bool = False
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(torch.bfloat16 if self.autocast else self.dtype).eps
+
+
+FLOAT32 = Precision("float32", torch.float32)
+FLOAT64 = Precision("float64", torch.float64)
+BFLOAT16 = Precision("bfloat16", torch.bfloat16)
+AUTOCAST = Precision("autocast", torch.float32, autocast=True)
+PRECISIONS = (FLOAT32, FLOAT64, BFLOAT16, AUTOCAST)
+
+# Of 64 latents.
+N_DEAD = {"no-dead": 0, "few-dead": 3, "many-dead": 20, "all-dead": 64}
+
+input_or_not = pytest.mark.parametrize(
+    "input_gradient", [False, True], ids=["constant-input", "input-gradient"]
+)
+not_interpreted = pytest.mark.parametrize("target", target_parameters(interpreted=False))
+
+
+def runs(target: Target, precision: Precision) -> bool:
+    return precision.dtype in target.dtypes and not (precision.autocast and target.interpreted)
+
+
+def target_precision_parameters(
+    *precisions: Precision, targets: Mapping[str, Target] = TARGETS
+) -> list[Any]:
+    """Every implementation that runs here, in each of the precisions that it takes."""
+    return [
+        pytest.param(target, precision, id=f"{name}-{precision.name}", marks=marks(target))
+        for name, target in targets.items()
+        for precision in precisions
+        if target.runs_here and runs(target, precision)
+    ]
+
+
+def randomize(sae: TrainingSAE[Any]) -> None:
+    """Give every parameter values without the symmetries of SAELens's initialisation."""
+    d_sae, d_in = sae.cfg.d_sae, sae.cfg.d_in
+    directions = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=-1)
+    norms = 0.5 + 1.5 * torch.rand(d_sae, 1)
+    noise = torch.randn(d_sae, d_in) / d_in**0.5
+    values = {
+        "W_dec": directions * norms,
+        "W_enc": ((directions + 0.5 * noise) / norms).T,
+        "b_enc": 0.1 * torch.randn(d_sae),
+        "b_dec": 0.3 * torch.randn(d_in),
+    }
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(sae, name).copy_(value)
+
+
+def make_stock(
+    *, dtype: torch.dtype = torch.float32, device: str = "cpu", **cfg: Any
+) -> TopKTrainingSAE:
+    """A stock SAE with random weights from the global generator."""
+    cfg = {"d_in": 12, "d_sae": 48, "k": 5, **cfg}
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(**cfg, dtype=str(dtype).removeprefix("torch."), device=device)
+    )
+    randomize(sae)
+    return sae
+
+
+def sparse_like(
+    stock: TopKTrainingSAE, implementation: str = "torch", **changes: Any
+) -> SparseTopKTrainingSAE:
+    """A sparse SAE with the configuration and the weights of `stock`."""
+    cfg = {**stock.cfg.to_dict(), "architecture": "topk_sparse", **changes}
+    sparse = SparseTopKTrainingSAE(
+        SparseTopKTrainingSAEConfig.from_dict({**cfg, "implementation": implementation})
+    )
+    sparse.load_state_dict(stock.state_dict())
+    return sparse
+
+
+def stock_like(sae: TrainingSAE[Any], dtype: torch.dtype = torch.float64) -> Any:
+    """A stock SAE in another dtype with the values of the weights of `sae`."""
+    architecture = sae.cfg.architecture().removesuffix("_sparse")
+    stock_class, config_class = get_sae_training_class(architecture)
+    cfg = {
+        **sae.cfg.to_dict(),
+        "architecture": architecture,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    stock = stock_class(config_class.from_dict(cfg))
+    stock.load_state_dict(sae.state_dict())
+    return stock
+
+
+def zipf_inputs(
+    sae: TopKTrainingSAE,
+    n_rows: int,
+    dead: torch.Tensor | None = None,
+    *,
+    n_selected: int | None = None,
+) -> torch.Tensor:
+    """Superposed rows, such that every precision selects the same latents.
+
+    Every row's top `n_selected` (the SAE's k if None), and its top dead latents if there are any,
+    are decided by more than bfloat16's rounding.
+    """
+    d_sae, d_in = sae.cfg.d_sae, sae.cfg.d_in
+    n_selected = sae.cfg.k if n_selected is None else n_selected
+    oracle = stock_like(sae)
+    rows: list[torch.Tensor] = []
+    for _ in range(100):
+        x = superposed_rows(sae, 4 * n_rows)
+        with torch.no_grad():
+            hidden_pre = oracle.encode_with_hidden_pre(x.double())[1]
+        decided = _is_decided(hidden_pre, n_selected)
+        if dead is not None:
+            decided &= _is_decided(hidden_pre[:, dead], d_in // 2)
+        rows += x[decided]
+        if len(rows) >= n_rows:
+            return torch.stack(rows[:n_rows])
+    raise ValueError(f"hardly any row decides which {n_selected} of {d_sae} latents it selects")
+
+
+def superposed_rows(sae: TrainingSAE[Any], n_rows: int) -> torch.Tensor:
+    """Rows of superposed decoder directions, present with Zipf-distributed frequencies.
+
+    A few latents fire on almost every row and most on hardly any; strengths are log-normal.
+    Values are exact in bfloat16.
+    """
+    d_sae, d_in = sae.cfg.d_sae, sae.cfg.d_in
+    presence = (4.0 / torch.arange(1, d_sae + 1)).clamp(max=0.95)
+    directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=-1)
+    present = torch.rand(n_rows, d_sae) < presence
+    strengths = present * torch.randn(n_rows, d_sae).exp()
+    x = strengths @ directions + 0.1 * torch.randn(n_rows, d_in)
+    return x.to(torch.bfloat16).to(sae.device, sae.dtype)
+
+
+def _is_decided(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Rows whose k-th score and the next differ by more than low precision blurs them."""
+    if k >= scores.shape[1]:
+        return torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    top = scores.topk(k + 1).values
+    return top[:, -2] - top[:, -1] > 0.02 * top.abs().amax(-1)
+
+
+def dead_mask(sae: TrainingSAE[Any], n_dead: int) -> torch.Tensor:
+    mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    mask[torch.randperm(sae.cfg.d_sae)[:n_dead]] = True
+    return mask.to(sae.device)
+
+
+def coefficients(sae: TrainingSAE[Any]) -> dict[str, float]:
+    """What the trainer gives `training_forward_pass` once every coefficient is warmed up."""
+    return {
+        name: value.value if isinstance(value, TrainCoefficientConfig) else value
+        for name, value in sae.get_coefficients().items()
+    }
+
+
+def forward_pass(
+    sae: TrainingSAE[Any],
+    x: torch.Tensor,
+    dead: torch.Tensor | None = None,
+    *,
+    autocast: bool = False,
+) -> TrainStepOutput:
+    """`training_forward_pass` as SAELens's trainer calls it."""
+    with torch.autocast(x.device.type, torch.bfloat16) if autocast else nullcontext():
+        return sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=x,
+                coefficients=coefficients(sae),
+                dead_neuron_mask=dead,
+                n_training_steps=0,
+                is_logging_step=False,
+            )
+        )
+
+
+def on_cpu(values: Mapping[str, torch.Tensor]) -> Values:
+    return {name: value.detach().double().cpu() for name, value in values.items()}
+
+
+def gradients(sae: torch.nn.Module) -> Values:
+    return {
+        f"gradient of {name}": torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in sae.named_parameters()
+    }
+
+
+def step_values(
+    sae: TrainingSAE[Any],
+    x: torch.Tensor,
+    dead: torch.Tensor | None = None,
+    *,
+    autocast: bool = False,
+    input_gradient: bool = False,
+    objective: Callable[[TrainStepOutput], torch.Tensor] = lambda output: output.loss,
+) -> Values:
+    """All that one forward and backward pass computes, in float64 on the CPU.
+
+    Activations are sorted by row, because ties are broken arbitrarily.
+    """
+    x = x.to(sae.dtype).detach().clone().requires_grad_(input_gradient)
+    sae.zero_grad()
+    output = forward_pass(sae, x, dead, autocast=autocast)
+    objective(output).backward()
+    values = {"loss": output.loss, **output.losses, "sae_out": output.sae_out}
+    values["sorted feature_acts"] = output.feature_acts.sort(dim=-1).values
+    if input_gradient:
+        assert x.grad is not None
+        values["gradient of input"] = x.grad
+    return on_cpu({**values, **gradients(sae)})
+
+
+def random_objective(*names: str) -> Callable[[TrainStepOutput], torch.Tensor]:
+    """A loss that reads tensors of the step's output with fixed random weights."""
+
+    def objective(output: TrainStepOutput) -> torch.Tensor:
+        total = torch.zeros((), dtype=output.sae_out.dtype, device=output.sae_out.device)
+        for name in names:
+            value = getattr(output, name)
+            generator = torch.Generator().manual_seed(len(name))
+            weights = torch.randn(value.shape, generator=generator).bfloat16()
+            total = total + (value * weights.to(value)).sum()
+        return total
+
+    return objective
+
+
+def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
+    return (value - oracle).norm().item()
+
+
+def parameters(sae: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return on_cpu(dict(sae.named_parameters()))
+
+
+def assert_same_training(
+    actual: torch.nn.Module, expected: torch.nn.Module, tolerance: float = 1e-4
+) -> None:
+    """Parameters agree up to the rounding that some steps of Adam have grown."""
+    expected_parameters = parameters(expected)
+    for name, value in parameters(actual).items():
+        distance = (value - expected_parameters[name]).norm()
+        assert distance <= tolerance * expected_parameters[name].norm() + 1e-9, name
+
+
+def require_within_budget(
+    sparse: Values,
+    stock: Values,
+    oracle: Values,
+    eps: float,
+    factor: float = 2.0,
+    floors: Mapping[str, float] | None = None,
+) -> None:
+    """Each quantity is at most `factor` times as far from the oracle as stock is.
+
+    The floor, four units in the last place of the quantity's norm unless `floors` names another,
+    covers scalars whose rounding errors happen to cancel in stock.
+    """
+    floors = floors or {}
+    assert sparse.keys() == stock.keys() == oracle.keys()
+    for name, expected in oracle.items():
+        floor = floors.get(name, 4 * eps) * expected.norm().item()
+        allowed = factor * error(stock[name], expected) + floor
+        actual = error(sparse[name], expected)
+        assert actual <= allowed, f"{name}: error {actual:.3e}, allowed {allowed:.3e}"
+
+
+def shrunk_to_float64(float32: Values, oracle: Values) -> Values:
+    """Values whose errors are those of `float32` in proportion to the unit of rounding."""
+    shrink = FLOAT64.eps / FLOAT32.eps
+    return {name: oracle[name] + shrink * (value - oracle[name]) for name, value in float32.items()}
+
+
+def compare_steps(
+    stock: TrainingSAE[Any],
+    sparse: TrainingSAE[Any],
+    x: torch.Tensor,
+    dead: torch.Tensor | None,
+    precision: Precision,
+    **options: Any,
+) -> None:
+    """One step of both, held against stock in float64."""
+    # In float64 there is no better reference than stock itself. Its error, and the reference's,
+    # is that of stock in float32 in proportion to the unit of rounding.
+    narrow = precision == FLOAT64
+    yardstick = stock_like(stock, torch.float32) if narrow else stock
+    oracle = step_values(stock_like(stock), x, dead, **options)
+    options["autocast"] = precision.autocast
+    stock_values = step_values(yardstick, x, dead, **options)
+    if narrow:
+        stock_values = shrunk_to_float64(stock_values, oracle)
+    sparse_values = step_values(sparse, x, dead, **options)
+    # What stock keeps in float32 is rounded to it in every arm.
+    floors = {
+        f"gradient of {name}": FLOAT32.eps
+        for name, parameter in sparse.named_parameters()
+        if narrow and parameter.dtype == torch.float32
+    }
+    factor = 3.0 if narrow else 2.0
+    require_within_budget(sparse_values, stock_values, oracle, precision.eps, factor, floors)
+
+
+def make_trainer(sae: TrainingSAE[Any], batches: Any = None, **cfg: Any) -> SAETrainer[Any, Any]:
+    """SAELens's own trainer, logging nothing."""
+    settings: dict[str, Any] = {
+        "total_training_samples": 10_000_000,
+        "train_batch_size_samples": 32,
+        "device": str(sae.device),
+        "lr": 1e-3,
+        "lr_end": 1e-4,
+        "logger": LoggingConfig(log_to_wandb=False),
+        **cfg,
+    }
+    return SAETrainer(SAETrainerConfig(**settings), sae, iter(batches or ()))
+
+
+def trajectory(sae: TrainingSAE[Any], batches: list[torch.Tensor], **options: Any) -> Values:
+    """Losses, statistics and final parameters of steps of SAELens's trainer."""
+    trainer = make_trainer(sae, **{"dead_feature_window": 3, "lr": 3e-3, **options})
+    steps: list[Values] = []
+    for batch in batches:
+        n_dead = trainer.dead_neurons.sum()
+        output = trainer.step(batch.to(sae.dtype))
+        trainer.n_training_steps += 1
+        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+        step = {"loss": output.loss, **output.losses, "n_dead": n_dead}
+        step["l0"] = torch.tensor(log["metrics/l0"])
+        threshold = getattr(sae, "threshold", None)
+        if threshold is not None:
+            step["lowest threshold"] = threshold.min()
+        steps.append(on_cpu(step))
+    stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    final = {
+        **{f"final {name}": parameter for name, parameter in sae.named_parameters()},
+        "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired,
+        "act_freq_scores": trainer.act_freq_scores,
+    }
+    return {**stacked, **on_cpu(final)}
+
+
+def structured_batches(
+    n_steps: int, n_rows: int, d_in: int, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Sparse sums of 64 random directions with Zipf-like frequencies, and a little noise."""
+    directions = torch.nn.functional.normalize(torch.randn(64, d_in), dim=-1)
+    presence = (torch.arange(1, 65) ** -0.7).clamp(max=0.9)
+    batches = []
+    for _ in range(n_steps):
+        strengths = (torch.rand(n_rows, 64) < presence) * (0.5 * torch.randn(n_rows, 64)).exp()
+        batches.append((strengths @ directions + 0.02 * torch.randn(n_rows, d_in)).to(dtype))
+    return batches
+
+
+def training_curve(
+    sae: TrainingSAE[Any], batches: list[torch.Tensor], **options: Any
+) -> list[dict[str, Any]]:
+    """What SAELens logs at each step of a whole training, and more.
+
+    That is the mean "threshold", what the step "ran on", and the norm of each "gradient of"
+    a parameter that the optimizer got, thus after clipping.
+    """
+    n_steps, n_rows = len(batches), len(batches[0])
+    settings = {
+        "total_training_samples": n_steps * n_rows,
+        "train_batch_size_samples": n_rows,
+        "dead_feature_window": 30,
+    }
+    trainer = make_trainer(sae, **{**settings, **options})
+    norms: dict[str, float] = {}
+
+    def measure_gradients(*_: Any) -> None:
+        norms.update({name: value.norm().item() for name, value in gradients(sae).items()})
+
+    trainer.optimizer.register_step_pre_hook(measure_gradients)
+    logs: list[dict[str, Any]] = []
+    for x in batches:
+        implementation = getattr(sae, "implementation", None)
+        output = trainer.step(x)
+        trainer.n_training_steps += 1
+        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples) | norms
+        if implementation is not None:
+            log["ran on"] = implementation.name
+        threshold = getattr(sae, "threshold", None)
+        if threshold is not None:
+            log["threshold"] = threshold.mean().item()
+        logs.append(log)
+    return logs
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records how many elements the largest tensor holds that any operation returns."""
+
+    numel = 0
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                is_sparse = leaf.layout == torch.sparse_csr
+                self.numel = max(self.numel, leaf._nnz() if is_sparse else leaf.numel())
+        return out
+
+
+def record_materializations(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Collects the class of every on-demand tensor that is computed from now on."""
+    computed: list[type] = []
+    original = OnDemandTensor.materialized
+
+    def recording(self: OnDemandTensor) -> torch.Tensor:
+        computed.append(type(self))
+        return original(self)
+
+    monkeypatch.setattr(OnDemandTensor, "materialized", recording)
+    return computed
