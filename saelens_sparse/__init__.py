@@ -4,15 +4,12 @@ Importing the package registers its architectures in SAELens's training registry
 `architecture="topk_sparse"` and `"jumprelu_sparse"` work wherever SAELens takes an architecture.
 """
 
-from sae_lens import register_sae_class, register_sae_training_class
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-
+from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.architectures.jumprelu import (
     SparseJumpReLUTrainingSAE,
     SparseJumpReLUTrainingSAEConfig,
 )
+from saelens_sparse.architectures.registry import add
 from saelens_sparse.architectures.topk import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saelens_sparse.sharing import upload_saes_to_huggingface
 from saelens_sparse.training.optimizer import prepare_optimizers
@@ -43,18 +40,8 @@ def register() -> None:
     Raises:
         ValueError: another package has registered one of the names.
     """
-    for training, inference in (
-        ((SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig), (TopKSAE, TopKSAEConfig)),
-        (
-            (SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig),
-            (JumpReLUSAE, JumpReLUSAEConfig),
-        ),
-    ):
-        name = training[1].architecture()
-        if SAE_TRAINING_CLASS_REGISTRY.get(name) != training:
-            register_sae_training_class(name, *training)
-        if SAE_CLASS_REGISTRY.get(name) != inference:
-            register_sae_class(name, *inference)
+    for architecture in ARCHITECTURES.values():
+        add(architecture)
     prepare_optimizers()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from sae_lens.saes.jumprelu_sae import (
+    JumpReLUSAE,
     JumpReLUSAEConfig,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
@@ -30,6 +31,7 @@ from saelens_sparse.architectures.base import (
     require_int,
     require_number,
 )
+from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.choice.availability import Backend, Choice
 from saelens_sparse.codes.code import Code, DeadLatents, DenselyGatedCode, GatedCode, version_of
 from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, ordinary
@@ -501,3 +503,16 @@ def warn_of_l0(l0: float, n_training_steps: int, cfg: JumpReLUTrainingSAEConfig)
             f"{n_training_steps:,} steps, {advice} (now l0_coefficient={cfg.l0_coefficient:g}, "
             f"jumprelu_bandwidth={cfg.jumprelu_bandwidth:g})."
         )
+
+
+JUMPRELU = Architecture(
+    sae=SparseJumpReLUTrainingSAE,
+    config=SparseJumpReLUTrainingSAEConfig,
+    stock_sae=JumpReLUTrainingSAE,
+    stock_config=JumpReLUTrainingSAEConfig,
+    inference_sae=JumpReLUSAE,
+    inference_config=JumpReLUSAEConfig,
+    sparsity_field=None,
+    demo_config="smollm2_demo_jumprelu.json",
+)
+add(JUMPRELU)

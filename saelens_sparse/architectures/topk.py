@@ -9,7 +9,13 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from sae_lens.saes.sae import SAEConfig
-from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.topk_sae import (
+    TopK,
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from typing_extensions import override
 
 from saelens_sparse.architectures.base import (
@@ -19,6 +25,7 @@ from saelens_sparse.architectures.base import (
     require_int,
     require_number,
 )
+from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.choice.availability import Choice
 from saelens_sparse.codes.code import Code, DeadLatents, SelectedCode, version_of
 from saelens_sparse.codes.on_demand import DeferredPreActs
@@ -256,3 +263,16 @@ def _say_sparse_activations_are_moot() -> None:
         "use_sparse_activations=True has nothing left to do in topk_sparse: activations are "
         "never dense."
     )
+
+
+TOPK = Architecture(
+    sae=SparseTopKTrainingSAE,
+    config=SparseTopKTrainingSAEConfig,
+    stock_sae=TopKTrainingSAE,
+    stock_config=TopKTrainingSAEConfig,
+    inference_sae=TopKSAE,
+    inference_config=TopKSAEConfig,
+    sparsity_field="k",
+    demo_config="smollm2_demo_topk.json",
+)
+add(TOPK)

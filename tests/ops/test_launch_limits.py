@@ -46,9 +46,9 @@ def test_a_grid_that_no_gpu_launches_is_refused_in_one_line(grid: tuple[int, ...
 @pytest.fixture
 def forgotten_devices() -> Iterator[None]:
     """Nothing is known of a device before, nor after."""
-    module("device").max_warps.cache_clear()
+    module("common.launch").max_warps.cache_clear()
     yield
-    module("device").max_warps.cache_clear()
+    module("common.launch").max_warps.cache_clear()
 
 
 @pytest.mark.usefixtures("forgotten_devices")
@@ -59,7 +59,7 @@ def test_a_program_has_1024_threads_at_most(
     properties = SimpleNamespace(warp_size=warp_size)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     device = torch.device("cuda", 0)
-    assert module("device").max_warps(device) == warps
+    assert module("common.launch").max_warps(device) == warps
     assert module("screen.gpu").warps(2**15, 512, device) == warps
     assert module("screen.gpu").warps(1024, 512, device) == 2
 
