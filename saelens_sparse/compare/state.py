@@ -14,7 +14,7 @@ from typing import Any
 from sae_lens import constants
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from saelens_sparse.architectures.base import STATE_FILENAME
+from saelens_sparse.choice.policy import STATE_FILENAME
 from saelens_sparse.compare.options import Comparison
 from saelens_sparse.compare.records import ArmFolder, load_steps
 from saelens_sparse.config.files import UsageError

@@ -15,9 +15,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
-from saelens_sparse.architectures.base import (
-    SparseTrainingSAEMixin,  # also registers the architectures
-)
+from saelens_sparse.architectures.base import SparseTrainingSAEMixin
 from saelens_sparse.profile.cases import LEARNING_RATE, SPARSE, Arm, Case, Precision
 from saelens_sparse.profile.data import MAX_FEATURES, ActivationStream
 from saelens_sparse.profile.weights import calibrate, plant_features

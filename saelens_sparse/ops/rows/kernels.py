@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import MAX_GRID, kernel, on_device_of_arguments
-from saelens_sparse.ops.pairs.order import LatentOrder
-from saelens_sparse.ops.pairs.ragged import RaggedRows
+from saelens_sparse.ops.pairs import LatentOrder, Rows
 
 
 @dataclass(frozen=True)
@@ -404,19 +403,18 @@ def _probe_kernel(out_ptr):
 def gather_sum(
     coefficients: torch.Tensor,
     latents: torch.Tensor,
+    rows: Rows,
     weight: torch.Tensor,
-    ragged: RaggedRows | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    n_rows, k, offsets = _row_arguments(latents, ragged)
     d = weight.shape[1]
-    out = torch.empty(n_rows, d, dtype=weight.dtype, device=weight.device)
+    out = torch.empty(rows.n_rows, d, dtype=weight.dtype, device=weight.device)
     launch = GATHER_SUM
     if out.numel() > 0:
-        _gather_sum_kernel[(n_rows, triton.cdiv(d, launch.BLOCK_D))](
+        _gather_sum_kernel[(rows.n_rows, triton.cdiv(d, launch.BLOCK_D))](
             out, coefficients.contiguous(), latents.contiguous(), weight.contiguous(),
-            weight if bias is None else bias.contiguous(), offsets, k, d,
-            HAS_BIAS=bias is not None, RAGGED=ragged is not None, BLOCK_K=launch.BLOCK_K,
+            weight if bias is None else bias.contiguous(), *_row_arguments(rows, latents), d,
+            HAS_BIAS=bias is not None, RAGGED=rows.k is None, BLOCK_K=launch.BLOCK_K,
             BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
         )  # fmt: skip
     return out
@@ -424,23 +422,19 @@ def gather_sum(
 
 @on_device_of_arguments
 def gather_dot(
-    batch: torch.Tensor,
-    latents: torch.Tensor,
-    weight: torch.Tensor,
-    ragged: RaggedRows | None,
+    batch: torch.Tensor, latents: torch.Tensor, rows: Rows, weight: torch.Tensor
 ) -> torch.Tensor:
-    n_rows, k, offsets = _row_arguments(latents, ragged)
-    make = torch.empty if ragged is None else torch.zeros
+    make = torch.empty if rows.k is not None else torch.zeros
     out = make(latents.shape, dtype=torch.float32, device=weight.device)
     launch = GATHER_DOT
     if out.numel() > 0:
-        mean_pairs = triton.cdiv(latents.numel(), n_rows)
+        mean_pairs = triton.cdiv(latents.numel(), rows.n_rows)
         # Fewer programs a row than it has blocks of pairs take several blocks each.
         n_programs = min(triton.cdiv(mean_pairs, launch.BLOCK_K), MAX_GRID[1])
-        _gather_dot_kernel[(n_rows, n_programs)](
-            out, batch.contiguous(), latents.contiguous(), weight.contiguous(), offsets, k,
-            weight.shape[1], RAGGED=ragged is not None, BLOCK_K=launch.BLOCK_K,
-            BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
+        _gather_dot_kernel[(rows.n_rows, n_programs)](
+            out, batch.contiguous(), latents.contiguous(), weight.contiguous(),
+            *_row_arguments(rows, latents), weight.shape[1], RAGGED=rows.k is None,
+            BLOCK_K=launch.BLOCK_K, BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
         )  # fmt: skip
     return out
 
@@ -466,17 +460,18 @@ class Segments:
         partials = torch.empty(n_slots, d, dtype=torch.float32, device=batch.device)
         partial_totals = torch.empty(n_slots, dtype=torch.float32, device=batch.device)
         coefficients, batch = coefficients.contiguous(), batch.contiguous()
-        rows = order.pairs if order.ragged is None else order.ragged.rows
-        modes = {"RAGGED": order.ragged is not None, "SPLIT": launch.SPLIT}
+        rows = order.pairs if order.rows.of_pairs is None else order.rows.of_pairs
+        k = order.rows.k or 0
+        modes = {"RAGGED": order.rows.k is None, "SPLIT": launch.SPLIT}
         if n_pairs > launch.SPLIT:
             _partial_sums_kernel[(n_slots, triton.cdiv(d, launch.BLOCK_D))](
                 partials, partial_totals, order.offsets, order.keys, order.pairs, coefficients,
-                batch, rows, n_pairs, order.d_sae, order.k, d, **modes, BLOCK_P=launch.BLOCK_P,
+                batch, rows, n_pairs, order.d_sae, k, d, **modes, BLOCK_P=launch.BLOCK_P,
                 BLOCK_D=launch.BLOCK_D, num_warps=launch.num_warps,
             )  # fmt: skip
         arguments = (
             partials, partial_totals, order.offsets, order.pairs, coefficients, batch, rows,
-            order.k, d,
+            k, d,
         )  # fmt: skip
         return cls(arguments, modes)
 
@@ -507,13 +502,9 @@ def segment_totals(order: LatentOrder, values: torch.Tensor) -> torch.Tensor:
     return totals
 
 
-def _row_arguments(
-    latents: torch.Tensor, ragged: RaggedRows | None
-) -> tuple[int, int, torch.Tensor]:
-    """Number of rows, pairs a row, and what stands for the kernels' row_offsets."""
-    if ragged is None:
-        return latents.shape[0], latents.shape[1], latents
-    return ragged.n_rows, 0, ragged.offsets
+def _row_arguments(rows: Rows, unused: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What kernels take as row_offsets and K."""
+    return (unused, rows.k) if rows.k is not None else (rows.starts(unused.device), 0)
 
 
 @on_device_of_arguments

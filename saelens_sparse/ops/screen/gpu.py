@@ -26,7 +26,7 @@ import triton.language as tl
 from saelens_sparse.ops.common.launch import MAX_GRID, kernel, max_warps
 from saelens_sparse.ops.common.precision import matmul_dtype
 from saelens_sparse.ops.screen.float16_product import multiply_float16
-from saelens_sparse.ops.update.weight_copy import WeightCopy
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 # Rows up to this width are held in one program's registers.
 MAX_D_IN = 32768

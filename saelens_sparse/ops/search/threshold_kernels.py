@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments
-from saelens_sparse.ops.pairs.ragged import RaggedRows
+from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.kernels import gather_dot
 from saelens_sparse.ops.screen.float16_product import has_float32_sums
 from saelens_sparse.ops.screen.gpu import (
@@ -30,8 +30,8 @@ from saelens_sparse.ops.screen.gpu import (
     score_of,
     warps,
 )
-from saelens_sparse.ops.search.types import GatePattern, gate_and_edge
-from saelens_sparse.ops.update.weight_copy import WeightCopy
+from saelens_sparse.ops.search.found import threshold_and_edge
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 _WORD = tl.constexpr(32)
 
@@ -216,15 +216,15 @@ def find_pattern(
     capacity: int,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
-) -> tuple[GatePattern, torch.Tensor]:
-    """The pattern, as far as it fits, and `[2]` int64: its number of pairs and of active ones.
+) -> tuple[ActivePairs, torch.Tensor]:
+    """The pairs, as far as they fit, and `[2]` int64: number of pairs and of active ones.
 
-    Arguments as `saelens_sparse.ops.start_find_pattern`'s; `can_screen` must hold.
+    Arguments as `search_above_threshold`'s; `can_screen` must hold.
     """
     device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
     x, weight = x.contiguous(), weight.contiguous()
     screen = Screen.of(x, weight, bias, rounded=rounded)
-    gate, edge = gate_and_edge(threshold, bandwidth, screen.pre_acts_dtype)
+    gate, edge = threshold_and_edge(threshold, bandwidth, screen.pre_acts_dtype)
     gate, edge = gate.float(), edge.float()
 
     latents = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -262,12 +262,13 @@ def find_pattern(
             BLOCK_W=block_w, num_warps=n_warps,
         )  # fmt: skip
     # Where there is no room, rows end early.
-    ragged = RaggedRows(offsets[::n_blocks].clamp(max=capacity), rows_of_pairs)
+    offsets_of_rows = offsets[::n_blocks].clamp(max=capacity)
+    pair_rows = Rows.ragged(offsets_of_rows, rows_of_pairs)
     if not screen.exact:
-        pre_acts = gather_dot(x, latents, weight, ragged)
+        pre_acts = gather_dot(x, latents, pair_rows, weight)
     _resolve_kernel[(n_rows,)](
-        keys, row_counts, pre_acts, latents, ragged.offsets, gate, edge, screen.bias,
+        keys, row_counts, pre_acts, latents, offsets_of_rows, gate, edge, screen.bias,
         EXACT=screen.exact, BLOCK_P=LAUNCH.RESOLVE_PAIRS, num_warps=4,
     )  # fmt: skip
-    pattern = GatePattern(latents, keys, pre_acts, ragged, row_counts)
-    return pattern, torch.stack([offsets[-1], row_counts.sum()])
+    pairs = ActivePairs(latents, keys, pre_acts, pair_rows, row_counts)
+    return pairs, torch.stack([offsets[-1], row_counts.sum()])

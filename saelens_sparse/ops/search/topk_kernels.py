@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments
+from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.screen.float16_product import has_float32_sums
 from saelens_sparse.ops.screen.gpu import (
     MAX_D_IN,
@@ -38,8 +39,7 @@ from saelens_sparse.ops.screen.gpu import (
     screened,
     warps,
 )
-from saelens_sparse.ops.search.types import Selection
-from saelens_sparse.ops.update.weight_copy import WeightCopy
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 # Rows up to this width are held in one program's registers.
 MAX_KEEP_COLUMNS = 32768
@@ -372,7 +372,6 @@ def _rescore_kernel(
 def _select_kernel(
     out_latents_ptr,  # [N, k] int64
     out_pre_acts_ptr,  # [N, k]
-    out_scores_ptr,  # [N, k]
     out_keys_ptr,  # [N, k] int32
     latents_ptr,  # [N, C]
     pre_acts_ptr,  # [N, C]
@@ -395,7 +394,6 @@ def _select_kernel(
     tl.store(out_latents_ptr + out, latent.to(tl.int64), mask=kept)
     tl.store(out_keys_ptr + out, tl.where(score <= 0.0, L, latent), mask=kept)
     tl.store(out_pre_acts_ptr + out, pre_act.to(out_pre_acts_ptr.dtype.element_ty), mask=kept)
-    tl.store(out_scores_ptr + out, score.to(out_scores_ptr.dtype.element_ty), mask=kept)
 
 
 @kernel
@@ -459,10 +457,10 @@ def select_topk(
     k: int,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
-) -> tuple[Selection, torch.Tensor]:
-    """The selection, and `[n_rows]` bool: the rows that it cannot vouch for.
+) -> tuple[ActivePairs, torch.Tensor]:
+    """The pairs, and `[n_rows]` bool: the rows that it cannot vouch for.
 
-    Arguments as `saelens_sparse.ops.start_select_topk`'s; `can_screen` must hold.
+    Arguments as `search_topk`'s; `can_screen` must hold.
     """
     device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
     x, weight = x.contiguous(), weight.contiguous()
@@ -492,26 +490,24 @@ def select_topk(
             HAS_NORMS=norms is not None, C=capacity, BLOCK_C=block_c,
             BLOCK_D=LAUNCH.RESCORE_COLS, num_warps=4,
         )  # fmt: skip
-    pre_acts_dtype = scores_dtype = screen.pre_acts_dtype
-    if norms is not None:
-        scores_dtype = torch.promote_types(pre_acts_dtype, norms.dtype)
-    out_latents = torch.empty(n_rows, k, dtype=torch.int64, device=device)
-    out_pre_acts = torch.empty(n_rows, k, dtype=pre_acts_dtype, device=device)
-    out_scores = torch.empty(n_rows, k, dtype=scores_dtype, device=device)
-    out_keys = torch.empty(n_rows, k, dtype=torch.int32, device=device)
+    pairs = ActivePairs(
+        latents=torch.empty(n_rows * k, dtype=torch.int64, device=device),
+        keys=torch.empty(n_rows * k, dtype=torch.int32, device=device),
+        pre_acts=torch.empty(n_rows * k, dtype=screen.pre_acts_dtype, device=device),
+        rows=Rows.regular(n_rows, k),
+    )
     _select_kernel[(n_rows,)](
-        out_latents, out_pre_acts, out_scores, out_keys, found.latents, found.pre_acts,
-        found.scores, found.counts, d_sae, k, C=capacity, num_warps=list_warps,
+        pairs.latents, pairs.pre_acts, pairs.keys, found.latents, found.pre_acts, found.scores,
+        found.counts, d_sae, k, C=capacity, num_warps=list_warps,
     )  # fmt: skip
-    selection = Selection(out_latents, out_pre_acts, out_scores, out_keys)
-    return selection, found.flags.view(torch.bool)
+    return pairs, found.flags.view(torch.bool)
 
 
 @on_device_of_arguments
 def topk_values(
     products: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `saelens_sparse.ops.topk_values`, for at most MAX_KEEP_COLUMNS columns."""
+    """As `search.topk.topk_values`, for at most MAX_KEEP_COLUMNS columns."""
     products = products.contiguous()
     n_rows, width = products.shape
     values = torch.empty_like(products)

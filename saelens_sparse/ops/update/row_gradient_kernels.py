@@ -23,7 +23,7 @@ from saelens_sparse.ops.rows.kernels import (
 )
 from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_rule
 from saelens_sparse.ops.update.row_gradient import RowGradient
-from saelens_sparse.ops.update.weight_copy import WeightCopy
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 
 @dataclass(frozen=True)
