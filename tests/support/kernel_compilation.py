@@ -111,22 +111,27 @@ class Launch:
     @property
     def setting(self) -> str:
         """What it is compiled for: options, and of each argument its dtype or kind."""
-        options = (f"{name}={value}" for name, value in self.options.items())
-        return " ".join([*options, *map(_kind, self.arguments)])
+        named = (f"{name}={_kind(value)}" for name, value in self.options.items())
+        return " ".join([*named, *map(_kind, self.arguments)])
 
     @property
     def size(self) -> int:
         """How much a program does at once, as far as its tiles tell."""
-        return math.prod(v for v in self.options.values() if type(v) is int)
+        tiles = (value for name, value in self.options.items() if name.isupper() and len(name) > 1)
+        return math.prod(value for value in tiles if type(value) is int)
 
 
 def _kind(argument: Any) -> str:
-    """Dtype of a tensor; of a whole number what Triton tells apart, else a type."""
+    """Dtype of a tensor; of a whole number what Triton tells apart; else a type, or the value of a
+    compile-time argument.
+    """
     if isinstance(argument, torch.Tensor):
         return str(argument.dtype).removeprefix("torch.")
+    if isinstance(argument, tuple):
+        return f"({' '.join(map(_kind, argument))})"
     if type(argument) is int:
         return "1" if argument == 1 else "16n" if argument % 16 == 0 else "int"
-    return type(argument).__name__
+    return "float" if type(argument) is float else str(argument)
 
 
 @dataclass(frozen=True)

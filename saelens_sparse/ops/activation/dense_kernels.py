@@ -1,6 +1,6 @@
 """Triton kernels of a JumpReLU between dense products; `dense.py` says what they compute."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -78,14 +78,12 @@ def _dense_jumprelu_gradients_kernel(
     products_ptr,  # [N, L]
     bias_ptr,  # [L]
     thresholds_ptr,  # [L]
-    grad_acts_ptr,  # [N, L], unused unless HAS_ACTS
-    grad_l0_ptr,  # [N], unused unless HAS_L0
+    grad_acts_ptr,  # [N, L] or None
+    grad_l0_ptr,  # [N] or None
     inverse_bandwidth,
     N,
     L,
     T,
-    HAS_ACTS: tl.constexpr,
-    HAS_L0: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
     PRE_ACTS: tl.constexpr,
     COLS: tl.constexpr,
@@ -109,10 +107,10 @@ def _dense_jumprelu_gradients_kernel(
         pre_act = (product + bias).to(PRE_ACTS).to(tl.float32)
         distance = (pre_act - limit) * inverse_bandwidth
         grad_act = tl.zeros((STEP, COLS), dtype=tl.float32)
-        if HAS_ACTS:
+        if grad_acts_ptr is not None:
             grad_act = tl.load(grad_acts_ptr + place, mask=mask, other=0.0).to(tl.float32)
         straight_through = limit * grad_act
-        if HAS_L0:
+        if grad_l0_ptr is not None:
             grad_l0 = tl.load(grad_l0_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)
             straight_through += grad_l0[:, None]
         inside = mask & (distance > -0.5) & (distance < 0.5)
@@ -144,10 +142,20 @@ def dense_jumprelu(
     pair_parts = torch.empty(n_blocks, n_tiles, dtype=torch.int32, device=device)
     if products.numel() > 0:
         _dense_jumprelu_kernel[(n_tiles * n_blocks,)](
-            acts, row_parts, latent_parts, pair_parts, products, bias.contiguous(), thresholds,
-            bandwidth / 2, n_rows, d_sae, n_tiles, PRE_ACTS=_TRITON_DTYPE[pre_acts_dtype],
-            COLS=LAUNCH.COLS, STEP=LAUNCH.STEP, ROWS=LAUNCH.ROWS, num_warps=LAUNCH.num_warps,
-        )  # fmt: skip
+            acts,
+            row_parts_ptr=row_parts,
+            latent_parts_ptr=latent_parts,
+            pair_parts_ptr=pair_parts,
+            products_ptr=products,
+            bias_ptr=bias.contiguous(),
+            thresholds_ptr=thresholds,
+            half_bandwidth=bandwidth / 2,
+            N=n_rows,
+            L=d_sae,
+            T=n_tiles,
+            PRE_ACTS=_TRITON_DTYPE[pre_acts_dtype],
+            **asdict(LAUNCH),
+        )
     row_counts = row_parts.sum(1, dtype=torch.int32)
     latent_counts = latent_parts.sum(0, dtype=torch.int32)
     return acts, row_counts, latent_counts, torch.stack([pair_parts.sum(), row_counts.sum()])
@@ -169,14 +177,22 @@ def dense_jumprelu_gradients(
     parts = torch.empty(2, n_blocks, d_sae, dtype=torch.float32, device=products.device)
     if products.numel() > 0:
         _dense_jumprelu_gradients_kernel[(n_tiles * n_blocks,)](
-            grad_products, parts[0], parts[1], products, bias.contiguous(), thresholds,
-            products if grad_acts is None else grad_acts.contiguous(),
-            products if grad_l0 is None else grad_l0.contiguous(),
-            1 / bandwidth, n_rows, d_sae, n_tiles, HAS_ACTS=grad_acts is not None,
-            HAS_L0=grad_l0 is not None, STE_TO_INPUT=ste_to_input,
-            PRE_ACTS=_TRITON_DTYPE[pre_acts_dtype], COLS=LAUNCH.COLS, STEP=LAUNCH.STEP,
-            ROWS=LAUNCH.ROWS, num_warps=LAUNCH.num_warps,
-        )  # fmt: skip
+            grad_products,
+            bias_parts_ptr=parts[0],
+            threshold_parts_ptr=parts[1],
+            products_ptr=products,
+            bias_ptr=bias.contiguous(),
+            thresholds_ptr=thresholds,
+            grad_acts_ptr=None if grad_acts is None else grad_acts.contiguous(),
+            grad_l0_ptr=None if grad_l0 is None else grad_l0.contiguous(),
+            inverse_bandwidth=1 / bandwidth,
+            N=n_rows,
+            L=d_sae,
+            T=n_tiles,
+            STE_TO_INPUT=ste_to_input,
+            PRE_ACTS=_TRITON_DTYPE[pre_acts_dtype],
+            **asdict(LAUNCH),
+        )
     grad_bias, grad_threshold = parts.sum(1)
     return grad_products, grad_bias, grad_threshold
 

@@ -94,7 +94,7 @@ class JumpReLU:
         if backend == "triton":
             from saelens_sparse.ops.activation import pairs_kernels
 
-            return pairs_kernels.jumprelu(pairs, self.threshold)
+            return pairs_kernels.jumprelu(self.threshold, pairs)
         # As SAELens: a product, so that a NaN stays one.
         return pairs.pre_acts * (pairs.pre_acts > self._thresholds(pairs))
 
@@ -109,7 +109,7 @@ class JumpReLU:
             from saelens_sparse.ops.activation import pairs_kernels
 
             return pairs_kernels.jumprelu_gradients(
-                pairs, self.threshold, self.bandwidth, self.ste_to_input, grad_acts, grad_l0
+                self.threshold, pairs, self.bandwidth, self.ste_to_input, grad_acts, grad_l0
             )
         pre_acts, thresholds = pairs.pre_acts, self._thresholds(pairs)
         sum_dtype = torch.promote_types(pre_acts.dtype, torch.float32)

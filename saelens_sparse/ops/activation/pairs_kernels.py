@@ -40,12 +40,10 @@ def _jumprelu_gradients_kernel(
     latents_ptr,  # [P]
     rows_ptr,  # [P]
     thresholds_ptr,  # [L]
-    grad_acts_ptr,  # [P], unused unless HAS_ACTS
-    grad_l0_ptr,  # [N], unused unless HAS_L0
+    grad_acts_ptr,  # [P] or None
+    grad_l0_ptr,  # [N] or None
     bandwidth,
     P,
-    HAS_ACTS: tl.constexpr,
-    HAS_L0: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -58,10 +56,10 @@ def _jumprelu_gradients_kernel(
     difference = (pre_act.to(tl.float32) - threshold).to(pre_act.dtype).to(tl.float32)
     distance = tl.div_rn(difference, bandwidth + tl.zeros_like(difference))
     grad_act = tl.zeros((BLOCK,), dtype=tl.float32)
-    if HAS_ACTS:
+    if grad_acts_ptr is not None:
         grad_act = tl.load(grad_acts_ptr + p, mask=live, other=0.0).to(tl.float32)
     straight_through = threshold * grad_act
-    if HAS_L0:
+    if grad_l0_ptr is not None:
         row = tl.load(rows_ptr + p, mask=live, other=0)
         straight_through += tl.load(grad_l0_ptr + row, mask=live, other=0.0).to(tl.float32)
     inside = (distance > -0.5) & (distance < 0.5)
@@ -74,41 +72,55 @@ def _jumprelu_gradients_kernel(
 
 
 @on_device_of_arguments
-def jumprelu(pairs: ActivePairs, threshold: torch.Tensor) -> torch.Tensor:
+def jumprelu(threshold: torch.Tensor, pairs: ActivePairs) -> torch.Tensor:
+    """As `JumpReLU.values`."""
     acts = torch.empty_like(pairs.pre_acts)
     n_pairs = acts.numel()
     if n_pairs > 0:
         _jumprelu_kernel[(triton.cdiv(n_pairs, _BLOCK),)](
-            acts, pairs.pre_acts, pairs.latents, _thresholds(pairs, threshold), n_pairs,
-            BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+            acts,
+            pre_acts_ptr=pairs.pre_acts,
+            latents_ptr=pairs.latents,
+            thresholds_ptr=_compared(threshold, pairs),
+            P=n_pairs,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
     return acts
 
 
 @on_device_of_arguments
 def jumprelu_gradients(
-    pairs: ActivePairs,
     threshold: torch.Tensor,
+    pairs: ActivePairs,
     bandwidth: float,
     ste_to_input: bool,
     grad_acts: torch.Tensor | None,
     grad_l0: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `JumpReLU.gradients`."""
     grad_pre_acts = torch.empty_like(pairs.pre_acts, dtype=torch.float32)
     grad_thresholds = torch.empty_like(grad_pre_acts)
     n_pairs = grad_thresholds.numel()
     if n_pairs > 0:
         _jumprelu_gradients_kernel[(triton.cdiv(n_pairs, _BLOCK),)](
-            grad_pre_acts, grad_thresholds, pairs.pre_acts, pairs.latents, pairs.rows.of_pairs,
-            _thresholds(pairs, threshold),
-            grad_thresholds if grad_acts is None else grad_acts.contiguous(),
-            grad_thresholds if grad_l0 is None else grad_l0.contiguous(), bandwidth, n_pairs,
-            HAS_ACTS=grad_acts is not None, HAS_L0=grad_l0 is not None, STE_TO_INPUT=ste_to_input,
-            BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+            grad_pre_acts,
+            grad_thresholds_ptr=grad_thresholds,
+            pre_acts_ptr=pairs.pre_acts,
+            latents_ptr=pairs.latents,
+            rows_ptr=pairs.rows.of_pairs,
+            thresholds_ptr=_compared(threshold, pairs),
+            grad_acts_ptr=None if grad_acts is None else grad_acts.contiguous(),
+            grad_l0_ptr=None if grad_l0 is None else grad_l0.contiguous(),
+            bandwidth=bandwidth,
+            P=n_pairs,
+            STE_TO_INPUT=ste_to_input,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
     return grad_pre_acts, grad_thresholds
 
 
-def _thresholds(pairs: ActivePairs, threshold: torch.Tensor) -> torch.Tensor:
+def _compared(threshold: torch.Tensor, pairs: ActivePairs) -> torch.Tensor:
     """Thresholds as compared with the pre-activations."""
     return threshold.to(pairs.pre_acts.dtype).float().contiguous()

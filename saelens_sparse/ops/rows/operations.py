@@ -207,9 +207,9 @@ def segment_sum(
     if batch.shape[0] != order.rows.n_rows:
         raise ValueError(f"batch must have {order.rows.n_rows} rows; got {list(batch.shape)}")
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels
+        from saelens_sparse.ops.rows import segment_kernels
 
-        return kernels.segment_sum(order, coefficients, batch, dtype)
+        return segment_kernels.segment_sum(order, coefficients, batch, dtype)
     sum_dtype = _sum_dtype(batch)
     pairs = order.pairs[: int(order.offsets[-1])]
     latents = order.keys[: pairs.numel()].long()
@@ -266,9 +266,9 @@ def segment_totals(order: LatentOrder, values: torch.Tensor, backend: Backend) -
     """
     _check_values(order, values, "values")
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels
+        from saelens_sparse.ops.rows import segment_kernels
 
-        return kernels.segment_totals(order, values)
+        return segment_kernels.segment_totals(order, values)
     pairs = order.pairs[: int(order.offsets[-1])]
     sorted_values = values[pairs].to(_sum_dtype(values))
     if _has_embedding_bag(values):
