@@ -9,7 +9,7 @@ MAX_SPARSE_DENSITY = {True: 1 / 8, False: 1 / 40}
 
 # Shares of pairs above which dense products are faster, where a training changes them; by backend
 # ("cpu" for PyTorch on a CPU) and by whether products run in full precision.
-MAX_SPARSE_SHARE = {
+MAX_MEASURED_DENSITY = {
     ("triton", True): 0.09,
     ("triton", False): 0.0038,
     ("torch", True): 0.03,

@@ -21,6 +21,7 @@ from saelens_sparse.codes.step import StepContext, current_step, in_progress, of
 from saelens_sparse.ops.activation.pairs import PairActivation
 from saelens_sparse.ops.common.host_copy import HostCount
 from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.encode import encode_pairs
 from saelens_sparse.ops.pairs import LatentOrder
 from saelens_sparse.ops.rows.block import RowBlock
@@ -71,21 +72,26 @@ class SparseTrainingSAEMixin(_Base):
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self.lay_out_W_enc()
+        self.lay_out_weights()
 
-    def lay_out_W_enc(self) -> bool:
-        """Bring `W_enc` into latent-major layout; returns whether it had to be moved for that.
+    def lay_out_weights(self) -> list[str]:
+        """Bring weights into latent-major layout; returns the names of those that were moved.
 
-        The parameter object, and with it the optimizer's state, stays the same.
+        Parameter objects, and with them the optimizer's state, stay the same.
         """
-        W_enc = self.W_enc
-        if self.cfg.implementation == "dense" or W_enc.T.is_contiguous():
-            return False
-        with torch.inference_mode(W_enc.is_inference()), torch.no_grad():
-            W_enc.data = W_enc.data.T.contiguous().T
-            if W_enc.grad is not None:
-                W_enc.grad = torch.empty_like(W_enc).copy_(W_enc.grad)
-        return True
+        moved: list[str] = []
+        if self.cfg.implementation == "dense":
+            return moved
+        for name in ("W_enc", "W_dec"):
+            weight: nn.Parameter = getattr(self, name)
+            if (weight.T if name == "W_enc" else weight).is_contiguous():
+                continue
+            with torch.inference_mode(weight.is_inference()), torch.no_grad():
+                weight.data = _latent_major(weight.data, name)
+                if weight.grad is not None:
+                    weight.grad = torch.empty_like(weight).copy_(weight.grad)
+            moved.append(name)
+        return moved
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -134,7 +140,7 @@ class SparseTrainingSAEMixin(_Base):
         """
         Change what a step, or an encoding outside of one, changes besides gradients.
 
-        Called once, when all that the step relied on holds.
+        Called once, when the step is known to be complete.
         """
         if step.n_training_steps is not None:
             # With a NaN in every batch, each pass would otherwise be taken twice.
@@ -168,14 +174,14 @@ class SparseTrainingSAEMixin(_Base):
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         step = self.start_step(step_input, asks_at_once=self.asks_at_once)
         output = self.propose(step_input, step)
-        if not step.holds():
+        if not step.is_complete():
             step = self.start_step(step_input, asks_at_once=True)
             output = self.propose(step_input, step)
         self.commit(step)
         return output
 
     def start_step(self, step_input: TrainStepInput, *, asks_at_once: bool) -> StepContext:
-        """A step to `propose`. With `asks_at_once` it waits for the device, and holds."""
+        """A step to `propose`. With `asks_at_once` it waits for the device, and is complete."""
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
         counts = mask is not None and self.uses_dead_latents
@@ -191,10 +197,11 @@ class SparseTrainingSAEMixin(_Base):
         """
         SAELens's training forward pass, which changes nothing.
 
-        The output is right if `step.holds()`. Work queued before that is asked hides the wait.
+        The output is right if `step.is_complete()`. Work queued before that is asked hides the wait.
         Either `commit(step)` follows, or the output and all that came of it must be dropped.
         """
-        with in_progress(self, step):
+        # What is not of a range within is of the losses.
+        with in_progress(self, step), profiler_range("saelens_sparse::losses"):
             output = super().training_forward_pass(step_input)
         if (code := code_of(output.feature_acts)) is not None:
             output.metrics.update(code.metrics)
@@ -242,7 +249,8 @@ class SparseTrainingSAEMixin(_Base):
         if rows.data_ptr() == x.data_ptr():
             # Later uses must not see what the caller puts into its buffer next.
             rows = rows.clone()
-        code = self.make_code(rows, input_bias, step)
+        with profiler_range("saelens_sparse::encode"):
+            code = self.make_code(rows, input_bias, step)
         if step.n_training_steps is None:
             self.commit(step)
         weights = (self.W_enc, self.b_enc, self.W_dec)
@@ -261,7 +269,8 @@ class SparseTrainingSAEMixin(_Base):
             step: the step that this is part of.
         """
         norms = self.reported_norms(step)
-        found = self.search(x, norms, step)
+        with profiler_range("saelens_sparse::search"):
+            found = self.search(x, norms, step)
         pairs, order = step.settled(found, self.cfg.d_sae)
         if found.totals is not None:
             step.pair_totals = PairTotals(found.totals, x.shape[0], self.cfg.d_sae)
@@ -324,7 +333,8 @@ class SparseTrainingSAEMixin(_Base):
         if has_dense_hook or weights_changed or not feature_acts.is_untouched:
             return super().decode(feature_acts.materialized())
         to_step = not _has_gradient_hooks(self.W_dec)
-        recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, to_step=to_step)
+        with profiler_range("saelens_sparse::decode"):
+            recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, to_step=to_step)
         code.is_decoded = True
         if code.dead is not None:
             code.dead.W_dec = dead_W_dec
@@ -381,12 +391,12 @@ class SparseTrainingSAEMixin(_Base):
         return x @ self.W_enc + self.b_enc
 
     def prepare_weights(self) -> None:
-        """Bring `W_enc` into latent-major layout if something replaced its storage, and say to
+        """Bring weights into latent-major layout if something replaced their storage, and say to
         the optimizer whose parameters these are.
         """
-        if self.lay_out_W_enc():
+        for name in self.lay_out_weights():
             warn_caller(
-                "W_enc was given memory of another layout than this SAE computes with, and has "
+                f"{name} was given memory of another layout than this SAE computes with, and has "
                 "been moved. Whatever held on to that memory no longer follows the weight: "
                 "DistributedDataParallel, shared memory, views. Set weights in place or by "
                 "load_state_dict."
@@ -410,9 +420,14 @@ class SparseTrainingSAEMixin(_Base):
             )
 
 
+def _latent_major(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """A weight whose rows, one a latent, are contiguous."""
+    return weight.T.contiguous().T if name == "W_enc" else weight.contiguous()
+
+
 def _lay_out_after_loading(sae: SparseTrainingSAEMixin, *_: Any) -> None:
     """A state dict may be assigned, in any layout."""
-    sae.lay_out_W_enc()
+    sae.lay_out_weights()
 
 
 def _has_gradient_hooks(parameter: torch.Tensor) -> bool:

@@ -25,10 +25,10 @@ from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.choice.availability import Choice
 from saelens_sparse.choice.policy import STATE_FILENAME, DensityPolicy, PairTotals
 from saelens_sparse.codes.code import Code, DenseCode, PairCode, version_of
-from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, made
+from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, materialize
 from saelens_sparse.codes.step import StepContext
 from saelens_sparse.config.require import require_bool, require_choice, require_int, require_number
-from saelens_sparse.measured import MAX_SPARSE_SHARE
+from saelens_sparse.measured import MAX_MEASURED_DENSITY
 from saelens_sparse.ops.activation.pairs import JumpReLU
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.host_copy import HostCopy
@@ -151,20 +151,20 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         choice = self.choose(density=0.0)
         if choice.name == "dense" or self.cfg.implementation != "auto":
             return choice
-        limit = self._max_sparse_share(choice.backend)
+        limit = self._max_density(choice.backend)
         if self._policy.prefers_sparse(limit):
             return choice
-        share = self._policy.share
+        density = self._policy.density
         seen = "how many latents are active is not known yet"
-        if share is not None:
-            seen = f"{share:.2%} of the latents are active or near their threshold"
+        if density is not None:
+            seen = f"{density:.2%} of the latents are active or near their threshold"
         return Choice("fused", f"{seen}; dense products are faster above {limit:.1%}",
                       choice.backend)  # fmt: skip
 
-    def _max_sparse_share(self, backend: Backend) -> float:
-        """The share of pairs up to which sparse products are faster, here and now."""
+    def _max_density(self, backend: Backend) -> float:
+        """The density up to which sparse products are faster, here and now."""
         key = "cpu" if self.W_enc.device.type == "cpu" else backend
-        return MAX_SPARSE_SHARE[key, self.computes_in_full_precision]
+        return MAX_MEASURED_DENSITY[key, self.computes_in_full_precision]
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -266,8 +266,8 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
 
     def _capacity(self, n_rows: int) -> int:
         """Room for the pairs of a batch: what the last one needed and more, in coarse steps."""
-        share = self._policy.share
-        expected = 64 * n_rows if share is None else _ROOM * share * n_rows * self.cfg.d_sae
+        density = self._policy.density
+        expected = 64 * n_rows if density is None else _ROOM * density * n_rows * self.cfg.d_sae
         step = max(1024, 2 ** max(0, math.ceil(math.log2(max(expected, 1))) - 3))
         return min(math.ceil((expected + 1) / step) * step, n_rows * self.cfg.d_sae)
 
@@ -294,7 +294,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             or (mode == "quadratic" and target_l0 is None)
         ):
             # SAELens's autograd functions do not see through tensors that are made on demand.
-            feature_acts, hidden_pre = made(feature_acts), made(hidden_pre)
+            feature_acts, hidden_pre = materialize(feature_acts), materialize(hidden_pre)
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         if mode == "tanh":
             mean = self._mean_tanh(code)

@@ -38,7 +38,7 @@ class DensityPolicy:
     def __init__(self) -> None:
         self._goes_sparse = False
         self._mean_l0: float | None = None
-        self._share: float | None = None
+        self._density: float | None = None
         self._coming: PairTotals | None = None
 
     def __deepcopy__(self, _: dict[int, Any]) -> DensityPolicy:
@@ -52,10 +52,10 @@ class DensityPolicy:
             self._coming = coming
 
     @property
-    def share(self) -> float | None:
+    def density(self) -> float | None:
         """Share of all pairs that the last batch had; None before the first batch."""
         self._read()
-        return self._share
+        return self._density
 
     @property
     def mean_l0(self) -> float | None:
@@ -64,9 +64,11 @@ class DensityPolicy:
         return self._mean_l0
 
     def prefers_sparse(self, limit: float) -> bool:
-        """Whether the next step computes sparsely where that is faster up to a share of `limit`."""
-        share = self.share
-        return share is not None and share < (limit if self._goes_sparse else HYSTERESIS * limit)
+        """Whether the next step computes sparsely where that is faster up to a density of `limit`."""
+        density = self.density
+        return density is not None and density < (
+            limit if self._goes_sparse else HYSTERESIS * limit
+        )
 
     def settle(self, goes_sparse: bool) -> None:
         """Remember what the step just taken ran on."""
@@ -74,16 +76,16 @@ class DensityPolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to go on with the same choices, for JSON."""
-        return {"goes_sparse": self._goes_sparse, "share": self.share, "mean_l0": self.mean_l0}
+        return {"goes_sparse": self._goes_sparse, "share": self.density, "mean_l0": self.mean_l0}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self._goes_sparse, self._coming = bool(state["goes_sparse"]), None
-        self._share, self._mean_l0 = state["share"], state["mean_l0"]
+        self._density, self._mean_l0 = state["share"], state["mean_l0"]
 
     def _read(self) -> None:
         coming, self._coming = self._coming, None
         if coming is not None:
             n_pairs, n_active = (int(total) for total in coming.totals.values())
-            self._share = n_pairs / (coming.n_rows * coming.d_sae)
+            self._density = n_pairs / (coming.n_rows * coming.d_sae)
             self._mean_l0 = n_active / coming.n_rows

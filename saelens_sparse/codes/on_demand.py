@@ -125,7 +125,7 @@ class OnDemandTensor(torch.Tensor):
                 result = args[0].answer(func, args, kwargs)
                 if result is not NotImplemented:
                     return result
-        return func(*made(args), **made(kwargs))
+        return func(*materialize(args), **materialize(kwargs))
 
     @classmethod
     def __torch_dispatch__(
@@ -136,10 +136,10 @@ class OnDemandTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # Reached only by callers that bypass __torch_function__.
-        return func(*made(args), **made(kwargs or {}))
+        return func(*materialize(args), **materialize(kwargs or {}))
 
 
-def made(tree: Any) -> Any:
+def materialize(tree: Any) -> Any:
     """A tensor, or a structure of them, with those that are made on demand made."""
     return tree_map(lambda x: x.materialized() if isinstance(x, OnDemandTensor) else x, tree)
 

@@ -1,8 +1,8 @@
 """One training step: what it computes with, and what it leaves.
 
-A step has two phases. The forward pass computes, and changes nothing. When all that it relies on
-holds, `commit` of the SAE changes what a step changes besides gradients. If something does not,
-the pass is dropped and taken again with checks that are asked at once.
+A step has two phases. The forward pass computes, and changes nothing. When it is known to be
+complete, `commit` of the SAE changes what a step changes besides gradients. If a search has missed
+something, the pass is dropped and taken again with checks that are asked at once.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class StepContext:
     was_complete: bool = True
     pair_totals: PairTotals | None = None
 
-    def holds(self) -> bool:
-        """Whether all that it relies on is so. Waits for the device."""
-        return all(check.holds() for check in self.checks)
+    def is_complete(self) -> bool:
+        """Whether its searches have missed nothing. Waits for the device."""
+        return all(check.passed() for check in self.checks)
 
     def settled(self, found: FoundPairs, d_sae: int) -> tuple[ActivePairs, LatentOrder]:
         """The pairs to go on with, by row and by latent."""
@@ -94,7 +94,7 @@ class StepContext:
         if not self.asks_at_once:
             self.checks.append(found.check)
             return found.pairs, order
-        if found.check.holds():
+        if found.check.passed():
             return found.pairs, order
         self.was_complete = False
         pairs = found.complete()

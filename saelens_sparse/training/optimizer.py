@@ -29,12 +29,14 @@ from typing_extensions import override
 
 from saelens_sparse.architectures.parameters import FUSED_ADAM
 from saelens_sparse.choice.availability import triton_problem
+from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCache, WeightView
 from saelens_sparse.private_names import OPTIMIZER_HOOKS
 
 if TYPE_CHECKING:
-    from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
+    from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
 
 _SWITCHED = "saelens_sparse_fused"  # key of groups that were fused here; never saved
 _followed: WeakSet[Optimizer] = WeakSet()
@@ -174,10 +176,11 @@ class ClippingAdam(Adam):
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients and not row_gradients:
             return False
-        sums = {p: _start_sums(gradient) for p, gradient in row_gradients.items()}
-        norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
-        norms += [part.square_sum().sqrt() for part in sums.values()]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        with profiler_range("saelens_sparse::clip"):
+            sums = {p: _start_sums(gradient) for p, gradient in row_gradients.items()}
+            norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
+            norms += [part.square_sum().sqrt() for part in sums.values()]
+            norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if not self._divides_gradients():
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
             super().step()
@@ -328,6 +331,7 @@ def _runs_kernels(tensor: torch.Tensor) -> bool:
 
 
 def _start_sums(gradient: RowGradient) -> RowGradientSums:
-    from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
+    from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
 
     return RowGradientSums(gradient)

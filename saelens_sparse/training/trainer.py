@@ -25,6 +25,7 @@ from saelens_sparse.codes.on_demand import SparseFeatureActs
 from saelens_sparse.codes.step import Offer, RowGradients, offered
 from saelens_sparse.ops.common.host_copy import HostCount
 from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.update.weight_cache import WeightView
 from saelens_sparse.training.checkpoints import write_checkpoint
 from saelens_sparse.training.graphs import StepGraphs, TakenPass, is_faster_as_graph
@@ -115,8 +116,10 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         if self._graphs.can_replay_followups(taken, lambda: self._followups_depend_on(sae)):
             self._replay_followups(sae, taken)
         else:
-            self._count_firings(taken)
-            self._update(sae, taken)
+            with profiler_range("saelens_sparse::statistics"):
+                self._count_firings(taken)
+            with profiler_range("saelens_sparse::optimizer"):
+                self._update(sae, taken)
             if taken.graph is None and taken.row_gradients is not None:
                 taken.row_gradients.clear()
         if taken.step is not None:
@@ -214,7 +217,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             taken = self._take_eagerly(sae, sae_in, asks_at_once=sae.asks_at_once)
         else:
             taken = graph.replay(sae_in, self.n_training_steps)
-        if taken.step is None or taken.step.holds():
+        if taken.step is None or taken.step.is_complete():
             return taken
         self.optimizer.zero_grad()
         return self._take_eagerly(sae, sae_in, asks_at_once=True)
@@ -239,7 +242,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
                     output = sae.propose(step_input, step)
                 else:  # which takes its steps by itself
                     output = sae.training_forward_pass(step_input=step_input)
-            output.loss.backward()
+            with profiler_range("saelens_sparse::backward"):
+                output.loss.backward()
         return TakenPass(output, row_gradients, step)
 
     def _followups_depend_on(self, sae: SparseTrainingSAEMixin) -> object:

@@ -111,14 +111,22 @@ class Launch:
     @property
     def setting(self) -> str:
         """What it is compiled for: options, and of each argument its dtype or kind."""
-        named = (f"{name}={_kind(value)}" for name, value in self.options.items())
+        named = (
+            f"{name}={value if _is_compiled_in(name) else _kind(value)}"
+            for name, value in self.options.items()
+        )
         return " ".join([*named, *map(_kind, self.arguments)])
 
     @property
     def size(self) -> int:
         """How much a program does at once, as far as its tiles tell."""
-        tiles = (value for name, value in self.options.items() if name.isupper() and len(name) > 1)
+        tiles = (value for name, value in self.options.items() if _is_compiled_in(name))
         return math.prod(value for value in tiles if type(value) is int)
+
+
+def _is_compiled_in(name: str) -> bool:
+    """Whether each value of an argument is compiled for: tiles have long names in capitals."""
+    return name == "num_warps" or (name.isupper() and len(name) > 1)
 
 
 def _kind(argument: Any) -> str:

@@ -15,7 +15,7 @@ from saelens_sparse.ops.pairs import ActivePairs
 class Check(Protocol):
     """Something that a step relies on before it is known."""
 
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         """Whether it is so. Waits until the device has got there."""
         ...
 
@@ -34,7 +34,7 @@ class NoneUncertain:
 
     n_uncertain: HostCount
 
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         return self.n_uncertain.wait() == 0
 
     def renewed(self) -> NoneUncertain:
@@ -53,7 +53,7 @@ class EnoughRoom:
     totals: HostCopy
     capacity: int
 
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         return int(self.totals.values()[0]) <= self.capacity
 
     def renewed(self) -> EnoughRoom:
@@ -67,7 +67,7 @@ class FoundPairs:
     Work that is queued before the check is asked hides the wait for it.
 
     Attributes:
-        pairs: all pairs if the check holds.
+        pairs: all pairs if the check passes.
         check: None if there is nothing to check.
         find_again: finds them all if it does not.
         totals: `[2]` int64, number of pairs, and of active ones; None if those are known before.
@@ -80,7 +80,7 @@ class FoundPairs:
 
     def complete(self) -> ActivePairs:
         """All pairs. Waits for the check."""
-        if self.check is None or self.check.holds():
+        if self.check is None or self.check.passed():
             return self.pairs
         assert self.find_again is not None
         return self.find_again()
