@@ -197,8 +197,8 @@ class SparseTrainingSAEMixin(_Base):
         """
         SAELens's training forward pass, which changes nothing.
 
-        The output is right if `step.is_complete()`. Work queued before that is asked hides the wait.
-        Either `commit(step)` follows, or the output and all that came of it must be dropped.
+        The output is right if `step.is_complete()`. Work that is queued before asking hides the
+        wait. Either `commit(step)` follows, or the output and all that came of it must be dropped.
         """
         # What is not of a range within is of the losses.
         with in_progress(self, step), profiler_range("saelens_sparse::losses"):

@@ -64,11 +64,11 @@ class DensityPolicy:
         return self._mean_l0
 
     def prefers_sparse(self, limit: float) -> bool:
-        """Whether the next step computes sparsely where that is faster up to a density of `limit`."""
+        """Whether the next step computes sparsely, if that is faster up to a density of `limit`."""
         density = self.density
-        return density is not None and density < (
-            limit if self._goes_sparse else HYSTERESIS * limit
-        )
+        if not self._goes_sparse:
+            limit = HYSTERESIS * limit
+        return density is not None and density < limit
 
     def settle(self, goes_sparse: bool) -> None:
         """Remember what the step just taken ran on."""

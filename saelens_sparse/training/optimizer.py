@@ -35,8 +35,7 @@ from saelens_sparse.ops.update.weight_cache import WeightCache, WeightView
 from saelens_sparse.private_names import OPTIMIZER_HOOKS
 
 if TYPE_CHECKING:
-    from saelens_sparse.ops.common.ranges import profiler_range
-from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
+    from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
 
 _SWITCHED = "saelens_sparse_fused"  # key of groups that were fused here; never saved
 _followed: WeakSet[Optimizer] = WeakSet()
@@ -331,7 +330,6 @@ def _runs_kernels(tensor: torch.Tensor) -> bool:
 
 
 def _start_sums(gradient: RowGradient) -> RowGradientSums:
-    from saelens_sparse.ops.common.ranges import profiler_range
-from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
+    from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
 
     return RowGradientSums(gradient)
