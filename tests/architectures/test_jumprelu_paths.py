@@ -13,7 +13,7 @@ from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_sparse import SparseJumpReLUTrainingSAE
-from saelens_sparse.architectures.jumprelu import MAX_SPARSE_SHARE
+from saelens_sparse.architectures.jumprelu import MAX_MEASURED_DENSITY
 from saelens_sparse.codes.on_demand import OnDemandTensor
 from tests.conftest import Target
 from tests.support.drift import Curve, nudges, require_drift_of_rounding
@@ -69,8 +69,8 @@ class TestAuto:
     @pytest.fixture(autouse=True)
     def switch_after_a_third(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Wherever the crossing lies on a device: these SAEs are too small to get there."""
-        for key in MAX_SPARSE_SHARE:
-            monkeypatch.setitem(MAX_SPARSE_SHARE, key, 0.4)
+        for key in MAX_MEASURED_DENSITY:
+            monkeypatch.setitem(MAX_MEASURED_DENSITY, key, 0.4)
 
     def case(self, dtype: torch.dtype) -> tuple[JumpReLUTrainingSAE, list[torch.Tensor]]:
         batches = structured_batches(self.N_STEPS, 64, self.D_IN, dtype)
