@@ -121,9 +121,13 @@ class Launch:
 
 
 def _kind(argument: Any) -> str:
-    """Dtype of a tensor; of a whole number what Triton tells apart, else a type."""
+    """Dtype of a tensor; of a whole number what Triton tells apart; of a tuple its parts; else a
+    type.
+    """
     if isinstance(argument, torch.Tensor):
         return str(argument.dtype).removeprefix("torch.")
+    if isinstance(argument, tuple):
+        return f"({' '.join(map(_kind, argument))})"
     if type(argument) is int:
         return "1" if argument == 1 else "16n" if argument % 16 == 0 else "int"
     return type(argument).__name__
@@ -198,6 +202,9 @@ def recording(launches: list[Launch], warp_size: int) -> Generator[None]:
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         assert not warmup
+        # By position, whichever were given by name: compile-time arguments are the last ones.
+        named = [p.name for p in kernel.params[len(arguments) :] if not p.is_constexpr]
+        arguments += tuple(options.pop(name) for name in named if name in options)
         launches.append(Launch(kernel, arguments, tuple(grid), options))
 
     with (

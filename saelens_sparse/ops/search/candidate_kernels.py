@@ -154,14 +154,14 @@ def _group_maxima_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
     rows = rows.to(tl.int64)
-    row_inverse, _, _ = row_terms(chunk, rows[:, None], row_mask[:, None])
+    row = row_terms(chunk, rows[:, None], row_mask[:, None])
     maxima = tl.full((ROWS, COLS), float("-inf"), tl.float32)
     for slab in range(0, L, G * RUN):
         latent = (slab + cols)[None, :]
         live = latent < L
         mask = row_mask[:, None] & live
         s = tl.load(chunk.products + rows[:, None] * L + latent, mask=mask, other=0.0)
-        _, score = score_of(s.to(tl.float32), chunk, latent, live, row_inverse)
+        _, score = score_of(s.to(tl.float32), chunk, latent, live, row[0])
         maxima = tl.maximum(maxima, score, propagate_nan=tl.PropagateNan.ALL)
     maxima = tl.where(maxima == maxima, maxima, float("inf"))
     GROUPS: tl.constexpr = COLS // RUN
