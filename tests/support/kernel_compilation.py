@@ -211,6 +211,9 @@ def recording(launches: list[Launch], warp_size: int) -> Generator[None]:
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         assert not warmup
+        # By position, whichever were given by name: compile-time arguments are the last ones.
+        named = [p.name for p in kernel.params[len(arguments) :] if not p.is_constexpr]
+        arguments += tuple(options.pop(name) for name in named if name in options)
         launches.append(Launch(kernel, arguments, tuple(grid), options))
 
     with (
