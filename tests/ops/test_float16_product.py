@@ -187,7 +187,7 @@ def test_training_writes_no_switch_of_the_process() -> None:
     package = Path(saelens_sparse.__path__[0])
     written: list[str] = []
     for file in package.rglob("*.py"):
-        if file.is_relative_to(package / "evaluation"):
+        if file.parent in (package / "compare", package / "profile"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
