@@ -78,6 +78,7 @@ class FoundPairs:
     find_again: Callable[[], ActivePairs] | None = None
     totals: HostCopy | None = None
 
+    @torch.no_grad()
     def complete(self) -> ActivePairs:
         """All pairs. Waits for the check."""
         if self.check is None or self.check.holds():
