@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse.ops import select_topk
 from saelens_sparse.ops.screen import cpu as screen_cpu
 from tests.conftest import TARGETS
 from tests.support import threshold_search as gate_helpers
@@ -223,7 +222,7 @@ def test_pattern_through_the_screen_is_that_of_all_products(
     monkeypatch.setattr(screen_cpu, "can_screen", lambda *_: False)
     expected = problem.start("torch").result()
     assert torch.equal(through.keys, expected.keys)
-    assert torch.equal(through.ragged.offsets, expected.ragged.offsets)
+    assert torch.equal(through.offsets, expected.offsets)
     assert torch.equal(through.row_counts, expected.row_counts)
     torch.testing.assert_close(
         through.pre_acts, expected.pre_acts, rtol=1e-5, atol=1e-5, equal_nan=True
@@ -330,8 +329,6 @@ def test_the_selection_attaches_no_graph_and_leaves_its_inputs_alone() -> None:
     problem = select_helpers.plain(*SHAPE, 7)
     before = [t.clone() for t in (problem.x, problem.weight, problem.bias)]
     weight = problem.weight.requires_grad_()
-    selection = select_topk(
-        problem.x, weight, problem.bias, problem.norms, 7, "torch", BUFFER_BYTES
-    )
+    selection = problem.select("torch")
     assert not selection.pre_acts.requires_grad
     assert all(map(torch.equal, before, (problem.x, weight, problem.bias)))

@@ -235,10 +235,14 @@ def record_launches(shapes: list[Shape], warp_size: int = 32) -> list[Launch]:
 
 
 def _run_launchers(shape: Shape) -> None:
-    from saelens_sparse.ops import GatePattern, LatentOrder, RaggedRows, RowBlock, WeightCopy
-    from saelens_sparse.ops.activation.dense_kernels import dense_gate, dense_gate_gradients
-    from saelens_sparse.ops.activation.pairs_kernels import pair_gate, pair_gate_gradients
+    from saelens_sparse.ops.activation.dense_kernels import (
+        dense_jumprelu,
+        dense_jumprelu_gradients,
+    )
+    from saelens_sparse.ops.activation.pairs_kernels import jumprelu, jumprelu_gradients
+    from saelens_sparse.ops.pairs import LatentOrder, Rows
     from saelens_sparse.ops.rows import kernels as row_ops
+    from saelens_sparse.ops.rows.block import RowBlock
     from saelens_sparse.ops.search.threshold_kernels import find_pattern
     from saelens_sparse.ops.search.topk_kernels import (
         MAX_KEEP_COLUMNS,
@@ -249,6 +253,7 @@ def _run_launchers(shape: Shape) -> None:
     from saelens_sparse.ops.update import row_gradient_kernels as row_gradient
     from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_update
     from saelens_sparse.ops.update.row_gradient import RowGradient
+    from saelens_sparse.ops.update.weight_cache import WeightCopy
 
     n, d_in, d_sae, k = shape.n_rows, shape.d_in, shape.d_sae, shape.k
     dtype, low = shape.dtype, shape.product_dtype
@@ -264,30 +269,27 @@ def _run_launchers(shape: Shape) -> None:
     for norms in (None, bias[:width]):
         topk_values(empty(n, width, dtype=low), bias[:width], norms, min(k, width))
 
-    pattern, _ = find_pattern(x, screened, bias, bias, 0.1, n * k, buffer_bytes)
-    assert isinstance(pattern, GatePattern)
-    pair_gate(pattern, bias)
+    pairs, _ = find_pattern(x, screened, bias, bias, 0.1, n * k, buffer_bytes)
+    jumprelu(pairs, bias)
     products = empty(n, d_sae, dtype=low)
-    dense_gate(products, bias, bias, 0.1, low)
+    dense_jumprelu(products, bias, bias, 0.1, low)
     for has_acts, has_l0, to_input in product((False, True), repeat=3):
         grad_l0 = empty(n) if has_l0 else None
-        grad_acts = pattern.pre_acts if has_acts else None
-        pair_gate_gradients(pattern, bias, 0.1, to_input, grad_acts, grad_l0)
+        grad_acts = pairs.pre_acts if has_acts else None
+        jumprelu_gradients(pairs, bias, 0.1, to_input, grad_acts, grad_l0)
         grad_acts = products if has_acts else None
-        dense_gate_gradients(products, bias, bias, 0.1, to_input, grad_acts, grad_l0)
+        dense_jumprelu_gradients(products, bias, bias, 0.1, to_input, grad_acts, grad_l0)
 
     batch, one = empty(n, d_in, dtype=dtype), empty(1)
     settings = AdamSettings(one, 0.9, 0.999, 1e-8)
     adam_update(bias, bias, bias, bias, one, one, settings)
-    pairs, keys = empty(n * k, dtype=torch.int64), empty(n * k, dtype=torch.int32)
-    latent_offsets = empty(d_sae + 1, dtype=torch.int64)
-    for ragged in (None, RaggedRows(empty(n + 1, dtype=torch.int64), keys)):
-        latents = pairs.view(n, k) if ragged is None else pairs
-        coefficients = torch.empty_like(latents, dtype=dtype)
+    latents, keys = empty(n * k, dtype=torch.int64), empty(n * k, dtype=torch.int32)
+    coefficients, latent_offsets = empty(n * k, dtype=dtype), empty(d_sae + 1, dtype=torch.int64)
+    for rows in (Rows.regular(n, k), Rows.ragged(empty(n + 1, dtype=torch.int64), keys)):
         for added in (None, empty(d_in, dtype=dtype)):
-            row_ops.gather_sum(coefficients, latents, weight, ragged, added)
-        row_ops.gather_dot(batch, latents, weight, ragged)
-        order = LatentOrder(pairs, keys, latent_offsets, k if ragged is None else 0, ragged)
+            row_ops.gather_sum(coefficients, latents, rows, weight, added)
+        row_ops.gather_dot(batch, latents, rows, weight)
+        order = LatentOrder(latents, keys, latent_offsets, rows)
         row_ops.segment_sum(order, coefficients, batch, dtype)
         row_ops.segment_totals(order, coefficients)
         copies = [None, WeightCopy.of_norms(weight)]

@@ -7,9 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse.ops import LatentOrder, RaggedRows, RowBlock, RowGradient, WeightCopy, row_norms
+from saelens_sparse.codes.on_demand import code_of
+from saelens_sparse.codes.step import Offer, RowGradients, current_step, offer_to
+from saelens_sparse.ops.pairs import LatentOrder, Rows
+from saelens_sparse.ops.rows.block import RowBlock
+from saelens_sparse.ops.rows.operations import row_norms
 from saelens_sparse.ops.update.adam_kernels import AdamSettings
+from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, SumLaunch
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.conftest import Target, target_parameters
 from tests.support.saes import make_stock, sparse_like, superposed_rows
@@ -28,7 +34,7 @@ kernels = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def pairs_of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """The SAEs of these tests have few latents."""
-    monkeypatch.setattr("saelens_sparse.architectures.base.MAX_PAIRS_PER_LATENT", 1e9)
+    monkeypatch.setattr("saelens_sparse.codes.step.MAX_PAIRS_PER_LATENT", 1e9)
 
 
 def make_gradient(
@@ -44,12 +50,12 @@ def make_gradient(
     if ragged:
         lengths = torch.randint(1, k + 1, (n_rows,))
         inside = torch.arange(k) < lengths[:, None]
-        rows = RaggedRows.of_lengths(lengths.to(target.device))
-        keys = latents[inside].int().to(target.device)
-        order = LatentOrder.of_keys(keys, d_sae, rows)
-        coefficients = coefficients[inside]
+        rows = Rows.of_lengths(lengths.to(target.device))
+        latents, coefficients = latents[inside], coefficients[inside]
     else:
-        order = LatentOrder.of_keys(latents.int().to(target.device), d_sae)
+        rows = Rows.regular(n_rows, k)
+        latents, coefficients = latents.flatten(), coefficients.flatten()
+    order = LatentOrder.of_keys(latents.int().to(target.device), rows, d_sae)
     some = RowBlock(torch.tensor([20, 4, 0], device=target.device), 5) if block else None
     added = torch.randn(5, d, device=target.device) if block else None
     return RowGradient(
@@ -61,8 +67,8 @@ def exact_rows(gradient: RowGradient) -> torch.Tensor:
     """The gradient in float64, summed pair by pair."""
     order = gradient.order
     rows = torch.zeros(order.d_sae + 1, gradient.batch.shape[1], dtype=torch.float64)
-    coefficients = gradient.coefficients.flatten()[order.pairs].double().cpu()
-    batch = gradient.batch.double().cpu()[order.rows_of(order.pairs).cpu()]
+    coefficients = gradient.coefficients[order.pairs].double().cpu()
+    batch = gradient.batch.double().cpu()[order.rows.of(order.pairs).cpu()]
     rows.index_add_(0, order.keys.long().cpu(), coefficients[:, None] * batch)
     if gradient.block is not None and gradient.block_gradient is not None:
         latents = gradient.block.latents.cpu()
@@ -129,12 +135,12 @@ def test_a_copy_is_known_to_be_stale() -> None:
     weight = torch.nn.Parameter(torch.randn(6, 4))
     rounded = WeightCopy.of_rows(weight, torch.bfloat16)
     assert not rounded.is_of(weight)
-    rounded.version = weight._version
+    rounded.is_written()
     assert rounded.is_of(weight)
     with torch.no_grad():
         weight.mul_(2)
     assert not rounded.is_of(weight)
-    rounded.version = weight._version
+    rounded.is_written()
     weight.data = weight.data.clone()
     assert not rounded.is_of(weight)
 
@@ -174,13 +180,13 @@ def test_trains_as_with_buffers(target: Target, architecture: str, dtype: torch.
     expected, actual = state_of(with_buffers), state_of(without)
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
-    assert not with_buffers._copies
+    assert not with_buffers.optimizer.weights.copies
     expected_copies = {"W_enc"} if dtype == torch.bfloat16 else set()
     expected_copies |= {"W_dec"} if architecture == "topk" else set()
-    sae = without.sae
-    assert {name for name, copy in without._copies.items() if copy.is_of(rows_of(sae, name))} == (
-        expected_copies
-    )
+    copies = without.optimizer.weights.copies
+    assert len(copies) == len(expected_copies)
+    for name in expected_copies:
+        assert any(copy.is_of(rows_of(without.sae, name)) for copy in copies), name
 
 
 @kernels
@@ -268,9 +274,11 @@ def test_what_a_step_leaves_behind(target: Target) -> None:
     sparse.cfg.cuda_graph = False
     trainer = own_trainer(sparse)
     output = trainer.step(superposed_rows(stock, target.few_rows(32)))
-    assert sparse.copies is None
-    assert sparse.row_gradients is None
-    assert trainer.optimizer.row_gradients == {}
+    assert current_step(sparse) is None
+    assert offer_to(sparse) == Offer()
+    code = code_of(output.feature_acts)
+    assert code is not None
+    assert code.step.offer.row_gradients == RowGradients({"W_enc": [], "W_dec": []}, is_open=False)
     assert output.loss.grad_fn is not None
 
 
@@ -287,7 +295,7 @@ def test_many_pairs_a_latent_go_through_buffers(
     pairs_per_latent = len(batch) * stock.cfg.k / stock.cfg.d_sae
     # The optimizer's own hooks may run twice where it leaves the update to PyTorch.
     for limit in (1.01 * pairs_per_latent, 0.99 * pairs_per_latent):
-        monkeypatch.setattr("saelens_sparse.architectures.base.MAX_PAIRS_PER_LATENT", limit)
+        monkeypatch.setattr("saelens_sparse.codes.step.MAX_PAIRS_PER_LATENT", limit)
         train(trainer, [batch])
     assert not held[0]
     assert all(held[1:])

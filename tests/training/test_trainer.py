@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import pytest
 import torch
 from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TrainingSAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch.optim import Adam
 
 from saelens_sparse.architectures.parameters import mark_parameter
+from saelens_sparse.codes.step import StepContext
 from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_update
 from saelens_sparse.training.optimizer import ClippingAdam, prepare_optimizers
 from saelens_sparse.training.trainer import SparseSAETrainer
@@ -264,20 +264,27 @@ class TestTrainer:
         expected = state_of(expected)
 
         sparse.load_state_dict(start)
-        original: Callable[[TrainStepInput], Any] = sparse.start_training_forward_pass
+        original, asked_at_once = sparse.propose, list[bool]()
 
         class Missing:
             def holds(self) -> bool:
                 return False
 
-        def incomplete(step_input: TrainStepInput) -> tuple[TrainStepOutput, list[Missing]]:
-            output, _ = original(step_input)
-            output.loss = output.loss * 1e6
-            return output, [Missing()]
+            def renewed(self) -> Any:
+                return self
 
-        sparse.start_training_forward_pass = incomplete
+        def incomplete(step_input: TrainStepInput, step: StepContext) -> Any:
+            asked_at_once.append(step.asks_at_once)
+            output = original(step_input, step)
+            if not step.asks_at_once:
+                output.loss = output.loss * 1e6
+                step.checks.append(Missing())
+            return output
+
+        sparse.propose = incomplete
         trainer = own_trainer(sparse)
         train(trainer, [batch])
+        assert asked_at_once == [False, True]
         for name, value in state_of(trainer).items():
             assert torch.equal(value, expected[name]), name
 
