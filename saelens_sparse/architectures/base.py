@@ -271,7 +271,7 @@ class SparseTrainingSAEMixin(_Base):
         norms = self.reported_norms(step)
         with profiler_range("saelens_sparse::search"):
             found = self.search(x, norms, step)
-        pairs, order = step.settled(found, self.cfg.d_sae)
+        found, order = step.settled(found, self.cfg.d_sae)
         if found.totals is not None:
             step.pair_totals = PairTotals(found.totals, x.shape[0], self.cfg.d_sae)
         dead = step.dead_latents()
@@ -280,7 +280,7 @@ class SparseTrainingSAEMixin(_Base):
             self.W_enc,
             self.b_enc,
             input_bias,
-            pairs,
+            found.pairs,
             order,
             self.activation,
             None if dead is None else dead.block,
@@ -297,7 +297,7 @@ class SparseTrainingSAEMixin(_Base):
             step=step,
             decoder_version=version_of(self.W_dec),
             dead=dead,
-            pairs=pairs,
+            pairs=found.pairs,
             order=order,
             norms=norms,
             W_dec=self.W_dec,

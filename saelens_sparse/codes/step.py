@@ -17,7 +17,7 @@ from saelens_sparse.choice.policy import PairTotals
 from saelens_sparse.codes.dead import DeadLatents
 from saelens_sparse.measured import MAX_PAIRS_PER_LATENT
 from saelens_sparse.ops.common.host_copy import HostCount
-from saelens_sparse.ops.pairs import ActivePairs, LatentOrder
+from saelens_sparse.ops.pairs import LatentOrder
 from saelens_sparse.ops.search.found import Check, FoundPairs
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCache
@@ -85,20 +85,20 @@ class StepContext:
         """Whether its searches have missed nothing. Waits for the device."""
         return all(check.passed() for check in self.checks)
 
-    def settled(self, found: FoundPairs, d_sae: int) -> tuple[ActivePairs, LatentOrder]:
-        """The pairs to go on with, by row and by latent."""
+    def settled(self, found: FoundPairs, d_sae: int) -> tuple[FoundPairs, LatentOrder]:
+        """What to go on with, and its pairs by latent."""
         # Sorting keeps the device busy if the host waits for the check.
         order = LatentOrder.of(found.pairs, d_sae)
         if found.check is None:
-            return found.pairs, order
+            return found, order
         if not self.asks_at_once:
             self.checks.append(found.check)
-            return found.pairs, order
+            return found, order
         if found.check.passed():
-            return found.pairs, order
+            return found, order
         self.was_complete = False
-        pairs = found.complete()
-        return pairs, LatentOrder.of(pairs, d_sae)
+        found = found.complete()
+        return found, LatentOrder.of(found.pairs, d_sae)
 
     def dead_latents(self) -> DeadLatents | None:
         """The dead latents, if a loss asks for them. Waits for their number."""

@@ -106,7 +106,7 @@ def sparse_outputs(
     if not p.x.requires_grad:
         x, input_bias = x.detach(), p.b_dec
     rows = p.W_enc.detach().T
-    pairs = search_topk(x.detach(), rows, p.b_enc, None, k, backend, 2**20).complete()
+    pairs = search_topk(x.detach(), rows, p.b_enc, None, k, backend, 2**20).complete().pairs
     order = LatentOrder.of(pairs, D_SAE)
     n = p.rows.numel()
     block = RowBlock(p.rows, n + padding)
@@ -252,7 +252,7 @@ def test_gradcheck_in_torch() -> None:
         W_dec: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         centred = x - b_dec
-        pairs = search_topk(centred, encoder, b_enc, None, 4, "torch", 2**20).complete()
+        pairs = search_topk(centred, encoder, b_enc, None, 4, "torch", 2**20).complete().pairs
         order = LatentOrder.of(pairs, D_SAE)
         acts, _, no_block = encode_pairs(
             centred, encoder.T, b_enc, None, pairs, order, ReLU(), None, "torch"
@@ -413,7 +413,7 @@ def test_blocks_add_to_the_weights_gradient_once(
 
 def test_blocks_are_rows_of_the_weights(backend: Backend, device: torch.device) -> None:
     p = Parameters.random().to(device, torch.float32)
-    pairs = search_topk(p.x, p.W_enc.T, p.b_enc, None, K, backend, 2**20).complete()
+    pairs = search_topk(p.x, p.W_enc.T, p.b_enc, None, K, backend, 2**20).complete().pairs
     order = LatentOrder.of(pairs, D_SAE)
     n = p.rows.numel()
     for width in (n, n + 5):

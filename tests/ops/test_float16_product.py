@@ -219,10 +219,10 @@ def test_nothing_is_screened_while_sums_may_be_float16_and_it_is_said_once(
     x, weight, bias = (torch.randn(*shape, device=device) for shape in [(3, 16), (200, 16), (200,)])
 
     def search() -> tuple[torch.Tensor, torch.Tensor]:
-        topk = search_topk(x, weight, bias, None, 2, backend, 2**20).complete()
+        topk = search_topk(x, weight, bias, None, 2, backend, 2**20).complete().pairs
         threshold = torch.full_like(bias, 8.0)
         found = search_above_threshold(x, weight, bias, threshold, 0.1, 99, backend, 2**20)
-        row_counts = found.complete().row_counts
+        row_counts = found.complete().pairs.row_counts
         assert row_counts is not None
         return topk.latents.view(3, 2).sort().values, row_counts
 

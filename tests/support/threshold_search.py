@@ -53,20 +53,18 @@ class Search:
     @property
     def pattern(self) -> Pattern:
         """As many of the pairs as there was room for."""
-        return Pattern.of(self.found.pairs, self._totals())
+        return Pattern.of(self.found.pairs, _totals(self.found))
 
     def result(self) -> Pattern:
         """All pairs."""
-        pairs, totals = self.found.complete(), self._totals()
-        assert pairs.row_counts is not None
-        if pairs is not self.found.pairs:  # only active pairs that had room were counted
-            totals = totals[0], int(pairs.row_counts.sum())
-        return Pattern.of(pairs, totals)
+        found = self.found.complete()
+        return Pattern.of(found.pairs, _totals(found))
 
-    def _totals(self) -> tuple[int, int]:
-        assert self.found.totals is not None
-        n_pairs, n_active = self.found.totals.values().tolist()
-        return n_pairs, n_active
+
+def _totals(found: FoundPairs) -> tuple[int, int]:
+    assert found.totals is not None
+    n_pairs, n_active = found.totals.values().tolist()
+    return n_pairs, n_active
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Problem:
         )
 
     def select(self, backend: Backend, buffer_bytes: int = BUFFER_BYTES) -> Selection:
-        return Selection.of(self.search(backend, buffer_bytes).complete(), self.norms)
+        return Selection.of(self.search(backend, buffer_bytes).complete().pairs, self.norms)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Pre-activations and scores `[n_rows, d_sae]` of the dense encoder."""

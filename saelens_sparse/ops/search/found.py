@@ -75,14 +75,14 @@ class FoundPairs:
 
     pairs: ActivePairs
     check: Check | None = None
-    find_again: Callable[[], ActivePairs] | None = None
+    find_again: Callable[[], FoundPairs] | None = None
     totals: HostCopy | None = None
 
     @torch.no_grad()
-    def complete(self) -> ActivePairs:
-        """All pairs. Waits for the check."""
+    def complete(self) -> FoundPairs:
+        """This itself, or what finds all pairs. Waits for the check."""
         if self.check is None or self.check.passed():
-            return self.pairs
+            return self
         assert self.find_again is not None
         return self.find_again()
 

@@ -66,7 +66,7 @@ def search_topk(
                 x, weight, bias, norms, k, buffer_bytes, rounded
             )
             check = NoneUncertain(HostCount(uncertain))
-            return FoundPairs(pairs, check, lambda: _mend(pairs, uncertain, in_full))
+            return FoundPairs(pairs, check, lambda: FoundPairs(_mend(pairs, uncertain, in_full)))
     elif screen_cpu.can_screen(x, weight) and _n_candidates(x, k) <= weight.shape[0] // 4:
         screened = _topk_by_cpu_screen(x, weight, bias, norms, k, buffer_bytes)
         if screened is not None:
