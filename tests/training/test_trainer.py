@@ -267,7 +267,7 @@ class TestTrainer:
         original, asked_at_once = sparse.propose, list[bool]()
 
         class Missing:
-            def holds(self) -> bool:
+            def passed(self) -> bool:
                 return False
 
             def renewed(self) -> Any:
