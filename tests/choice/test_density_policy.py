@@ -100,7 +100,9 @@ def test_reading_changes_nothing(
     """Who reads under autocast does so with another limit than that of the float32 steps."""
     for backend, full_precision in MAX_MEASURED_DENSITY:
         if not full_precision:
-            monkeypatch.setitem(MAX_MEASURED_DENSITY, (backend, full_precision), limit_of_the_reader)
+            monkeypatch.setitem(
+                MAX_MEASURED_DENSITY, (backend, full_precision), limit_of_the_reader
+            )
     torch.manual_seed(0)
     batches = structured_batches(N_STEPS, 64, D_IN)
     runs: list[tuple[list[str], dict[str, torch.Tensor]]] = []

@@ -10,12 +10,11 @@ FLOAT32 = 2.0**-24
 FLOAT16 = 2.0**-11
 BFLOAT16 = 2.0**-8
 
-# The GPU's screen. All are relative, but for SUBNORMAL and UNDERFLOW.
+# The GPU's screen. All are relative, but for UNDERFLOW.
 NORM_SLACK = 1.001
 PRODUCT_SLACK = 1.005
 ROUNDED_NORMS = 1.002
 ROUNDING = 4.887e-4
-SUBNORMAL = 2.9803e-8
 UNDERFLOW = 2.0**-126
 BIAS_ROUNDING = 4.0e-7
 SUMMED_PRODUCT = 3 * 2.0**-25
