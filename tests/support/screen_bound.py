@@ -153,6 +153,20 @@ def adversarial(
     return Operands(x.contiguous(), weight.contiguous(), offset, factor)
 
 
+def cut_sums(d_in: int, guard: int, used: int, device: str) -> Operands:
+    """One product of one, then such as a tensor core with so many guard bits cuts by half.
+
+    Of 16 columns `used` are not zero. Sums differ by row, in steps far below float16's distance.
+    All numbers are float16's.
+    """
+    small = torch.arange(d_in, device=device) % 16 < used
+    x, weight = torch.zeros(64, d_in, device=device), torch.zeros(64, d_in, device=device)
+    x[:, small], weight[:, small] = 2.0**-11 - 2.0**-21, 2.0 ** -(11 + guard)
+    x[:, 0] = weight[:, 0] = weight[:, 15] = 1.0
+    x[:, 15] = 2.0**-16 * torch.arange(64, device=device)
+    return Operands(x, weight, torch.zeros(64, device=device), None)
+
+
 def tensor_core_sum(products: list[float], block: int, guard: int) -> float:
     """A sum as a tensor core makes it (Fasi et al. 2021, doi:10.7717/peerj-cs.330).
 

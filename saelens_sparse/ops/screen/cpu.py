@@ -40,7 +40,7 @@ def can_screen(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == matmul_dtype(weight) == torch.float32
-        and x.shape[1] <= bound.MAX_D_IN
+        and x.shape[1] <= bound.CPU_MAX_D_IN
         and x.shape[0] * weight.numel() >= _MIN_PRODUCT
         and _multiplies_bfloat16()
         and bool(torch.backends.mkldnn.enabled)
