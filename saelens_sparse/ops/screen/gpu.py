@@ -35,7 +35,6 @@ __all__ = ["MAX_D_IN", "Chunk", "Screen", "row_terms", "score_of", "screened", "
 
 NORM_SLACK = tl.constexpr(bound.NORM_SLACK)
 ROUNDING = tl.constexpr(bound.ROUNDING)
-SUBNORMAL = tl.constexpr(bound.SUBNORMAL)
 UNDERFLOW = tl.constexpr(bound.UNDERFLOW)
 BIAS_ROUNDING = tl.constexpr(bound.BIAS_ROUNDING)
 
@@ -180,7 +179,7 @@ def screened(s, chunk, latent, mask, row_inverse, row_weight_norm, row_weight_re
         bound = tl.abs(bias) * BIAS_ROUNDING + tl.load(terms + 4 * L, mask=mask, other=0.0)
         bound += row_weight_norm * tl.load(terms + 2 * L, mask=mask, other=0.0)
         bound += row_weight_residual * tl.load(terms + 3 * L, mask=mask, other=0.0)
-        bound += tl.abs(s * scale) * ROUNDING + scale * SUBNORMAL
+        bound += tl.abs(s * scale) * ROUNDING
     return pre_act, score, bound
 
 

@@ -27,7 +27,6 @@ from saelens_sparse.ops.common.launch import kernel
 from saelens_sparse.ops.screen import bound as bounds
 from saelens_sparse.ops.screen.gpu import (
     ROUNDING,
-    SUBNORMAL,
     Chunk,
     Screen,
     row_terms,
@@ -173,7 +172,7 @@ def _group_maxima_kernel(
 
 @kernel
 def _group_terms_kernel(
-    group_terms_ptr,  # [5, G]: inverse scale, magnitude of the bias, norm, residual, underflow
+    group_terms_ptr,  # [4, G]: magnitude of the bias, norm, residual, what underflows
     terms_ptr,  # [5, L], see Chunk
     L,
     G,
@@ -187,11 +186,11 @@ def _group_terms_kernel(
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     GROUPS: tl.constexpr = COLS // RUN
     groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    for term in tl.static_range(5):
+    for term in tl.static_range(4):
         largest = tl.zeros((COLS,), tl.float32)
         for slab in range(0, L, G * RUN):
             latent = slab + cols
-            value = tl.load(terms_ptr + term * L + latent, mask=latent < L, other=0.0)
+            value = tl.load(terms_ptr + (term + 1) * L + latent, mask=latent < L, other=0.0)
             largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
         # A NaN would not be seen by what follows; its bound is infinite.
         largest = tl.where(largest == largest, largest, float("inf"))
@@ -203,11 +202,11 @@ def _group_terms_kernel(
 def _reaching_groups_kernel(
     reaching,  # ReachingGroups, written
     maxima_ptr,  # [N, G]
-    group_terms_ptr,  # [5, G], or None where the screen has no errors
+    group_terms_ptr,  # [4, G], or None where the screen has no errors
     chunk,  # Chunk
     G,
     k,
-    C: tl.constexpr,
+    CAPACITY: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """T, a lower bound of the k-th largest true maximum; the groups that may reach it.
@@ -227,14 +226,13 @@ def _reaching_groups_kernel(
     lower = maximum
     upper = maximum
     if group_terms_ptr is not None:
-        inverse, weight_norm, weight_residual = row_terms(chunk, n, True)
+        _, weight_norm, weight_residual = row_terms(chunk, n, True)
         terms = group_terms_ptr + group
-        bound = inverse * SUBNORMAL * tl.load(terms, mask=mask, other=0.0)
-        bias = tl.load(terms + G, mask=mask, other=0.0)
-        norm = tl.load(terms + 2 * G, mask=mask, other=0.0)
-        residual = tl.load(terms + 3 * G, mask=mask, other=0.0)
-        bound += weight_norm * norm + weight_residual * residual
-        bound += tl.load(terms + 4 * G, mask=mask, other=0.0)
+        bias = tl.load(terms, mask=mask, other=0.0)
+        norm = tl.load(terms + G, mask=mask, other=0.0)
+        residual = tl.load(terms + 2 * G, mask=mask, other=0.0)
+        bound = weight_norm * norm + weight_residual * residual
+        bound += tl.load(terms + 3 * G, mask=mask, other=0.0)
         magnitude = tl.abs(maximum)
         largest = weight_residual * PRODUCT_SLACK * (norm + residual)
         product = tl.minimum(magnitude + bias, largest, propagate_nan=tl.PropagateNan.ALL)
@@ -250,7 +248,7 @@ def _reaching_groups_kernel(
     threshold = bits.to(tl.float32, bitcast=True)
     reaches = mask & (upper >= threshold)
     position = tl.cumsum(reaches.to(tl.int32), axis=0) - 1
-    tl.store(reaching.groups + n * C + position, group, mask=reaches & (position < C))
+    tl.store(reaching.groups + n * CAPACITY + position, group, mask=reaches & (position < CAPACITY))
     tl.store(reaching.counts + n, tl.sum(reaches.to(tl.int32), axis=0))
     tl.store(reaching.thresholds + n, threshold)
 
@@ -265,7 +263,7 @@ def _candidates_kernel(
     k,
     RUN: tl.constexpr,
     GROUP_WIDTH: tl.constexpr,
-    C: tl.constexpr,
+    CAPACITY: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The latents of the reaching groups that reach T themselves, in a fixed order.
@@ -277,12 +275,12 @@ def _candidates_kernel(
     n_groups = tl.load(reaching.counts + n)
     threshold = tl.load(reaching.thresholds + n)
     inverse, weight_norm, weight_residual = row_terms(chunk, n, True)
-    n_elements = tl.minimum(n_groups, C) * GROUP_WIDTH
+    n_elements = tl.minimum(n_groups, CAPACITY) * GROUP_WIDTH
     count = 0
     for start in range(0, n_elements, TILE):
         element = start + tl.arange(0, TILE)
         live = element < n_elements
-        group = tl.load(reaching.groups + n * C + element // GROUP_WIDTH, mask=live, other=0)
+        group = tl.load(reaching.groups + n * CAPACITY + element // GROUP_WIDTH, mask=live, other=0)
         place = element % GROUP_WIDTH
         latent = (place // RUN) * (G * RUN) + group * RUN + place % RUN
         live = live & (latent < L)
@@ -294,14 +292,14 @@ def _candidates_kernel(
         # A NaN does not fall short of T.
         reaches = live & ((upper >= threshold) | (upper != upper))
         position = count + tl.cumsum(reaches.to(tl.int32), axis=0) - 1
-        kept = reaches & (position < C)
-        tl.store(found.latents + n * C + position, latent, mask=kept)
-        tl.store(found.scores + n * C + position, upper, mask=kept)
+        kept = reaches & (position < CAPACITY)
+        tl.store(found.latents + n * CAPACITY + position, latent, mask=kept)
+        tl.store(found.scores + n * CAPACITY + position, upper, mask=kept)
         lower = pre_act if chunk.terms is None else score - bound
-        tl.store(found.pre_acts + n * C + position, lower, mask=kept)
+        tl.store(found.pre_acts + n * CAPACITY + position, lower, mask=kept)
         count += tl.sum(reaches.to(tl.int32), axis=0)
-    tl.store(found.counts + n, tl.minimum(count, C))
-    missed = (n_groups > C) | (count > C) | (count < k)
+    tl.store(found.counts + n, tl.minimum(count, CAPACITY))
+    missed = (n_groups > CAPACITY) | (count > CAPACITY) | (count < k)
     tl.store(flags_ptr + n, missed.to(tl.int8))
 
 
@@ -310,7 +308,7 @@ def _refine_kernel(
     refined,  # Candidates; `pre_acts` are not written
     found,  # Candidates
     k,
-    C: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):
     """Keep the candidates that reach the k-th largest of what candidates have at least.
 
@@ -319,18 +317,18 @@ def _refine_kernel(
     Grid: a program a row, [N].
     """
     n = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, C)
+    c = tl.arange(0, CAPACITY)
     live = c < tl.load(found.counts + n)
-    latent = tl.load(found.latents + n * C + c, mask=live, other=0)
-    upper = tl.load(found.scores + n * C + c, mask=live, other=0.0)
-    lower = tl.load(found.pre_acts + n * C + c, mask=live, other=0.0)
+    latent = tl.load(found.latents + n * CAPACITY + c, mask=live, other=0)
+    upper = tl.load(found.scores + n * CAPACITY + c, mask=live, other=0.0)
+    lower = tl.load(found.pre_acts + n * CAPACITY + c, mask=live, other=0.0)
     # What has no bound raises nothing.
     bounded = live & (lower == lower)
     key = kth_largest_key(tl.where(bounded, ordered_key(lower), -2147483648), k)
     kept = live & ((ordered_key(upper) >= key) | (upper != upper))
     position = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    tl.store(refined.latents + n * C + position, latent, mask=kept)
-    tl.store(refined.scores + n * C + position, upper, mask=kept)
+    tl.store(refined.latents + n * CAPACITY + position, latent, mask=kept)
+    tl.store(refined.scores + n * CAPACITY + position, upper, mask=kept)
     tl.store(refined.counts + n, tl.sum(kept.to(tl.int32), axis=0))
 
 
@@ -368,7 +366,7 @@ def find_candidates(screen: Screen, k: int, buffer_bytes: int) -> tuple[Candidat
             k=k,
             RUN=RUN,
             GROUP_WIDTH=RUN * triton.cdiv(d_sae, n_groups * RUN),
-            C=capacity,
+            CAPACITY=capacity,
             TILE=LAUNCH.CANDIDATE_TILE,
             num_warps=LAUNCH.CANDIDATE_WARPS,
         )
@@ -376,7 +374,7 @@ def find_candidates(screen: Screen, k: int, buffer_bytes: int) -> tuple[Candidat
         return found, flags
     refined = Candidates.empty(n_rows, capacity, device)
     _refine_kernel[(n_rows,)](
-        refined=refined, found=found, k=k, C=capacity, num_warps=list_warps(capacity, device)
+        refined=refined, found=found, k=k, CAPACITY=capacity, num_warps=list_warps(capacity, device)
     )
     return refined, flags
 
@@ -387,10 +385,10 @@ def list_warps(capacity: int, device: torch.device) -> int:
 
 
 def _group_terms(screen: Screen, n_groups: int) -> torch.Tensor | None:
-    """`[5, n_groups]`, what bounds the error of a group's maximum."""
+    """`[4, n_groups]`, what bounds the error of a group's maximum."""
     if screen.terms is None:
         return None
-    out = torch.empty(5, n_groups, dtype=torch.float32, device=screen.x.device)
+    out = torch.empty(4, n_groups, dtype=torch.float32, device=screen.x.device)
     _group_terms_kernel[(triton.cdiv(n_groups * RUN, LAUNCH.TERMS_COLS),)](
         group_terms_ptr=out,
         terms_ptr=screen.terms,
@@ -431,7 +429,7 @@ def _reaching_groups(
         chunk=chunk,
         G=n_groups,
         k=k,
-        C=capacity,
+        CAPACITY=capacity,
         BLOCK_G=block_g,
         num_warps=warps(block_g, LAUNCH.GROUPS_PER_WARP, device),
     )

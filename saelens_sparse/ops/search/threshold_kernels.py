@@ -24,7 +24,6 @@ from saelens_sparse.ops.screen import bound
 from saelens_sparse.ops.screen.float16_product import has_float32_sums
 from saelens_sparse.ops.screen.gpu import (
     MAX_D_IN,
-    SUBNORMAL,
     UNDERFLOW,
     Chunk,
     Screen,
@@ -95,7 +94,7 @@ def _mark_kernel(
         edge -= tl.abs(edge) * MARK_EDGE_ROUNDING
         edge -= 2.0 * UNDERFLOW
         scale = inverse * tl.load(terms, mask=live, other=0.0)
-        most = (s + MARK_SLACK * SUBNORMAL) * scale
+        most = s * scale
         most += weight_norm * tl.load(terms + 2 * L, mask=live, other=0.0)
         most += weight_residual * tl.load(terms + 3 * L, mask=live, other=0.0)
     # A NaN does not fall short of the edge.
@@ -250,7 +249,7 @@ def find_pattern(
     n_blocks, n_warps = triton.cdiv(n_words, block_w), warps(block_w, LAUNCH.WORDS_PER_WARP, device)
     offsets = torch.zeros(n_rows * n_blocks + 1, dtype=torch.int64, device=device)
     for rows, chunk in screen.chunks(buffer_bytes, LAUNCH.MARK_ROWS):
-        words = _marks(chunk, edge, n_words)
+        words = marks_of(chunk, edge)
         counts = torch.empty(chunk.N * n_blocks, dtype=torch.int64, device=device)
         _count_marks_kernel[(chunk.N, n_blocks)](
             counts_ptr=counts, words_ptr=words, W=n_words, BLOCK_W=block_w, num_warps=n_warps
@@ -293,8 +292,9 @@ def find_pattern(
     return pairs, torch.stack([offsets[-1], row_counts.sum()])
 
 
-def _marks(chunk: Chunk, edge: torch.Tensor, n_words: int) -> torch.Tensor:
-    """`[rows, n_words]` int32: a bit for each latent that may reach its edge."""
+def marks_of(chunk: Chunk, edge: torch.Tensor) -> torch.Tensor:
+    """`[rows, d_sae / 32]` int32: a bit for each latent that may reach its edge, `[d_sae]`."""
+    n_words = triton.cdiv(chunk.L, _WORD.value)
     words = torch.empty(chunk.N, n_words, dtype=torch.int32, device=edge.device)
     grid = (triton.cdiv(chunk.L, LAUNCH.MARK_COLS), triton.cdiv(chunk.N, LAUNCH.MARK_ROWS))
     _mark_kernel[grid](

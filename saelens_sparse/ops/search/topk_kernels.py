@@ -60,7 +60,7 @@ def _rescore_kernel(
     bias_ptr,  # [L]
     norms_ptr,  # [L] or None
     D,
-    C: tl.constexpr,
+    CAPACITY: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -73,7 +73,7 @@ def _rescore_kernel(
     for first in range(tl.program_id(1) * BLOCK_C, count, tl.num_programs(1) * BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         live = c < count
-        latent = tl.load(candidates.latents + n * C + c, mask=live, other=0).to(tl.int64)
+        latent = tl.load(candidates.latents + n * CAPACITY + c, mask=live, other=0).to(tl.int64)
         acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
         for start in range(0, D, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)
@@ -88,9 +88,9 @@ def _rescore_kernel(
         score = pre_act
         if norms_ptr is not None:
             score = pre_act * tl.load(norms_ptr + latent, mask=live, other=0.0)
-        upper = tl.load(candidates.scores + n * C + c, mask=live, other=0.0)
-        tl.store(candidates.pre_acts + n * C + c, pre_act, mask=live)
-        tl.store(candidates.scores + n * C + c, score, mask=live)
+        upper = tl.load(candidates.scores + n * CAPACITY + c, mask=live, other=0.0)
+        tl.store(candidates.pre_acts + n * CAPACITY + c, pre_act, mask=live)
+        tl.store(candidates.scores + n * CAPACITY + c, score, mask=live)
         if tl.sum((live & (score > upper)).to(tl.int32), axis=0) > 0:
             tl.store(flags_ptr + n, 1)
 
@@ -103,20 +103,20 @@ def _select_kernel(
     candidates,  # Candidates
     L,
     k,
-    C: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):
     """The k candidates with the largest scores; of those that tie, the first.
 
     Grid: a program a row, [N].
     """
     n = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, C)
+    c = tl.arange(0, CAPACITY)
     live = c < tl.load(candidates.counts + n)
-    score = tl.load(candidates.scores + n * C + c, mask=live, other=0.0)
+    score = tl.load(candidates.scores + n * CAPACITY + c, mask=live, other=0.0)
     kept = keep_topk(tl.where(live, ordered_key(score), -2147483648), k)
     position = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    latent = tl.load(candidates.latents + n * C + c, mask=live, other=0)
-    pre_act = tl.load(candidates.pre_acts + n * C + c, mask=live, other=0.0)
+    latent = tl.load(candidates.latents + n * CAPACITY + c, mask=live, other=0)
+    pre_act = tl.load(candidates.pre_acts + n * CAPACITY + c, mask=live, other=0.0)
     out = n * k + position
     tl.store(out_latents_ptr + out, latent.to(tl.int64), mask=kept)
     tl.store(out_keys_ptr + out, tl.where(score <= 0.0, L, latent), mask=kept)
@@ -195,7 +195,7 @@ def select_topk(
         candidates=candidates,
         L=d_sae,
         k=k,
-        C=list_capacity(k),
+        CAPACITY=list_capacity(k),
         num_warps=list_warps(list_capacity(k), device),
     )
     return pairs, flags.view(torch.bool)
@@ -220,7 +220,7 @@ def _rescore(
         bias_ptr=screen.bias,
         norms_ptr=screen.norms,
         D=x.shape[1],
-        C=list_capacity(k),
+        CAPACITY=list_capacity(k),
         BLOCK_C=LAUNCH.RESCORE_CANDIDATES,
         BLOCK_D=LAUNCH.RESCORE_COLS,
         num_warps=LAUNCH.RESCORE_WARPS,
