@@ -45,7 +45,8 @@ def draw(results: Record, folder: Path) -> dict[str, dict[str, Path]]:
     if len(points):
         figure, (axis,) = reports.new_figure(width=6.4, height=5.2)
         ceilings = results["ceilings"]
-        draw_roofline(axis, ceilings["copy_bytes"], ceilings["gemm_flops"], points)
+        gemms = {f"{dtype} GEMM": flops for dtype, flops in ceilings["gemm_flops"].items()}
+        draw_roofline(axis, ceilings["copy_bytes"], gemms, points)
         reports.caption(figure, [results["environment"]])
         reports.save_png(figure, folder / "roofline.png")
         drawn["Ceilings"] = {"Rates of kernels over operations per byte": folder / "roofline.png"}
