@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from saelens_sparse.architectures.hooks import has_hooks
 from saelens_sparse.architectures.parameters import mark_parameter
-<<<<<<< HEAD
 from saelens_sparse.choice.availability import Choice, choose_implementation
 from saelens_sparse.choice.policy import PairTotals
 from saelens_sparse.codes.code import Code, PairCode, version_of
@@ -31,29 +30,6 @@ from saelens_sparse.ops.search.found import FoundPairs
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCopy, WeightView
 from saelens_sparse.private_names import TENSOR_HOOKS
-=======
-from saelens_sparse.choice.availability import (
-    IMPLEMENTATIONS,
-    Backend,
-    Choice,
-    Implementation,
-    choose_implementation,
-)
-from saelens_sparse.codes.code import Code, DeadLatents
-from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs
-from saelens_sparse.ops import (
-    HostCount,
-    PendingPattern,
-    PendingSelection,
-    RowBlock,
-    RowGradient,
-    WeightCopy,
-    matmul_dtype,
-    row_norms,
-)
-from saelens_sparse.ops.common.ranges import profiler_range
-from saelens_sparse.private_names import MODULE_HOOKS, TENSOR_HOOKS
->>>>>>> profile
 from saelens_sparse.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -259,13 +235,8 @@ class SparseTrainingSAEMixin(_Base):
         choice = self.implementation if step is None else step.choice
         if choice.name == "dense":
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
-<<<<<<< HEAD
         step = step or StepContext(choice, asks_at_once=True, offer=offer_to(self))
         return self._encode_sparsely(x, step)
-=======
-        with profiler_range("saelens_sparse::encode"):
-            return self._encode_sparsely(x, choice)
->>>>>>> profile
 
     @_not_compiled
     def _encode_sparsely(
@@ -361,17 +332,9 @@ class SparseTrainingSAEMixin(_Base):
         has_dense_hook = any(has_hooks(getattr(self, name)) for name in DENSE_HOOKS)
         if has_dense_hook or weights_changed or not feature_acts.is_untouched:
             return super().decode(feature_acts.materialized())
-<<<<<<< HEAD
         to_step = not _has_gradient_hooks(self.W_dec)
         with profiler_range("saelens_sparse::decode"):
             recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, to_step=to_step)
-=======
-        dead = code.dead
-        block = None if dead is None else dead.block
-        sink = self.sink_of("W_dec", code.acts.numel(), code.backend)
-        with profiler_range("saelens_sparse::decode"):
-            recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, block, sink)
->>>>>>> profile
         code.is_decoded = True
         if code.dead is not None:
             code.dead.W_dec = dead_W_dec

@@ -22,7 +22,6 @@ from typing_extensions import override
 from saelens_sparse.architectures.base import SparseTrainingSAEMixin
 from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.registry import Architecture, add
-<<<<<<< HEAD
 from saelens_sparse.choice.availability import Choice
 from saelens_sparse.choice.policy import STATE_FILENAME, DensityPolicy, PairTotals
 from saelens_sparse.codes.code import Code, DenseCode, PairCode, version_of
@@ -38,22 +37,6 @@ from saelens_sparse.ops.dense import encode_densely
 from saelens_sparse.ops.rows.at_latents import at_latents
 from saelens_sparse.ops.search.found import FoundPairs
 from saelens_sparse.ops.search.threshold import search_above_threshold
-=======
-from saelens_sparse.choice.availability import Backend, Choice
-from saelens_sparse.codes.code import Code, DeadLatents, DenselyGatedCode, GatedCode, version_of
-from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, ordinary
-from saelens_sparse.ops import (
-    Gate,
-    HostCopy,
-    LatentOrder,
-    at_latents,
-    encode_gated,
-    encode_gated_densely,
-    matmul_dtype,
-    start_find_pattern,
-)
-from saelens_sparse.ops.common.ranges import profiler_range
->>>>>>> profile
 from saelens_sparse.warn import warn_caller
 
 LOSS_MODES = ("step", "tanh", "quadratic")
@@ -231,7 +214,6 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
     def activation(self) -> JumpReLU:
         return JumpReLU(self.threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
 
-<<<<<<< HEAD
     @override
     def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
         return search_above_threshold(
@@ -258,76 +240,6 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         is_training_step = step.n_training_steps is not None
         is_read = not is_training_step or self.cfg.jumprelu_sparsity_loss_mode == "tanh"
         acts, l0, dead_W_enc, counts = encode_densely(
-=======
-    def _make_dense_code(
-        self,
-        x: torch.Tensor,
-        input_bias: torch.Tensor | None,
-        find_dead: Callable[[], DeadLatents | None],
-        gate: Gate,
-        choice: Choice,
-    ) -> DenselyGatedCode:
-        dead = find_dead()
-        pre_acts_dtype = torch.promote_types(matmul_dtype(x), self.b_enc.dtype)
-        # Where nothing but the decoder reads the activations, they are rounded as it does.
-        is_read = self.training_pass is None or self.cfg.jumprelu_sparsity_loss_mode == "tanh"
-        acts, l0, dead_W_enc, counts = encode_gated_densely(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.threshold,
-            input_bias,
-            gate,
-            None if dead is None else dead.block,
-            choice.backend,
-            pre_acts_dtype if is_read else None,
-        )
-        if dead is not None:
-            dead.W_enc = dead_W_enc
-        self._policy.expect(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae)
-        return DenselyGatedCode(
-            x=x,
-            input_bias=input_bias,
-            acts=acts,
-            decoder_version=version_of(self.W_dec),
-            backend=choice.backend,
-            dead=dead,
-            counts=counts,
-            l0=l0,
-            pre_acts_dtype=pre_acts_dtype,
-        )
-
-    def _make_sparse_code(
-        self,
-        x: torch.Tensor,
-        input_bias: torch.Tensor | None,
-        find_dead: Callable[[], DeadLatents | None],
-        gate: Gate,
-        choice: Choice,
-    ) -> GatedCode:
-        d_sae = self.cfg.d_sae
-        with profiler_range("saelens_sparse::search"):
-            pending = start_find_pattern(
-                x,
-                self.W_enc.T,
-                self.b_enc,
-                self.threshold,
-                gate.bandwidth,
-                self._capacity(x.shape[0]),
-                choice.backend,
-                self.cfg.screen_buffer_mib * 2**20,
-                self.rounded_W_enc(),
-            )
-        pattern = pending.pattern
-        # Sorting keeps the device busy if the host waits for the number of pairs.
-        order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
-        if not self.is_complete(pending):
-            pattern = pending.result()
-            order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
-        self._policy.expect(pending.totals, x.shape[0], d_sae)
-        dead = find_dead()
-        acts, l0, dead_W_enc = encode_gated(
->>>>>>> profile
             x,
             self.W_enc,
             self.b_enc,

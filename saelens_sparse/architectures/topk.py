@@ -23,7 +23,6 @@ from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.hooks import has_hooks
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.choice.availability import Choice
-<<<<<<< HEAD
 from saelens_sparse.codes.code import Code, PairCode
 from saelens_sparse.codes.on_demand import code_of
 from saelens_sparse.codes.step import StepContext
@@ -34,18 +33,6 @@ from saelens_sparse.ops.rows.block import RowBlock
 from saelens_sparse.ops.search.found import FoundPairs
 from saelens_sparse.ops.search.topk import search_topk
 from saelens_sparse.ops.update.weight_cache import WeightView
-=======
-from saelens_sparse.codes.code import Code, DeadLatents, SelectedCode, version_of
-from saelens_sparse.codes.on_demand import DeferredPreActs
-from saelens_sparse.ops import (
-    LatentOrder,
-    RowBlock,
-    encode_selected,
-    keep_topk,
-    start_select_topk,
-)
-from saelens_sparse.ops.common.ranges import profiler_range
->>>>>>> profile
 from saelens_sparse.warn import warn_caller
 
 
@@ -154,7 +141,6 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     @override
     def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
         assert self._topk is not None
-<<<<<<< HEAD
         return search_topk(
             x,
             self.W_enc.T,
@@ -164,55 +150,6 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
-=======
-        W_enc, b_enc, d_sae = self.W_enc, self.b_enc, self.cfg.d_sae
-        norms = None
-        if self.cfg.rescale_acts_by_decoder_norm:
-            norms = self.decoder_norms(choice.backend)
-        buffer_bytes = self.cfg.screen_buffer_mib * 2**20
-        with profiler_range("saelens_sparse::search"):
-            pending = start_select_topk(
-                x,
-                W_enc.T,
-                b_enc,
-                norms,
-                self._topk.k,
-                choice.backend,
-                buffer_bytes,
-                self.rounded_W_enc(),
-            )
-        selection = pending.selection
-        # Sorting keeps the device busy if the host waits for the selection's check.
-        order = LatentOrder.of_keys(selection.keys, d_sae)
-        if not self.is_complete(pending):
-            selection = pending.result()
-            order = LatentOrder.of_keys(selection.keys, d_sae)
-        dead = find_dead()
-        acts, dead_W_enc = encode_selected(
-            x,
-            W_enc,
-            b_enc,
-            input_bias,
-            selection,
-            order,
-            None if dead is None else dead.block,
-            choice.backend,
-            self.sink_of("W_enc", selection.latents.numel(), choice.backend),
-        )
-        if dead is not None:
-            dead.W_enc = dead_W_enc
-        return SelectedCode(
-            x=x,
-            input_bias=input_bias,
-            acts=acts,
-            decoder_version=version_of(self.W_dec),
-            backend=choice.backend,
-            dead=dead,
-            selection=selection,
-            order=order,
-            norms=norms,
-            W_dec=self.W_dec,
->>>>>>> profile
         )
 
     @property

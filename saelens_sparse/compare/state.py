@@ -16,14 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from sae_lens import constants
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-<<<<<<< HEAD
 from saelens_sparse.choice.policy import STATE_FILENAME
-from saelens_sparse.compare.options import Comparison
-from saelens_sparse.compare.records import ArmFolder, load_steps
-=======
-from saelens_sparse.architectures.base import STATE_FILENAME
 from saelens_sparse.compare.steps import load_steps
->>>>>>> profile
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.reports.files import damage, has_files, write_whole
 from saelens_sparse.training.checkpoints import problem_of

@@ -14,12 +14,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
-<<<<<<< HEAD
-from saelens_sparse.architectures.base import SparseTrainingSAEMixin
-from saelens_sparse.profile.cases import LEARNING_RATE, SPARSE, Arm, Case, Precision
-=======
 from saelens_sparse.profile.cases import LEARNING_RATE, Case, Precision
->>>>>>> profile
 from saelens_sparse.profile.data import MAX_FEATURES, ActivationStream
 from saelens_sparse.profile.weights import calibrate, plant_features
 from saelens_sparse.training.trainer import SparseSAETrainer
