@@ -242,6 +242,7 @@ def _run_launchers(shape: Shape) -> None:
     from saelens_sparse.ops.activation.pairs_kernels import jumprelu, jumprelu_gradients
     from saelens_sparse.ops.pairs import LatentOrder, Rows
     from saelens_sparse.ops.rows import kernels as row_ops
+    from saelens_sparse.ops.rows import segment_kernels as segments
     from saelens_sparse.ops.rows.block import RowBlock
     from saelens_sparse.ops.search.threshold_kernels import find_pattern
     from saelens_sparse.ops.search.topk_kernels import (
@@ -270,13 +271,13 @@ def _run_launchers(shape: Shape) -> None:
         topk_values(empty(n, width, dtype=low), bias[:width], norms, min(k, width))
 
     pairs, _ = find_pattern(x, screened, bias, bias, 0.1, n * k, buffer_bytes)
-    jumprelu(pairs, bias)
+    jumprelu(bias, pairs)
     products = empty(n, d_sae, dtype=low)
     dense_jumprelu(products, bias, bias, 0.1, low)
     for has_acts, has_l0, to_input in product((False, True), repeat=3):
         grad_l0 = empty(n) if has_l0 else None
         grad_acts = pairs.pre_acts if has_acts else None
-        jumprelu_gradients(pairs, bias, 0.1, to_input, grad_acts, grad_l0)
+        jumprelu_gradients(bias, pairs, 0.1, to_input, grad_acts, grad_l0)
         grad_acts = products if has_acts else None
         dense_jumprelu_gradients(products, bias, bias, 0.1, to_input, grad_acts, grad_l0)
 
@@ -290,8 +291,8 @@ def _run_launchers(shape: Shape) -> None:
             row_ops.gather_sum(coefficients, latents, rows, weight, added)
         row_ops.gather_dot(batch, latents, rows, weight)
         order = LatentOrder(latents, keys, latent_offsets, rows)
-        row_ops.segment_sum(order, coefficients, batch, dtype)
-        row_ops.segment_totals(order, coefficients)
+        segments.segment_sum(order, coefficients, batch, dtype)
+        segments.segment_totals(order, coefficients)
         copies = [None, WeightCopy.of_norms(weight)]
         if low != dtype:
             copies.append(WeightCopy.of_rows(weight, low))
