@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
-from saelens_sparse.compare import embedded_inputs, open_in_stock_saelens
-from saelens_sparse.compare.dictionaries import compare_dictionaries, has_dictionary
-from saelens_sparse.compare.driver import (
-    ArmProcess,
-    ComparisonError,
-    arm_environment,
-    train_in_turn,
-)
-from saelens_sparse.compare.options import Comparison, is_sparse, parse_comparison
-from saelens_sparse.compare.report import collect, write_report
+from saelens_sparse.architectures.registry import ARCHITECTURES
+from saelens_sparse.compare import open_in_stock_saelens
+from saelens_sparse.compare.dictionaries import compare_dictionaries
+from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS, damage_of_inputs
+from saelens_sparse.compare.options import Comparison, parse_comparison
+from saelens_sparse.compare.report import report
 from saelens_sparse.compare.state import (
+    CHECKPOINTS,
+    CONFIG,
+    FINAL,
+    LOG,
+    SAE,
     STATE_FILE,
     State,
     damage_of_results,
@@ -31,11 +35,15 @@ from saelens_sparse.compare.state import (
     read_state,
 )
 from saelens_sparse.config.files import UsageError
-from saelens_sparse.reports.output_folder import enter_output_folder
-from saelens_sparse.reports.whole_files import damage, write_whole
+from saelens_sparse.reports.files import enter_output_folder
 
-INPUT_SUFFIXES = (".arrow", ".json", ".jsonl", ".safetensors")
 EXIT_STATUS = {"complete": 0, "failed": 1, "interrupted": 130}
+GOODBYE_SECONDS = 20
+"""For a side to end its step and log out, once the comparison is interrupted."""
+
+
+class ComparisonError(Exception):
+    """A part of the comparison failed; the message says which one, and where to look."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -82,103 +90,158 @@ def run(comparison: Comparison, state: State) -> int:
     return EXIT_STATUS[status]
 
 
-def report(
-    comparison: Comparison,
-    state: State,
-    status: str,
-    shared: dict[str, Any] | None,
-    opened: str | None,
-) -> None:
-    """Write and print what there is."""
-    findings = collect(comparison, state, status, shared, opened)
-    if findings is None:
-        results = {"status": status, "settings": state.settings}
-        text = json.dumps(results, indent=2) + "\n"
-        write_whole(comparison.output / "results.json", text)
-    else:
-        write_report(comparison, state, findings)
-
-
 def prepare_inputs(comparison: Comparison) -> None:
     """Make the embedded model, text and activations, unless an earlier run has left them."""
-    config = comparison.shared
-    folders = [Path(config[name]) for name in embedded_inputs.INPUT_FIELDS]
-    for folder in filter(Path.exists, folders):
-        files = [path for path in folder.glob("*") if path.suffix in INPUT_SUFFIXES]
-        problems = (f"{path} {problem}" for path in files if (problem := damage(path)))
-        if (problem := next(problems, None if files else f"{folder} has no files")) is not None:
-            raise ComparisonError(f"{problem}; remove {folder}, or name another --cache")
-    if all(folder.exists() for folder in folders):
+    config, text_tokens = comparison.config, comparison.settings.text_tokens
+    if (problem := damage_of_inputs(config)) is not None:
+        raise ComparisonError(problem)
+    if all(Path(config[field]).exists() for field in INPUT_FIELDS):
         return
     print("Preparing SmolLM2-135M and its activations on Python's documentation (once)", flush=True)
     module = "saelens_sparse.compare.embedded_inputs"
-    command = [sys.executable, "-m", module, str(comparison.folders[0].config)]
-    if comparison.text_tokens is not None:
-        command += ["--text-tokens", str(comparison.text_tokens)]
-    if subprocess.run(command, env=arm_environment(offline=True), check=False).returncode:
+    command = [sys.executable, "-m", module, str(comparison.folders[0] / CONFIG)]
+    command += [] if text_tokens is None else [str(text_tokens)]
+    if subprocess.run(command, env=_environment(comparison), check=False).returncode:
         raise ComparisonError("the inputs could not be prepared; the error is above")
 
 
 def train(comparison: Comparison, state: State) -> None:
-    """Train, save and evaluate both arms, from their checkpoints where the state has some."""
-    logs = comparison.shared["logger"].get("log_to_wandb", True)
-    names = list(comparison.configs)
-    samples = state.checkpoint_step * comparison.shared["train_batch_size_tokens"]
-    print(f"Training {' and '.join(names)} in turn, {comparison.n_steps} steps each", flush=True)
+    """Train, save and evaluate both sides in turn, from where the state says."""
+    n_steps, done = comparison.n_steps, state.checkpoint_step
+    names = " and ".join(comparison.settings.arms)
+    print(f"Training {names} in turn, {n_steps} steps each", flush=True)
     with ExitStack() as running:
-        arms = [
-            running.enter_context(
-                ArmProcess(
-                    folder,
-                    comparison.runners[folder.architecture],
-                    arm_environment(
-                        offline=comparison.embedded,
-                        wandb_group=state.run if logs else None,
-                        architecture=folder.architecture,
-                    ),
-                    checkpoint=str(folder.checkpoint(samples)) if samples else None,
-                    steps_before=state.checkpoint_step,
-                )
-            )
+        sides = [
+            running.enter_context(SideProcess(folder, comparison, state))
             for folder in comparison.folders
         ]
-
-        def on_checkpoint(step: int) -> None:
-            state.checkpoint_step = step
-            state.save(comparison.output)
-
-        train_in_turn(arms, comparison.n_steps, on_checkpoint)
+        for side in sides:
+            side.wait_until_ready()
+        with tqdm(total=n_steps, initial=done, unit="step", dynamic_ncols=True) as bar:
+            for _ in range(done, n_steps):
+                said = [side.take_turn() for side in sides]
+                bar.set_postfix_str(" | ".join(said), refresh=False)
+                bar.update()
+        for side in tqdm(sides, desc="Saving and evaluating", unit="SAE", dynamic_ncols=True):
+            side.finish()
     if (problem := damage_of_results(comparison)) is not None:
         raise ComparisonError(f"the training has ended, but {problem}")
     state.trained = True
     state.save(comparison.output)
 
 
+class SideProcess:
+    """
+    A training process of `side.py`, which takes a step whenever it is asked to.
+
+    Args:
+        folder: Holds the runner config.
+        comparison: Says which runner trains it.
+        state: Says at which checkpoint it begins.
+    """
+
+    def __init__(self, folder: Path, comparison: Comparison, state: State) -> None:
+        self.folder = folder
+        runner = comparison.settings.runners[folder.name]
+        command = [sys.executable, "-m", "saelens_sparse.compare.side", str(folder), runner]
+        if samples := state.checkpoint_step * comparison.config["train_batch_size_tokens"]:
+            command.append(str(folder / CHECKPOINTS / str(samples)))
+        environment = _environment(comparison)
+        if comparison.config["logger"].get("log_to_wandb", True):
+            environment.setdefault("WANDB_RUN_GROUP", state.run)
+            # A resumed side goes on in its own run.
+            environment |= {"WANDB_RUN_ID": f"{state.run}-{folder.name}", "WANDB_RESUME": "allow"}
+        with (folder / LOG).open("a" if samples else "w") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                bufsize=1,
+                # Ctrl-C is the driver's: it lets the sides end.
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+
+    def __enter__(self) -> SideProcess:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # A side that can hear no more ends at its next turn.
+        self._stdin.close()
+        self._stdout.close()
+        try:
+            self._process.wait(GOODBYE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def wait_until_ready(self) -> str:
+        """Return what the side says of its last step, once it only waits for its turn."""
+        return self._stdout.readline().strip("\n") or self._raise_failed()
+
+    def take_turn(self) -> str:
+        """Let the side train one step and get its next batch; returns what it says of it."""
+        self._give_turn()
+        return self.wait_until_ready()
+
+    def finish(self) -> None:
+        """Let the side, ready after its last step, save and evaluate its SAE."""
+        self._give_turn()
+        self._stdout.read()
+        if self._process.wait():
+            self._raise_failed()
+
+    def _give_turn(self) -> None:
+        try:
+            self._stdin.write("\n")
+        except BrokenPipeError:
+            self._raise_failed()
+
+    def _raise_failed(self) -> NoReturn:
+        self._process.wait()
+        log = self.folder / LOG
+        errors = [line for line in log.read_text().splitlines() if re.match(r"[\w.]+Error: ", line)]
+        reason = errors[-1] if errors else f"exit status {self._process.returncode}"
+        raise ComparisonError(f"training {self.folder.name} failed: {reason}\nThe whole log: {log}")
+
+
+def _environment(comparison: Comparison) -> dict[str, str]:
+    """Of the processes that load the inputs; embedded ones are local, no library asks a hub."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1"} if comparison.embedded else dict(os.environ)
+
+
 def check_in_stock_saelens(comparison: Comparison) -> str | None:
     """Open the sparse SAE where the plugin cannot be imported; one line on it."""
-    folder = next((f for f in reversed(comparison.folders) if is_sparse(f.architecture)), None)
+    folder = next((f for f in reversed(comparison.folders) if f.name in ARCHITECTURES), None)
     if folder is None:
         return None
-    script = Path(open_in_stock_saelens.__file__)
+    script = str(open_in_stock_saelens.__file__)
     process = subprocess.run(
         # -P keeps this package's modules out of the path.
-        [sys.executable, "-P", str(script), str(folder.sae), str(folder.latents)],
-        env=arm_environment(offline=True),
+        [sys.executable, "-P", script, str(folder / SAE), str(folder / FINAL)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     if process.returncode:
         error = (process.stderr.strip() or f"exit status {process.returncode}").splitlines()[-1]
-        raise ComparisonError(f"stock SAELens could not open {folder.sae}: {error}")
+        raise ComparisonError(f"stock SAELens could not open {folder / SAE}: {error}")
     return process.stdout.strip().splitlines()[-1]
 
 
-def match_dictionaries(comparison: Comparison) -> dict[str, Any] | None:
-    """Match the latents of both arms; None if one of them has no decoder."""
-    if not all(map(has_dictionary, comparison.folders)):
-        return None
+def match_dictionaries(comparison: Comparison) -> dict[str, Any]:
+    """Match the latents of both sides."""
     try:
-        return compare_dictionaries(comparison.folders, comparison.shared["device"])
+        return compare_dictionaries(comparison.folders, comparison.config["device"])
     except (OSError, SafetensorError, RuntimeError, LookupError) as error:
         raise ComparisonError(f"the dictionaries could not be matched: {error}") from error

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from saelens_sparse.compare.records import ArmFolder
-from saelens_sparse.reports.whole_files import damage
+from saelens_sparse.compare.state import FINAL, INITIAL_DECODER, SAE
 
 THRESHOLDS = (0.7, 0.9, 0.99)
 SIMILARITIES_AT_ONCE = 2**26
@@ -20,136 +20,98 @@ SIMILARITIES_AT_ONCE = 2**26
 HISTOGRAM_BINS = 40
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """
-    The nearest vector of the other dictionary for each vector of one.
-
-    Args:
-        cosine: Their cosine, `[n]`.
-        index: Which it is, `[n]`.
-    """
-
-    cosine: torch.Tensor
-    index: torch.Tensor
+def compare_dictionaries(folders: Sequence[Path], device: str) -> dict[str, Any]:
+    """`share` of two trained sides."""
+    return share(
+        [load_file(folder / SAE / SAE_WEIGHTS_FILENAME)["W_dec"] for folder in folders],
+        [load_file(folder / FINAL)["alive"] for folder in folders],
+        [load_file(folder / INITIAL_DECODER)["W_dec"] for folder in folders],
+        device,
+    )
 
 
 @torch.no_grad()
-def match(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    on_rows: Callable[[int], object] = lambda n_rows: None,  # noqa: ARG005
-) -> tuple[Nearest, Nearest]:
-    """
-    Find the nearest vectors of `b` for those of `a`, and the other way round, in one pass.
-
-    Args:
-        a: Unit vectors, `[n_a, d_in]`.
-        b: Unit vectors, `[n_b, d_in]`, on the same device.
-        on_rows: Told how many rows of `a` have been compared since the last call.
-
-    Returns:
-        For each row of `a` and for each row of `b` the nearest of the other; of equally near ones
-        the first.
-    """
-    chunk = max(1, SIMILARITIES_AT_ONCE // max(1, len(b)))
-    of_a: list[tuple[torch.Tensor, torch.Tensor]] = []
-    of_b = b.new_full((len(b),), -torch.inf)
-    index_of_b = torch.zeros(len(b), dtype=torch.long, device=b.device)
-    for start in range(0, len(a), chunk):
-        cosines = a[start : start + chunk] @ b.T
-        values, indices = cosines.max(1)
-        of_a.append((values, indices))
-        best, row = cosines.max(0)
-        better = best > of_b
-        of_b = torch.where(better, best, of_b)
-        index_of_b = torch.where(better, row + start, index_of_b)
-        on_rows(len(cosines))
-    of_a_values, of_a_indices = (torch.cat(parts) for parts in zip(*of_a, strict=True))
-    return Nearest(of_a_values, of_a_indices), Nearest(of_b, index_of_b)
-
-
 def share(
     decoders: Sequence[torch.Tensor],
     alive: Sequence[torch.Tensor],
-    initial: Sequence[torch.Tensor | None] = (None, None),
+    initial: Sequence[torch.Tensor],
     device: str = "cpu",
-    on_rows: Callable[[int], object] = lambda n_rows: None,  # noqa: ARG005
 ) -> dict[str, Any]:
     """
-    Say how much of two dictionaries is the same.
+    Say how much of two dictionaries is the same, with a progress bar.
 
     Only latents that are alive take part: one that never moved would match by its initial value.
 
     Args:
         decoders: Of both SAEs, `[d_sae, d_in]`.
         alive: Which latents of each take part, `[d_sae]`, bool.
-        initial: The decoders before training, if known, to tell learned from inherited likeness.
+        initial: The decoders before training, to tell learned from inherited likeness.
         device: Where to compute.
-        on_rows: Told of progress, as in `match`.
 
     Returns:
         Counts, by threshold and in both directions, ready for JSON.
     """
-    units = [_unit(decoder, mask, device) for decoder, mask in zip(decoders, alive, strict=True)]
-    n_alive = [len(unit) for unit in units]
-    if min(n_alive) == 0:
-        return {"alive": n_alive, "thresholds": {}}
-    of_a, of_b = match(*units, on_rows=on_rows)
-    mutual = of_b.index[of_a.index] == torch.arange(n_alive[0], device=device)
-    same = _same_index(decoders, alive, device)
+
+    def units(decoder: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return normalize(decoder[mask].to(device, torch.float32), dim=1)
+
+    a, b = (units(decoder, mask) for decoder, mask in zip(decoders, alive, strict=True))
+    if min(len(a), len(b)) == 0:
+        return {"alive": [len(a), len(b)], "thresholds": {}}
+    (of_a, nearest_of_a), (of_b, nearest_of_b) = nearest(a, b)
+    mutual = nearest_of_b[nearest_of_a] == torch.arange(len(a), device=device)
+    same = torch.empty(0, device=device)
+    if len(decoders[0]) == len(decoders[1]):
+        both = alive[0] & alive[1]
+        same = (units(decoders[0], both) * units(decoders[1], both)).sum(1)
     moved = [
-        None if start is None else _unit(start, mask, device).mul_(unit).sum(1)
-        for start, mask, unit in zip(initial, alive, units, strict=True)
+        (units(start, mask) * unit).sum(1)
+        for start, mask, unit in zip(initial, alive, (a, b), strict=True)
     ]
-
-    def counts(threshold: float) -> dict[str, Any]:
-        return {
-            "a_in_b": _count(of_a.cosine >= threshold),
-            "b_in_a": _count(of_b.cosine >= threshold),
-            "one_to_one": _count(mutual & (of_a.cosine >= threshold)),
-            "same_index": _count(same >= threshold),
-            "near_start": [None if m is None else _count(m >= threshold) for m in moved],
-        }
-
-    histogram = torch.histc(of_a.cosine.float(), HISTOGRAM_BINS, min=0, max=1)
     return {
-        "alive": n_alive,
+        "alive": [len(a), len(b)],
         "alive_in_both": len(same),
-        "thresholds": {str(threshold): counts(threshold) for threshold in THRESHOLDS},
-        "histogram": [int(count) for count in histogram],
+        "thresholds": {
+            str(threshold): {
+                "a_in_b": int((of_a >= threshold).sum()),
+                "b_in_a": int((of_b >= threshold).sum()),
+                "one_to_one": int((mutual & (of_a >= threshold)).sum()),
+                "same_index": int((same >= threshold).sum()),
+                "near_start": [int((cosine >= threshold).sum()) for cosine in moved],
+            }
+            for threshold in THRESHOLDS
+        },
+        "histogram": [int(count) for count in torch.histc(of_a, HISTOGRAM_BINS, min=0, max=1)],
     }
 
 
-def compare_dictionaries(folders: Sequence[ArmFolder], device: str) -> dict[str, Any]:
-    """`share` of two trained arms, with a progress bar."""
-    decoders = [load_file(folder.sae / SAE_WEIGHTS_FILENAME)["W_dec"] for folder in folders]
-    alive = [load_file(folder.latents)["alive"] for folder in folders]
-    initial = [load_file(folder.initial_decoder)["W_dec"] for folder in folders]
-    total = int(alive[0].sum())
-    with tqdm(total=total, desc="Matching", unit="latent", dynamic_ncols=True) as bar:
-        return share(decoders, alive, initial, device, on_rows=bar.update)
+def nearest(
+    a: torch.Tensor, b: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Find the nearest vectors of `b` for those of `a`, and the other way round, in one pass.
 
+    Args:
+        a: Unit vectors, `[n_a, d_in]`.
+        b: Unit vectors, `[n_b, d_in]`, on the same device.
 
-def has_dictionary(folder: ArmFolder) -> bool:
-    """Whether the arm's saved SAE has a decoder to be matched."""
-    return damage(folder.sae / SAE_WEIGHTS_FILENAME, "W_dec") is None
-
-
-def _unit(decoder: torch.Tensor, alive: torch.Tensor, device: str) -> torch.Tensor:
-    return torch.nn.functional.normalize(decoder[alive].to(device, torch.float32), dim=1)
-
-
-def _same_index(
-    decoders: Sequence[torch.Tensor], alive: Sequence[torch.Tensor], device: str
-) -> torch.Tensor:
-    """Cosine of the latents with the same index, of those alive in both."""
-    if len(alive[0]) != len(alive[1]):
-        return torch.empty(0, device=device)
-    both = alive[0] & alive[1]
-    a, b = (_unit(decoder, both, device) for decoder in decoders)
-    return (a * b).sum(1)
-
-
-def _count(mask: torch.Tensor) -> int:
-    return int(mask.sum())
+    Returns:
+        For the rows of `a` and for those of `b`: the cosine with the nearest of the other, and
+        which it is, `[n]` each; of equally near ones the first.
+    """
+    of_a: list[tuple[torch.Tensor, torch.Tensor]] = []
+    of_b = b.new_full((len(b),), -torch.inf)
+    index_of_b = torch.zeros(len(b), dtype=torch.long, device=b.device)
+    start = 0
+    with tqdm(total=len(a), desc="Matching", unit="latent", dynamic_ncols=True) as bar:
+        for rows in a.split(max(1, SIMILARITIES_AT_ONCE // len(b))):
+            cosines = rows @ b.T
+            of_a.append(tuple(cosines.max(1)))
+            best, row = cosines.max(0)
+            better = best > of_b
+            of_b = torch.where(better, best, of_b)
+            index_of_b = torch.where(better, row + start, index_of_b)
+            start += len(rows)
+            bar.update(len(rows))
+    cosine_of_a, index_of_a = (torch.cat(parts) for parts in zip(*of_a, strict=True))
+    return (cosine_of_a, index_of_a), (of_b, index_of_b)

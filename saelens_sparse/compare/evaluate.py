@@ -20,7 +20,7 @@ def evaluate(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> d
     Run SAELens's evals on `n_eval_batches` of the runner's text.
 
     Args:
-        runner: Has trained, so that its text is at the same place in both arms.
+        runner: Has trained, so that its text is at the same place on both sides.
         sae: Its normalization is folded into its weights.
 
     Returns:

@@ -3,7 +3,7 @@ Opens a saved SAE in SAELens with saelens_sparse out of reach, and applies it to
 
     python -P .../open_in_stock_saelens.py SAE_FOLDER FINAL.safetensors
 
-FINAL.safetensors holds `activations`, as an arm leaves them. Prints one line. This file imports
+FINAL.safetensors holds `activations`, as a side leaves them. Prints one line. This file imports
 nothing of the package that it is in.
 """
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-_CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+CLEAR_PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class ProcessMemory:
@@ -24,36 +27,28 @@ class ProcessMemory:
         self.device = device
         self.peak_bytes: int | None = None
         """Most that a step held."""
+        self.added_bytes: int | None = None
+        """Most that a step held above what was held before the first of them."""
         self._held_before: int | None = None
 
-    @property
-    def added_bytes(self) -> int | None:
-        """Most that a step held above what was held before the first of them."""
-        if self.peak_bytes is None or self._held_before is None:
-            return None
-        return self.peak_bytes - self._held_before
-
-    def begin_step(self) -> None:
-        """Forget the peaks of whatever came before, such as loading activations."""
+    @contextmanager
+    def of_step(self) -> Generator[None]:
+        """Take the peak of what happens inside into account."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _CLEAR_PEAK.exists():
-            _CLEAR_PEAK.write_text("5")
+        elif CLEAR_PEAK.exists():
+            CLEAR_PEAK.write_text("5")
         if self._held_before is None:
             self._held_before = self._peak_since_reset()
-
-    def end_step(self) -> None:
-        """Take the step's peak into account."""
-        peak = self._peak_since_reset()
-        if peak is not None:
+        yield
+        if (peak := self._peak_since_reset()) is not None and self._held_before is not None:
             self.peak_bytes = max(self.peak_bytes or 0, peak)
+            self.added_bytes = self.peak_bytes - self._held_before
 
     def _peak_since_reset(self) -> int | None:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        if self.device.type != "cpu" or not _CLEAR_PEAK.exists():
+        if self.device.type != "cpu" or not CLEAR_PEAK.exists():
             return None
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return None
+        found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())
+        return 1024 * int(found[1]) if found else None

@@ -6,33 +6,31 @@ import json
 from pathlib import Path
 
 from saelens_sparse.config.files import UsageError
-from saelens_sparse.profile.pictures import draw
-from saelens_sparse.profile.settings import Settings
-from saelens_sparse.profile.tables import (
-    ALL_KERNELS,
-    MANY_KERNELS,
-    Record,
-    ceilings_table,
-    kernel_table,
-    measured,
-    memory_table,
-    phase_table,
-    sources,
-    summary_table,
-    waits_table,
-)
-from saelens_sparse.reports.presentation import (
-    Section,
-    html_image,
-    html_page,
-    html_table,
-    html_text,
-    label_of,
-    plain_table,
-)
-from saelens_sparse.reports.whole_files import damage, write_whole
+from saelens_sparse.profile import pictures, tables
+from saelens_sparse.profile.contender import Record
+from saelens_sparse.reports.files import damage, write_whole
+from saelens_sparse.reports.presentation import Section, label_of, plain_table, write_page
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
+_SOURCES = {
+    "cuda": "Phases and kernels: PyTorch's profiler (CUPTI), mean of the traced steps; a kernel is "
+    "of the phase that launched it. Idle is what they leave of the step. Steps are traced without "
+    "CUDA graphs, which launch the same kernels. Occupancy is the profiler's estimate from "
+    "launches; use of tensor cores follows from types.",
+    "cpu": "Phases: operations under PyTorch's profiler, mean of the traced steps, without the "
+    "Python between them, which is idle here. The profiler itself makes small operations slower. "
+    "Not measurable on a CPU: SM occupancy, tensor cores, waits. Memory is what PyTorch's "
+    "allocator holds at the peak of a traced step, weights and moments included, not the "
+    "process's resident set.",
+}
+_BYTES = (
+    "Bytes asked: inputs and outputs of PyTorch's operations from recorded shapes, and what this "
+    "package's kernels declare. Caches serve part of them: the rate can exceed a copy's."
+)
+_FLOOR = (
+    "Floor: {:.3g} ms for one dense product with the encoder at the fastest GEMM's rate, and "
+    "{:.3g} ms for reading and writing parameters and two moments once at a copy's."
+)
 
 
 def write_results(results: Record, folder: Path) -> None:
@@ -51,82 +49,71 @@ def read_results(folder: Path) -> Record | None:
     if not path.exists():
         return None
     # Results of a comparison have no ceilings.
-    if (problem := damage(path, "settings", "environment", "ceilings", "arms")) is not None:
-        raise UsageError(f"--output: {path} {problem}; name another folder")
+    if problem := damage(path, "settings", "environment", "ceilings", "arms"):
+        raise UsageError(f"--output: {problem}; name another folder")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_report(results: Record, folder: Path) -> None:
     """Draw the pictures and write `report.html`, which holds all of them."""
-    pictures = draw(results, folder)
-    sections = [Section("", html_text(_heading(results)) + html_table(summary_table(results)))]
-    failed = _failures(results)
-    if failed:
-        sections.append(Section("Not measured", html_text(*failed)))
-    arms = measured(results)
+    arms, sections = tables.measured(results), [Section("", _heading(results))]
     if arms:
-        breakdown = pictures.get("breakdown")
-        picture = html_image(breakdown, "Milliseconds of each arm's step by phase.") if breakdown \
-            else ""  # fmt: skip
-        sections.append(Section("Where a step goes", picture + html_table(phase_table(results))))
-        if memory := memory_table(results):
-            sections.append(Section("What holds the memory", html_table(memory)))
-        if waits := waits_table(results):
-            sections.append(Section("Where the host waits", html_table(waits)))
-        roofline = pictures.get("roofline")
-        picture = html_image(roofline, "Rate of each kernel over its operations per byte.") \
-            if roofline else ""  # fmt: skip
-        sections.append(Section("Ceilings", picture + html_table(ceilings_table(results))))
-        what = "Kernels" if results["settings"]["device"] == "cuda" else "Operations"
+        breakdown, roofline = pictures.draw(results, folder)
         sections += [
-            Section(
-                f"{what}: {label_of(name)}", html_table(kernel_table(results, arm, ALL_KERNELS))
-            )
-            for name, arm in arms.items()
+            Section("Summary", tables=[tables.summary_table(results)]),
+            Section("Where a step goes", images=breakdown, tables=[tables.phase_table(results)]),
+            Section("What holds the memory", tables=[tables.memory_table(results)]),
+            Section("Where the host waits", tables=[tables.waits_table(results)]),
+            Section("Ceilings", images=roofline, tables=[tables.ceilings_table(results)]),
         ]
-        traces = ", ".join(arm["trace"] for arm in arms.values())
-        sections.append(
-            Section(
-                "Where the numbers are from",
-                html_text(
-                    *sources(results),
-                    f"Traces for https://ui.perfetto.dev, in the folder of this page: {traces}.",
-                    _environment(results),
-                ),
-            )
-        )
-    page = html_page("One training step, taken apart", sections)
-    write_whole(folder / REPORT_FILE, page)
+        for name, record in arms.items():
+            kernels = tables.kernel_table(results, record, 60)
+            sections.append(Section(f"Kernels: {label_of(name)}", tables=[kernels]))
+        traces = ", ".join(record["trace"] for record in arms.values())
+        text = [*_sources(results), f"Traces for https://ui.perfetto.dev: {traces}."]
+        sections.append(Section("Where the numbers are from", text))
+    shown = [part for part in sections if part.text or len(part.tables[0]) > 1]
+    write_page(folder / REPORT_FILE, "One training step, taken apart", shown)
 
 
 def terminal_text(results: Record) -> str:
     """All tables, for a terminal."""
-    parts = [_heading(results), plain_table(summary_table(results)), *_failures(results)]
-    arms = measured(results)
+    arms, parts = tables.measured(results), _heading(results)
     if arms:
-        parts += [plain_table(phase_table(results))]
-        parts += [plain_table(table) for table in (memory_table(results),) if table]
-        for name, arm in arms.items():
-            table = plain_table(kernel_table(results, arm, MANY_KERNELS, brief=True))
-            parts.append(f"{label_of(name)}\n{table}")
-        parts += [plain_table(ceilings_table(results)), "\n".join(sources(results))]
+        parts += [
+            plain_table(table(results))
+            for table in (tables.summary_table, tables.phase_table, tables.memory_table)
+        ]
+        for name, record in arms.items():
+            kernels = tables.kernel_table(results, record, 14, brief=True)
+            parts.append(f"{label_of(name)}\n{plain_table(kernels)}")
+        parts += [plain_table(tables.ceilings_table(results)), "\n".join(_sources(results))]
     return "\n\n".join(parts)
 
 
-def _heading(results: Record) -> str:
-    described = Settings.from_json(results["settings"]).describe()
-    return f"{described}, on {results['environment']['device']}"
-
-
-def _failures(results: Record) -> list[str]:
-    return [
-        f"{label_of(name)}: {arm['status']}: {arm['message']}"
-        for name, arm in results["arms"].items()
-        if arm["status"] != "ok"
+def _heading(results: Record) -> list[str]:
+    """What was measured, and what could not be."""
+    s = results["settings"]
+    # Older results have the number under its name.
+    active = s.get("sparsity") or (f"L0 {s['l0']:g}" if s["k"] is None else f"k {s['k']}")
+    dead = f", {s['dead_fraction']:.0%} dead" if s["dead_fraction"] else ""
+    sizes = f"{s['d_in']} -> {s['d_sae']:,}, {active}, batch {s['batch']}{dead}, {s['precision']}"
+    failed = [
+        f"{label_of(name)}: {record['status']}: {record['message']}"
+        for name, record in results["arms"].items()
+        if record["status"] != "ok"
     ]
+    return [f"{s['architecture']}, {sizes}, on {results['environment']['device']}", *failed]
 
 
-def _environment(results: Record) -> str:
-    environment = results["environment"]
-    versions = ("torch", "triton", "sae_lens", "python", "commit", "date")
-    return ", ".join(f"{name} {environment.get(name)}" for name in versions) + "."
+def _sources(results: Record) -> list[str]:
+    """Where the numbers are from, and what could not be measured."""
+    names = ("torch", "triton", "sae_lens", "python", "commit", "date")
+    floor = results["floor_ms"]
+    return [
+        "Step: the median of the timed steps, without a profiler.",
+        _SOURCES[results["settings"]["device"]],
+        _FLOOR.format(floor["encoder product"], floor["update"]),
+        _BYTES,
+        ", ".join(f"{name} {results['environment'].get(name)}" for name in names) + ".",
+    ]

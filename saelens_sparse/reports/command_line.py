@@ -1,4 +1,4 @@
-"""What the command lines of compare, profile and bench have in common."""
+"""What the command lines of compare, profile and the benchmarks have in common."""
 
 from __future__ import annotations
 
@@ -71,15 +71,12 @@ def writable_folder(text: str) -> Path:
 def parse_shape(text: str) -> list[int]:
     """argparse type: the sizes d_in, d_sae, k and batch."""
     try:
-        sizes = [whole_number(0)(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError:
-        sizes = []
-    if len(sizes) != 4:
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)} is not D_IN,D_SAE,K,BATCH: four whole numbers, such as "
-            "768,24576,32,4096"
-        )
-    return sizes
+        d_in, d_sae, k, batch = (whole_number(0)(part) for part in text.split(","))
+    except (argparse.ArgumentTypeError, ValueError):
+        example = "four whole numbers, such as 768,24576,32,4096"
+        message = f"{shown(text)} is not D_IN,D_SAE,K,BATCH: {example}"
+        raise argparse.ArgumentTypeError(message) from None
+    return [d_in, d_sae, k, batch]
 
 
 def device_name(text: str) -> str:
@@ -96,21 +93,23 @@ def default_device() -> str:
 
 def add_measuring_options(parser: Parser, *, training: bool = True) -> None:
     """The options of all commands that time steps, with those of a training where there is one."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--device",
         type=device_name,
         choices=tuple(DEFAULT_STEPS),
         default=default_device(),
         help="by default the GPU if there is one",
     )
-    parser.add_argument(
+    add(
         "--steps",
         type=whole_number(1),
-        help="timed steps or calls, at most; by default "
-        f"{DEFAULT_STEPS['cuda']}, on a CPU {DEFAULT_STEPS['cpu']}",
+        help="timed steps or calls, at most; by default {cuda}, on a CPU {cpu}".format_map(
+            DEFAULT_STEPS
+        ),
     )
     if training:
-        parser.add_argument(
+        add(
             "--warmup-train",
             type=whole_number(0),
             default=30,
