@@ -73,7 +73,7 @@ class CommandParser(Parser):
         self.prog = f"python -m benchmarks {command}".strip()
 
     def add_running_options(self, *, training: bool = True, resumes: bool = True) -> None:
-        """Those of all commands that append rows; whether weights are trained, and rows looked up."""
+        """Those of commands that append rows: `training` weights, or passing over earlier rows."""
         add_measuring_options(self, training=training)
         self.add_argument(
             "--out",

@@ -11,7 +11,6 @@ from saelens_sparse.profile.cases import (
     FLOAT32,
     FLOAT64,
     Case,
-    Precision,
 )
 
 REFERENCE_PRECISION = {"float32": FLOAT64, "autocast": FLOAT32, "bfloat16": FLOAT32}

@@ -16,13 +16,12 @@ import pandas as pd
 
 from benchmarks.cases import CASES
 from benchmarks.report import active
-from benchmarks.rows import FIGURES, RESULTS, SPARSE, latest, of_contenders, ratios, slug
+from benchmarks.rows import FIGURES, RESULTS, SPARSE, Frame, latest, of_contenders, ratios, slug
 from benchmarks.sweeps import draw_sweep
 from saelens_sparse.profile.pictures import PHASE_COLORS
 from saelens_sparse.profile.roofline import draw_roofline
 from saelens_sparse.reports.presentation import (
     NOTE_COLOR,
-    STYLE,
     caption,
     label_of,
     milliseconds,
@@ -51,7 +50,7 @@ CONTENDERS = ("stock", *SPARSE)
 BAR = 0.36
 
 
-def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
+def draw(frame: Frame, folder: Path) -> list[Path]:
     """
     Draw what there are rows for, into a folder of each device.
 
@@ -65,11 +64,9 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib import rc_context
-
     written: list[Path] = []
     for device, rows in frame.groupby("device", sort=False):
-        drawings: dict[str, Callable[[pd.DataFrame], Any]] = {
+        drawings: dict[str, Callable[[Frame], Any]] = {
             "overview": draw_overview,
             "step_breakdown": draw_breakdown,
             "roofline": draw_operations,
@@ -78,11 +75,10 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
             },
         }
         for name, drawing in drawings.items():
-            with rc_context(fname=STYLE):
-                figure = drawing(rows)
-                if figure is not None:
-                    written.append(folder / slug(str(device)) / f"{name}.png")
-                    save_png(figure, written[-1])
+            figure = drawing(rows)
+            if figure is not None:
+                written.append(folder / slug(str(device)) / f"{name}.png")
+                save_png(figure, written[-1])
     return written
 
 
@@ -92,7 +88,7 @@ def folder_for(results: Path) -> Path:
     return FIGURES if in_results else results.parent / "figures"
 
 
-def draw_overview(rows: pd.DataFrame) -> Any:
+def draw_overview(rows: Frame) -> Any:
     """Speed-ups of whole steps against stock; None where there are none."""
     found = ratios(_whole_steps(rows))
     found = found[
@@ -125,7 +121,7 @@ def draw_overview(rows: pd.DataFrame) -> Any:
     return figure
 
 
-def _draw_speedup_bars(panel: Axes, found: pd.DataFrame) -> None:
+def _draw_speedup_bars(panel: Axes, found: Frame) -> None:
     longest = found["faster"].max()
     for arm, bars in found.groupby("arm", sort=True):
         name = str(arm)
@@ -147,7 +143,7 @@ def _draw_speedup_bars(panel: Axes, found: pd.DataFrame) -> None:
     panel.grid(visible=False, axis="y")
 
 
-def draw_breakdown(rows: pd.DataFrame) -> Any:
+def draw_breakdown(rows: Frame) -> Any:
     """Shares of a step's time by phase; None where there are none."""
     timed = latest(_whole_steps(rows))
     timed = timed[
@@ -203,7 +199,7 @@ def draw_breakdown(rows: pd.DataFrame) -> Any:
     return figure
 
 
-def draw_operations(rows: pd.DataFrame) -> Any:
+def draw_operations(rows: Frame) -> Any:
     """
     The latest measurement of kernels against the limits of the device; None where there is none.
 
@@ -242,7 +238,7 @@ def draw_operations(rows: pd.DataFrame) -> Any:
     return figure
 
 
-def _whole_steps(rows: pd.DataFrame) -> pd.DataFrame:
+def _whole_steps(rows: Frame) -> Frame:
     """Rows of whole steps, but for sweeps and tests."""
     rows = of_contenders(rows)
     is_tiny = rows["case"].str.startswith("tiny").astype(bool)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,7 @@ from benchmarks.agreement import CHECK_STEPS, FLOORS
 from benchmarks.cases import NamedCase
 from benchmarks.contenders import Contender
 from benchmarks.harness import say, sizes_of
-from benchmarks.rows import CHECKOUT, DisagreementError, ResultsFile, Row
+from benchmarks.rows import CHECKOUT, DisagreementError, Frame, ResultsFile, Row
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import Precision
 from saelens_sparse.profile.trainers import prepare_inputs, release_memory
@@ -57,7 +57,7 @@ class Worker:
 
 
 @contextmanager
-def running(checkout: Path, inputs: Path, runner: str) -> Iterator[Worker]:
+def running(checkout: Path, inputs: Path, runner: str) -> Generator[Worker]:
     """A worker, until the context ends."""
     path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
@@ -180,7 +180,7 @@ def run(
     return int(any(row["status"] != "ok" for row in results.rows))
 
 
-def table(rows: Sequence[Row]) -> pd.DataFrame:
+def table(rows: Sequence[Row]) -> Frame:
     """Medians of both checkouts, their ratio, and its range over the rounds."""
     return pd.DataFrame(
         [

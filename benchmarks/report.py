@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.agreement import kind_of
-from benchmarks.rows import latest, of_contenders, ratios
+from benchmarks.rows import Frame, latest, of_contenders, ratios
 
 KINDS = ("loss", "reconstruction", "firing counts", "gradient", "change")
-Render = Callable[[pd.DataFrame], str]
+Render = Callable[[Frame], str]
 
 
-def tables(frame: pd.DataFrame, render: Render | None = None) -> str:
+def tables(frame: Frame, render: Render | None = None) -> str:
     """
     For each device what the contenders trained, the phases of a step, single kernels and, last,
     what is gained; each table only where there are rows for it.
@@ -37,7 +37,7 @@ def tables(frame: pd.DataFrame, render: Render | None = None) -> str:
     return "\n\n".join(sections)
 
 
-def plain(table: pd.DataFrame) -> str:
+def plain(table: Frame) -> str:
     """The table for a terminal: the first column to the left, everything else to the right."""
     first = table.columns[0]
     width = max(len(first), *table[first].str.len())
@@ -46,14 +46,14 @@ def plain(table: pd.DataFrame) -> str:
     return text.to_string(index=False)
 
 
-def markdown(table: pd.DataFrame) -> str:
+def markdown(table: Frame) -> str:
     """The table in Markdown."""
     rule = ["---", *["---:"] * (len(table.columns) - 1)]
     lines = [list(table.columns), rule, *table.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def speed_table(rows: pd.DataFrame) -> pd.DataFrame:
+def speed_table(rows: Frame) -> Frame:
     """Time and peak memory of each sparse contender beside each other one's in the same run."""
     return _table(
         ratios(rows),
@@ -76,7 +76,7 @@ def speed_table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def agreement_table(rows: pd.DataFrame) -> pd.DataFrame:
+def agreement_table(rows: Frame) -> Frame:
     """Each contender's relative differences from the reference, and how its latents fired."""
     compared = rows[(rows["operation"] == "step") & rows["differences"].notna()]
     columns: dict[str, Callable[[Any], str]] = {
@@ -92,7 +92,7 @@ def agreement_table(rows: pd.DataFrame) -> pd.DataFrame:
     return _table(latest(compared), columns)
 
 
-def phase_table(rows: pd.DataFrame) -> pd.DataFrame:
+def phase_table(rows: Frame) -> Frame:
     """Milliseconds by phase of each contender's training steps."""
     timed = latest(rows[(rows["status"] == "ok") & rows["phases_ms"].notna()])
     columns: dict[str, Callable[[Any], str]] = {
@@ -103,7 +103,7 @@ def phase_table(rows: pd.DataFrame) -> pd.DataFrame:
     return _table(timed, {**columns, "whole step ms": lambda row: f"{row['ms']:.2f}"})
 
 
-def kernel_table(rows: pd.DataFrame) -> pd.DataFrame:
+def kernel_table(rows: Frame) -> Frame:
     """Milliseconds of single kernels, and the rates that they reach."""
     return _table(
         rows.drop_duplicates(["shape", "dtype", "kernel", "side"], keep="last"),
@@ -127,7 +127,7 @@ def active(row: Mapping[str, Any]) -> str:
     return f"k {row['k']}" if row["k"] is not None else f"L0 {row['l0']:g}"
 
 
-def _table(rows: pd.DataFrame, columns: Mapping[str, Callable[[Any], str]]) -> pd.DataFrame:
+def _table(rows: Frame, columns: Mapping[str, Callable[[Any], str]]) -> Frame:
     """A column of text for each title, made from each row."""
     records = rows.to_dict("records")
     return pd.DataFrame({title: [cell(row) for row in records] for title, cell in columns.items()})

@@ -27,6 +27,9 @@ MEASURED = ["case", "precision", "operation"]
 SPARSE = ["sparse", "sparse_runner"]
 """The contenders that others are compared with."""
 
+Frame = Any
+"""A `pandas.DataFrame`, which without stubs has a union of types for every column."""
+
 
 class DisagreementError(Exception):
     """A contender does not train the same model as stock."""
@@ -95,23 +98,23 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
 
-def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
+def frame_of(rows: Sequence[Row]) -> Frame:
     """Rows as a frame, by date; what a row lacks is None."""
-    frame = pd.DataFrame([{**dict.fromkeys(_KEYS), **row} for row in rows], dtype=object)
+    frame: Frame = pd.DataFrame([{**dict.fromkeys(_KEYS), **row} for row in rows], dtype=object)
     return frame.sort_values("date", kind="stable") if len(frame) else frame
 
 
-def of_contenders(frame: pd.DataFrame) -> pd.DataFrame:
+def of_contenders(frame: Frame) -> Frame:
     """The rows of contenders; those of single kernels have none."""
     return frame[frame["arm"].notna()]
 
 
-def latest(frame: pd.DataFrame) -> pd.DataFrame:
+def latest(frame: Frame) -> Frame:
     """The last row of each contender in each case, precision and operation."""
     return frame.drop_duplicates([*MEASURED, "arm"], keep="last")
 
 
-def ratios(frame: pd.DataFrame) -> pd.DataFrame:
+def ratios(frame: Frame) -> Frame:
     """
     Each other contender's row beside each sparse contender's of the same run, in columns that end
     in `_other`; of several such runs the latest.
@@ -132,11 +135,10 @@ def ratios(frame: pd.DataFrame) -> pd.DataFrame:
     both = both.sort_values("date", kind="stable")
     both = both.drop_duplicates([*MEASURED, "arm_other", "arm"], keep="last")
     timed = (both["status"] == "ok") & (both["status_other"] == "ok")
-    number = {name: pd.to_numeric(both[name]) for name in ("ms", "peak_gib")}
-    other = {name: pd.to_numeric(both[f"{name}_other"]) for name in number}
+    numbers = both[["ms", "ms_other", "peak_gib", "peak_gib_other"]].astype(float)
     return both.assign(
-        faster=(other["ms"] / number["ms"]).where(timed),
-        memory=number["peak_gib"] / other["peak_gib"],
+        faster=(numbers["ms_other"] / numbers["ms"]).where(timed),
+        memory=numbers["peak_gib"] / numbers["peak_gib_other"],
     )
 
 

@@ -8,10 +8,8 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
-
 from benchmarks.report import active
-from benchmarks.rows import SPARSE, latest, ratios
+from benchmarks.rows import SPARSE, Frame, latest, ratios
 from saelens_sparse.reports.presentation import NOTE_COLOR, caption, new_figure, style_of
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ class Crossing(NamedTuple):
     rises: bool
 
 
-def draw_sweep(rows: pd.DataFrame, sweep: str) -> Any:
+def draw_sweep(rows: Frame, sweep: str) -> Any:
     """The sweep's figure; None where there is nothing to compare."""
     size = sweep.rpartition("sweep_")[2]
     rows = rows[rows["sweep"] == sweep]
@@ -94,7 +92,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> list[Crossing]:
 
 
 def _draw_lines(
-    panel: Axes, rows: pd.DataFrame, size: str, quantity: str
+    panel: Axes, rows: Frame, size: str, quantity: str
 ) -> dict[str, list[tuple[float, float]]]:
     """A line for each contender, whose points are returned."""
     lines: dict[str, list[tuple[float, float]]] = {}

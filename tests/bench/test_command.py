@@ -140,6 +140,28 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.Capt
     assert "--out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"notes\n", b'{"text": "a data set"}\n' * 3, b"[1, 2]", b"\x89PNG\r\n\x1a\n\xff\xfe"],
+)
+def test_rows_are_not_appended_to_a_file_of_others(
+    content: bytes, out: Path, capsys: pytest.CaptureFixture[str]
+):
+    out.write_bytes(content)
+    assert main(["step", "--device=cpu", f"--out={out}"]) == 2
+    assert f"--out: {out} " in capsys.readouterr().err
+    assert out.read_bytes() == content
+
+
+def test_a_file_of_rows_that_cannot_be_written_is_named_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "rows.jsonl"
+    assert main(["step", "--device=cpu", f"--out={path}"]) == 2
+    assert f"--out: {path} " in capsys.readouterr().err
+
+
 def test_the_package_says_where_the_benchmarks_went(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["bench", "step"]) == 2
     error = capsys.readouterr().err

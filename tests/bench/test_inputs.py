@@ -1,6 +1,7 @@
 """What all contenders start from: batches like activations, and weights like trained ones."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_thresholds_are_calibrated_to_the_l0(l0: float):
     case = TINY_JUMPRELU
     stream = ActivationStream(case.d_in, case.d_sae, case.features_per_row, "cpu")
     batches = [stream.batch(case.batch, index) for index in range(2)]
-    sae = build_sae(case.registered.stock, case, FLOAT32, "cpu")
+    sae: Any = build_sae(case.registered.stock, case, FLOAT32, "cpu")
     plant_features(sae, stream)
     calibrate(sae, batches, l0)
     x = torch.cat(batches)
