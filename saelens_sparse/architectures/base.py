@@ -36,6 +36,7 @@ from saelens_sparse.ops import (
     matmul_dtype,
     row_norms,
 )
+from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.private_names import MODULE_HOOKS, TENSOR_HOOKS
 from saelens_sparse.warn import warn_caller
 
@@ -330,7 +331,8 @@ class SparseTrainingSAEMixin(_Base):
         choice = self.settle_implementation()
         if choice.name == "dense":
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
-        return self._encode_sparsely(x, choice)
+        with profiler_range("saelens_sparse::encode"):
+            return self._encode_sparsely(x, choice)
 
     @_not_compiled
     def _encode_sparsely(
@@ -380,7 +382,8 @@ class SparseTrainingSAEMixin(_Base):
         dead = code.dead
         block = None if dead is None else dead.block
         sink = self.sink_of("W_dec", code.acts.numel(), code.backend)
-        recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, block, sink)
+        with profiler_range("saelens_sparse::decode"):
+            recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, block, sink)
         code.is_decoded = True
         if dead is not None:
             dead.W_dec = dead_W_dec

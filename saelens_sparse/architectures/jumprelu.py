@@ -45,6 +45,7 @@ from saelens_sparse.ops import (
     matmul_dtype,
     start_find_pattern,
 )
+from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.warn import warn_caller
 
 LOSS_MODES = ("step", "tanh", "quadratic")
@@ -353,17 +354,18 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         choice: Choice,
     ) -> GatedCode:
         d_sae = self.cfg.d_sae
-        pending = start_find_pattern(
-            x,
-            self.W_enc.T,
-            self.b_enc,
-            self.threshold,
-            gate.bandwidth,
-            self._capacity(x.shape[0]),
-            choice.backend,
-            self.cfg.screen_buffer_mib * 2**20,
-            self.rounded_W_enc(),
-        )
+        with profiler_range("saelens_sparse::search"):
+            pending = start_find_pattern(
+                x,
+                self.W_enc.T,
+                self.b_enc,
+                self.threshold,
+                gate.bandwidth,
+                self._capacity(x.shape[0]),
+                choice.backend,
+                self.cfg.screen_buffer_mib * 2**20,
+                self.rounded_W_enc(),
+            )
         pattern = pending.pattern
         # Sorting keeps the device busy if the host waits for the number of pairs.
         order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)

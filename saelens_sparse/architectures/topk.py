@@ -36,6 +36,7 @@ from saelens_sparse.ops import (
     keep_topk,
     start_select_topk,
 )
+from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.warn import warn_caller
 
 
@@ -146,16 +147,17 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = self.decoder_norms(choice.backend)
         buffer_bytes = self.cfg.screen_buffer_mib * 2**20
-        pending = start_select_topk(
-            x,
-            W_enc.T,
-            b_enc,
-            norms,
-            self._topk.k,
-            choice.backend,
-            buffer_bytes,
-            self.rounded_W_enc(),
-        )
+        with profiler_range("saelens_sparse::search"):
+            pending = start_select_topk(
+                x,
+                W_enc.T,
+                b_enc,
+                norms,
+                self._topk.k,
+                choice.backend,
+                buffer_bytes,
+                self.rounded_W_enc(),
+            )
         selection = pending.selection
         # Sorting keeps the device busy if the host waits for the selection's check.
         order = LatentOrder.of_keys(selection.keys, d_sae)

@@ -57,7 +57,7 @@ def _draw_breakdown(results: Record, path: Path) -> None:
     columns = {n: {**r["phases_ms"], "idle": r["idle_ms"]} for n, r in measured(results).items()}
     times: Frame = pd.DataFrame(columns)
     longest = times.sum().max()
-    times = times[times.max(axis=1) > 0.001 * longest]
+    times = times[(times > 0.001 * times.sum()).any(axis=1)]
     small = times.loc[:, times.sum() < longest / 2.5]
     panels = [times, small] if small.shape[1] else [times]
     heights = [0.5 * panel.shape[1] + 0.8 for panel in panels]
@@ -79,8 +79,9 @@ def _draw_bars(axis: Any, times: Frame, floor_ms: float) -> None:
         color = PHASE_COLORS[str(phase)]
         bars = axis.barh(names, ms, 0.66, left, color=color, edgecolor="white", label=phase)
         texts = [milliseconds(part) if part > 0.1 * widest else "" for part in ms]
-        text_color = "white" if phase in _DARK else "black"
-        axis.bar_label(bars, texts, label_type="center", color=text_color, fontsize=8.5)
+        look = {"color": "white" if phase in _DARK else "black", "fontsize": 8.5, "zorder": 5}
+        box = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
+        axis.bar_label(bars, texts, label_type="center", bbox=box, **look)
         left = left + ms
     for name, end in zip(names, left, strict=True):
         axis.annotate(f" {milliseconds(end)} ms", (end, name), va="center", fontsize=9.5)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from saelens_sparse.profile.tables import quantity
+from saelens_sparse.profile.trace import Frame
 from saelens_sparse.reports.presentation import NOTE_COLOR
 
 
-def draw_roofline(axis: Any, bandwidth: float, ceilings: Mapping[str, float], points: Any) -> None:
+def draw_roofline(
+    axis: Any, bandwidth: float, ceilings: Mapping[str, float], points: Frame
+) -> None:
     """
     Draw rates over operations per byte; larger marks take longer.
 
@@ -20,42 +25,59 @@ def draw_roofline(axis: Any, bandwidth: float, ceilings: Mapping[str, float], po
             `bytes` and `ms` of each point, none of the numbers 0.
     """
     points = points.assign(x=points.flops / points.bytes, y=1e3 * points.flops / points.ms)
-    top, lowest = max(*ceilings.values(), points.y.max()), points.y.min()
+    top, bottom = max(*ceilings.values(), points.y.max()), points.y.min()
     unit, unit_name = (1e12, "TFLOP/s") if top > 1e12 else (1e9, "GFLOP/s")
     points["y"] /= unit
-    left, right = points.x.min() / 4, 6 * max(top / bandwidth, points.x.max())
-    axis.set(xscale="log", yscale="log", xlim=(left, right), xlabel="operations per byte asked for")
-    axis.set(ylim=(lowest / unit / 4, 4 * top / unit), ylabel=unit_name)
+    left, right = points.x.min() / 4, 10 * max(top / bandwidth, points.x.max())
+    axis.set(xscale="log", yscale="log", xlim=(left, right), ylabel=unit_name)
+    axis.set(ylim=(bottom / unit / 4, 4 * top / unit), xlabel="operations per byte asked for")
     line: dict[str, Any] = {"color": "0.2", "linewidth": 1.3}
     note = {"textcoords": "offset points", "fontsize": 9, "color": NOTE_COLOR, "ha": "right"}
     ridge = max(ceilings.values()) / bandwidth
     axis.plot([left, ridge], [left * bandwidth / unit, ridge * bandwidth / unit], **line)
     place = (ridge / 4, ridge / 4 * bandwidth / unit)
-    axis.annotate(f"copy {bandwidth / 1e9:,.4g} GB/s", place, (-6, 6), **note)
+    axis.annotate(f"copy {quantity(bandwidth, 'B/s')}", place, (-6, 6), **note)
     drawn = float("inf")
     for name, flops in sorted(ceilings.items(), key=lambda ceiling: -ceiling[1]):
         if flops < 0.75 * drawn:  # else its line and name would lie on the last one
             drawn = flops
             axis.plot([flops / bandwidth, right], [flops / unit] * 2, **line)
-            axis.annotate(f"{name} GEMM {flops / unit:.3g}", (right, drawn / unit), (-2, 5), **note)
-    look = {"alpha": 0.65, "edgecolors": "white"}
+            text = f"{name} {flops / unit:.3g} {unit_name}"
+            axis.annotate(text, (right, flops / unit), (-2, 5), **note)
     for series, rows in points.groupby("series", sort=False):
-        sizes, first = 25 + 700 * rows.ms / rows.ms.sum(), rows.iloc[0]
-        axis.scatter(rows.x, rows.y, sizes, first.color, first.marker, label=series, **look)
-    _write_names(axis, points[points.label != ""].sort_values("y", ascending=False))
-    for handle in axis.legend(loc="lower right", frameon=False).legend_handles:
+        look = {"color": rows.color.iloc[0], "marker": rows.marker.iloc[0], "label": series}
+        sizes = 25 + 700 * rows.ms / rows.ms.sum()
+        axis.scatter(rows.x, rows.y, sizes, alpha=0.65, edgecolors="white", **look)
+    for handle in axis.legend(loc="lower right").legend_handles:
         handle.set_sizes([60])
+    _write_names(axis, points)
 
 
-def _write_names(axis: Any, points: Any) -> None:
-    """Name points above and to the right of them, none over another."""
-    taken: list[tuple[float, float]] = []
-    to_axes = axis.transData + axis.transAxes.inverted()
-    line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6}
-    for point in points.itertuples():
-        x, y = to_axes.transform((point.x, point.y)) + 0.02
-        while any(abs(x - right) < 0.25 and abs(y - high) < 0.035 for right, high in taken):
-            y += 0.01
-        taken.append((x, y))
-        place = {"xytext": (x, y), "textcoords": "axes fraction", "fontsize": 8.5}
-        axis.annotate(point.label, (point.x, point.y), arrowprops=line, **place)
+def _write_names(axis: Any, points: Frame) -> None:
+    """Name points beside them, clear of notes, points and other names as far as there is room."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    axis.figure.draw_without_rendering()  # settles the layout, by which names find room
+    frame, places = axis.get_window_extent(), axis.transData.transform(points[["x", "y"]])
+    taken = [text.get_window_extent() for text in axis.texts]
+    taken += [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in places]
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
+    for point in points[points.label != ""].sort_values("y", ascending=False).itertuples():
+        look = {"color": point.color, "fontsize": 8.5, "va": "center", "arrowprops": line}
+        place = {"xy": (point.x, point.y), "textcoords": "offset points"}
+        name = axis.annotate(point.label, xytext=(0, 0), **place, **look)
+
+        def cost(option: tuple[int, int], name: Any = name) -> float:
+            box = Text.get_window_extent(_moved(name, *option))  # without the line
+            outside = box.x0 < frame.x0 or box.x1 > frame.x1
+            return 10 * outside + box.count_overlaps(taken) + abs(option[1]) / 100
+
+        best = min(itertools.product((9, -9), range(-39, 45, 11)), key=cost)
+        taken.append(Text.get_window_extent(_moved(name, *best)))
+
+
+def _moved(name: Any, right: int, up: int) -> Any:
+    """The text, moved by points from what it names."""
+    name.set(position=(right, up), ha="left" if right > 0 else "right")
+    return name

@@ -123,7 +123,7 @@ def base_name(name: str) -> str:
     shorter = name.replace("(anonymous namespace)::", "")
     while (inner := re.sub(r"<[^<>]*>|\([^()]*\)", "", shorter)) != shorter:
         shorter = inner
-    return shorter.split("::")[-1].split(" ")[-1].strip() or name
+    return shorter.split("::")[-1].strip().removeprefix("void ") or name
 
 
 def _phases(operations: Frame, ranges: Frame, steps: Frame) -> list[Interval]:

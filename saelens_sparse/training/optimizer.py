@@ -29,6 +29,7 @@ from typing_extensions import override
 from saelens_sparse.architectures.parameters import FUSED_ADAM
 from saelens_sparse.choice.availability import triton_problem
 from saelens_sparse.ops import RowGradient, WeightCopy
+from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.private_names import OPTIMIZER_HOOKS
 
 if TYPE_CHECKING:
@@ -142,9 +143,10 @@ class ClippingAdam(Adam):
         if not gradients and not row_gradients:
             return
         sums = {p: _start_sums(gradient) for p, gradient in row_gradients.items()}
-        norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
-        norms += [part.square_sum().sqrt() for part in sums.values()]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        with profiler_range("saelens_sparse::clip"):
+            norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
+            norms += [part.square_sum().sqrt() for part in sums.values()]
+            norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if not self._divides_gradients():
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
             super().step()

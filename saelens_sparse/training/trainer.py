@@ -25,6 +25,7 @@ from typing_extensions import override
 from saelens_sparse.architectures.base import Pending, SparseTrainingSAEMixin
 from saelens_sparse.architectures.topk import SparseTopKTrainingSAE
 from saelens_sparse.ops import HostCount, RowGradient, WeightCopy, rounded_dtype
+from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.training.checkpoints import write_checkpoint
 from saelens_sparse.training.graphs import (
     STEPS_BEFORE,
@@ -354,10 +355,11 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
 
     @torch.no_grad()
     def _count_firings(self, output: TrainStepOutput) -> None:
-        firing_counts = output.feature_acts.bool().float().sum(0).to_dense()
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired.masked_fill_(firing_counts > 0, 0)
-        self.act_freq_scores += firing_counts
+        with profiler_range("saelens_sparse::statistics"):
+            firing_counts = output.feature_acts.bool().float().sum(0).to_dense()
+            self.n_forward_passes_since_fired += 1
+            self.n_forward_passes_since_fired.masked_fill_(firing_counts > 0, 0)
+            self.act_freq_scores += firing_counts
         if gains(self.sae):
             # On its way to the host while the weights are updated.
             passes = self.n_forward_passes_since_fired
