@@ -98,9 +98,9 @@ def write_inputs(
                 "device": device,
                 "autocast": precision.autocast,
             },
-            "batches": inputs.batches,
+            "batches": [batch.cpu() for batch in inputs.batches],
             "weights": inputs.weights,
-            "dead_latents": inputs.dead_latents,
+            "dead_latents": None if inputs.dead_latents is None else inputs.dead_latents.cpu(),
         },
         file,
     )
@@ -114,9 +114,8 @@ def compare(contender: Contender, inputs: Path, other: Path, steps: int, rounds:
     with running(other, inputs, runner) as before, running(CHECKOUT, inputs, runner) as after:
         first = [before.ask(), after.ask()]
         require_same_losses([answer["losses"][:CHECK_STEPS] for answer in first])
-        timed = [
-            [worker.ask(str(steps))["ms"] for worker in (before, after)] for _ in range(rounds)
-        ]
+        timed = [[worker.ask(str(steps)) for worker in (before, after)] for _ in range(rounds)]
+        ran_on = [worker.ask("implementation") for worker in (before, after)]
     ms_other, ms = ([time for pair in timed for time in pair[side]] for side in (0, 1))
     return {
         "status": "ok",
@@ -125,8 +124,8 @@ def compare(contender: Contender, inputs: Path, other: Path, steps: int, rounds:
         "ratio": median(ms) / median(ms_other),
         "ratio_by_round": [median(after) / median(before) for before, after in timed],
         "same_losses": first[0]["losses"] == first[1]["losses"],
-        "implementation": first[1]["implementation"],
-        "implementation_other": first[0]["implementation"],
+        "implementation": ran_on[1],
+        "implementation_other": ran_on[0],
         "steps": steps * rounds,
     }
 

@@ -5,8 +5,9 @@ Times training steps of the checkout that is imported, as its parent process ask
 
 It uses only what every version of the package has, and nothing of the package for its inputs.
 INPUTS is a file of `torch.save` that holds the fields of `Request`; the last argument names the
-runner whose steps are timed. Each line of the standard input
-is a number of steps to time; each line of the standard output is an answer in JSON.
+runner whose steps are timed. The losses of its first steps are the first line of the standard
+output. Each line of the standard input is then a number of steps, answered by their milliseconds,
+or "implementation", answered by its name. Answers are JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ UNTIMED_STEPS = 2
 
 
 class Request(TypedDict):
-    """What to train. `batches` are `[batch, d_in]`; `dead_latents`, `[n]`, are held dead."""
+    """What to train; tensors are on the CPU, and latents with indices `dead_latents` held dead."""
 
     sae: dict[str, Any]
     trainer: dict[str, Any]
@@ -85,18 +86,20 @@ def main(checkout: Path, inputs: Path, runner: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     if not Path(saelens_sparse.__file__).is_relative_to(checkout):
         raise RuntimeError(f"{checkout} is not what was imported: {saelens_sparse.__file__}")
-    request: Request = torch.load(inputs, weights_only=True, mmap=True)
-    dead_latents = request["dead_latents"]
+    request: Request = torch.load(inputs, weights_only=True)
     trainer = build(request, runner)
-    losses = [step(trainer, dead_latents).item() for _ in range(FIRST_STEPS)]
-    with trainer.autocast_if_enabled:
-        implementation = trainer.sae.implementation.name
-    print(
-        json.dumps({"losses": losses, "implementation": implementation}), file=answers, flush=True
-    )
+    dead_latents = request["dead_latents"]
+    if dead_latents is not None:
+        dead_latents = dead_latents.to(trainer.cfg.device)
+    first = {"losses": [step(trainer, dead_latents).item() for _ in range(FIRST_STEPS)]}
+    print(json.dumps(first), file=answers, flush=True)
     for line in sys.stdin:
-        ms = time_steps(trainer, dead_latents, int(line))
-        print(json.dumps({"ms": ms}), file=answers, flush=True)
+        if line == "implementation\n":
+            with trainer.autocast_if_enabled:
+                answer: Any = trainer.sae.implementation.name
+        else:
+            answer = time_steps(trainer, dead_latents, int(line))
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
