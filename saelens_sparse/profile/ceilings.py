@@ -9,7 +9,7 @@ import torch
 
 from saelens_sparse.profile.cases import Case
 from saelens_sparse.profile.measure import time_calls
-from saelens_sparse.profile.trainers import build_sae
+from saelens_sparse.profile.trainers import Inputs
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 SQUARE = {"cuda": 8192, "cpu": 1024}
@@ -17,7 +17,7 @@ SQUARE = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.float32,)}
 
 
-def measure_ceilings(case: Case, device: str) -> dict[str, Any]:
+def measure_ceilings(case: Case, inputs: Inputs, device: str) -> dict[str, Any]:
     """
     The ceilings for a case, and milliseconds that a step cannot avoid: one encoder product, and
     parameters and two moments read and written once.
@@ -30,9 +30,7 @@ def measure_ceilings(case: Case, device: str) -> dict[str, Any]:
         encoder = product_flops(dtype, device, (case.batch, case.d_in, case.d_sae))
         encoder_ms[name] = 1e3 * flops / encoder
         gemm_flops[name] = max(encoder, product_flops(dtype, device))
-    precision = case.precisions[0]
-    sae = build_sae(case.architecture, case, precision, "meta")
-    state_bytes = 6.0 * sum(parameter.nbytes for parameter in sae.parameters())
+    state_bytes = 6.0 * sum(weight.nbytes for weight in inputs.weights.values())
     product, update = 1e3 * flops / max(gemm_flops.values()), 1e3 * state_bytes / copy_bytes
     floor = {"encoder product": product, "update": update, "total": product + update}
     ceilings = {"copy_bytes": copy_bytes, "gemm_flops": gemm_flops, "encoder_ms": encoder_ms}

@@ -90,31 +90,20 @@ def _profile(names: Sequence[str], case: Case, results: Record, folder: Path) ->
 
 def _parser() -> command_line.Parser:
     parser = command_line.Parser("profile", __doc__)
-    shape, folder = command_line.parse_shape, command_line.writable_folder
-    help_of = {
-        "config": "runner config (JSON) whose SAE, batch size and precision to take",
-        "--shape": "these instead of a config",
-        "--architecture": f"{', '.join(ARCHITECTURES)}; by default the config's, with --shape "
-        f"{DEFAULT_ARCHITECTURE}",
-        "--l0": "mean number of active latents where the architecture has no k; by default the "
-        "config's target_l0 or 64, with --shape its K",
-        "--precision": "by default the config's, with --shape float32",
-        "--arms": "what is measured; by default %(default)s",
-        "--dead-fraction": "share of latents held dead; default 0",
-        "--output": "folder of the results; by default named by the problem",
-    }
-    more: dict[str, dict[str, Any]] = {
-        "config": {"nargs": "?"},
-        "--shape": {"type": shape, "metavar": "D_IN,D_SAE,K,BATCH"},
-        "--l0": {"type": float},
-        "--precision": {"choices": list(PRECISIONS)},
-        "--arms": {"default": ",".join(CONTENDERS)},
-        "--dead-fraction": {"type": float, "default": 0.0},
-        "--output": {"type": folder},
-    }
-    for name, text in help_of.items():
-        parser.add_argument(name, help=text, **more.get(name, {}))
+    add, sizes, folder = parser.add_argument, command_line.parse_shape, command_line.writable_folder
+    names = ", ".join(ARCHITECTURES)
+    without_k = (
+        "mean L0 of an architecture without k; by default the config's target_l0 or 64, or K"
+    )
+    add("config", nargs="?", help="runner config (JSON) whose SAE, batch and precision to take")
+    add("--shape", type=sizes, metavar="D_IN,D_SAE,K,BATCH", help="these instead of a config")
+    add("--architecture", help=f"{names}; by default the config's or {DEFAULT_ARCHITECTURE}")
+    add("--l0", type=float, help=without_k)
+    add("--precision", choices=list(PRECISIONS), help="by default the config's or float32")
+    add("--arms", default=",".join(CONTENDERS), help="what is measured; default %(default)s")
+    add("--dead-fraction", type=float, default=0.0, help="share of latents held dead; default 0")
     command_line.add_measuring_options(parser)
+    add("--output", type=folder, help="folder of the results; by default named by the problem")
     return parser
 
 
@@ -196,7 +185,7 @@ def _measure(names: Sequence[str], case: Case, results: Record, folder: Path) ->
         inputs = prepare_inputs(case, case.precisions[0], device, settings["warmup_train"])
         if "ceilings" not in results:
             bar.set_description("ceilings")
-            results |= measure_ceilings(case, device)
+            results |= measure_ceilings(case, inputs, device)
         report.write_results(results, folder)  # before traces: the folder is known by it
         for index, name in enumerate(names):
             bar.set_description(label_of(name))

@@ -38,16 +38,8 @@ def measure_contender(
     done: Callable[[], object],
 ) -> Record:
     """
-    Measure one of `CONTENDERS`, alone on the device.
-
-    Args:
-        name: which.
-        case: the problem.
-        device: "cuda" or "cpu".
-        inputs: what it starts from.
-        steps: number of timed steps.
-        folder: where its trace goes.
-        done: called at each timed step.
+    Measure one of `CONTENDERS`, alone on the device. Its trace goes into `folder`; `done` is called
+    at each of the timed steps.
     """
     release_memory(device)
     trainer = build_trainer(
@@ -138,14 +130,9 @@ def peak_of(
     trace: StepTrace, standing: dict[str, int], gradients: set[int], *, on_cpu: bool
 ) -> Record:
     """
-    What holds memory when a trace's one step holds most: bytes by what outlives a step, and what
-    the step has made by the phase that made it.
-
-    Args:
-        trace: with allocations.
-        standing: bytes that are known to outlive a step.
-        gradients: addresses of the parameters' gradients.
-        on_cpu: whether the CPU's memory is meant; its allocations before the trace are not known.
+    What holds memory when a trace's one step holds most: the `standing` bytes, which outlive it,
+    the rest that does (not known on a CPU), gradients (by address), and what the step has made, by
+    the phase that made it.
     """
     changes: Frame = trace.memory[(trace.memory.device == 0) == on_cpu]
     if changes.empty:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -42,14 +39,7 @@ class Stopwatch:
 
 @dataclass
 class Timed:
-    """
-    Steps or calls, timed.
-
-    Attributes:
-        ms: milliseconds of each.
-        before_bytes: allocated on the GPU before them; None on a CPU.
-        peak_bytes: most that was allocated there during them.
-    """
+    """Milliseconds of calls; bytes allocated on the GPU before them and at most, or None."""
 
     ms: list[float]
     before_bytes: int | None
@@ -69,13 +59,7 @@ class Timed:
 
 @dataclass
 class TimedSteps(Timed):
-    """
-    Training steps, timed.
-
-    Attributes:
-        firing: `[d_sae]`, share of the rows on which each latent fired, on the CPU.
-        metrics: of the last step, by SAELens's names.
-    """
+    """Of steps: `[d_sae]` shares of rows on which latents fired; SAELens's metrics of the last."""
 
     firing: torch.Tensor
     metrics: dict[str, float]
@@ -114,14 +98,8 @@ def time_steps(
     untimed: int = UNTIMED_STEPS,
 ) -> TimedSteps:
     """
-    Take steps as `SAETrainer.fit` does, with the output of one alive during the next.
-
-    Args:
-        trainer: its first steps, which are not timed, are taken here.
-        inputs: what it is trained on.
-        steps: number of timed steps.
-        done: called at each of them.
-        untimed: number of steps before them.
+    Time steps after some `untimed` ones, as `SAETrainer.fit` takes them: with the output of one
+    alive during the next. `done` is called at each timed step.
     """
     output, batch = None, torch.empty(0)
 
@@ -142,26 +120,7 @@ def time_steps(
     assert output is not None
     rows = steps * trainer.cfg.train_batch_size_samples
     firing = ((trainer.act_freq_scores - fired_before) / rows).cpu()
-    values = {name: value() if callable(value) else value for name, value in output.metrics.items()}
-    metrics = {name: float(value) for name, value in values.items()}
+    metrics = {
+        name: float(value() if callable(value) else value) for name, value in output.metrics.items()
+    }
     return TimedSteps(**vars(timed), firing=firing, metrics=metrics)
-
-
-def count_waits(trainer: Trainer, inputs: Inputs) -> dict[str, int] | None:
-    """
-    Operations of one step in which the host waits for the device, by the line that asks for them;
-    None on a CPU. PyTorch counts its own: no waits for events, no copies in the background.
-    """
-    if trainer.cfg.device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            take_step(trainer, inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    found = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
-    to_package = re.compile(r"^.*/(?:site-packages|dist-packages)/|^.*/(?=saelens_sparse/)")
-    return dict(Counter(f"{to_package.sub('', w.filename)}:{w.lineno}" for w in found))

@@ -14,8 +14,8 @@ from saelens_sparse.profile.trace import Frame
 from saelens_sparse.reports import presentation as reports
 from saelens_sparse.reports.presentation import label_of, milliseconds, style_of
 
-# Okabe and Ito's colours, grey for what is no work on the SAE's numbers. Older results have other
-# names of some phases.
+# Okabe and Ito's colours, grey for what is no work on the SAE's numbers. "forward", "select" and
+# "loss" are names in older results.
 PHASE_COLORS = {
     "encode": "#0072B2",
     "forward": "#0072B2",
@@ -35,21 +35,22 @@ _DARK = ("encode", "forward", "decode", "backward", "optimizer")
 _NAMED_KERNELS = 4
 
 
-def draw(results: Record, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The pictures of phases and of kernels, each by what it shows; empty where none is made."""
+def draw(results: Record, folder: Path) -> dict[str, dict[str, Path]]:
+    """The pictures by the heading that they belong under and what they show, if any can be made."""
     if not reports.can_draw():
-        return {}, {}
-    breakdown, roofline = folder / "breakdown.png", folder / "roofline.png"
-    _draw_breakdown(results, breakdown)
+        return {}
+    drawn = {"Where a step goes": {"Milliseconds by phase": folder / "breakdown.png"}}
+    _draw_breakdown(results, folder / "breakdown.png")
     points: Frame = _points(results)
     if len(points):
         figure, (axis,) = reports.new_figure(width=6.4, height=5.2)
         ceilings = results["ceilings"]
-        draw_roofline(axis, ceilings["copy_bytes"], ceilings["gemm_flops"], points)
+        gemms = {f"{dtype} GEMM": flops for dtype, flops in ceilings["gemm_flops"].items()}
+        draw_roofline(axis, ceilings["copy_bytes"], gemms, points)
         reports.caption(figure, [results["environment"]])
-        reports.save_png(figure, roofline)
-    shown = {"Rates of kernels over their operations per byte": roofline} if len(points) else {}
-    return {"Milliseconds of a step by phase": breakdown}, shown
+        reports.save_png(figure, folder / "roofline.png")
+        drawn["Ceilings"] = {"Rates of kernels over operations per byte": folder / "roofline.png"}
+    return drawn
 
 
 def _draw_breakdown(results: Record, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from saelens_sparse.ops.common.ranges import PREFIX
 from saelens_sparse.profile.trace import PHASES, StepTrace
-from saelens_sparse.profile.trainers import Inputs, Trainer, take_step
+from saelens_sparse.profile.trainers import Inputs, Trainer, implementation_of, take_step
 
 # What SAELens's forward pass calls, and the phase that begins there.
 _BEGINS = {
@@ -28,21 +28,16 @@ def record_steps(
     trainer: Trainer, inputs: Inputs, path: Path, steps: int, *, with_memory: bool = False
 ) -> StepTrace:
     """
-    Record steps, none of them as a CUDA graph: its kernels are the same, but lie in no range.
-
-    Args:
-        trainer: warm already.
-        inputs: what it is trained on.
-        path: where the trace goes, `.json.gz`.
-        steps: how many are recorded, after one that pays for the profiler's start.
-        with_memory: whether allocations are recorded too, which takes time itself.
+    Record steps of a warm trainer, after one that pays for the profiler's start, in `path`, a
+    `.json.gz`. None is a CUDA graph: its kernels are the same, but lie in no range. Recording
+    allocations takes time itself.
     """
     activities = [ProfilerActivity.CPU]
     if trainer.cfg.device == "cuda":
         activities.append(ProfilerActivity.CUDA)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        _marked_phases(trainer.sae),
+        _marked_phases(trainer),
         profile(
             activities=activities,
             schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
@@ -67,15 +62,11 @@ def phase_ms(trainer: Trainer, inputs: Inputs, steps: int = 5) -> dict[str, floa
 
 
 @contextmanager
-def _marked_phases(sae: Any) -> Generator[None]:
-    """The forward pass with ranges: a sparse SAE sets its own, a stock one gets hooks."""
-    if hasattr(sae, "implementation"):
-        graphs, sae.cfg.cuda_graph = sae.cfg.cuda_graph, False
-        try:
-            yield
-        finally:
-            sae.cfg.cuda_graph = graphs
-        return
+def _marked_phases(trainer: Trainer) -> Generator[None]:
+    """Ranges of the forward pass: a sparse SAE sets its own, one that is dense gets hooks."""
+    sae: Any = trainer.sae
+    is_dense = implementation_of(sae, trainer.autocast_if_enabled) in (None, "dense")
+    graphs = getattr(sae.cfg, "cuda_graph", False)
     inside: list[record_function] = []
 
     def begin(phase: str | None, *_: Any) -> None:
@@ -88,11 +79,15 @@ def _marked_phases(sae: Any) -> Generator[None]:
     # Hooks after these points would make sparse activations dense.
     hooks = [
         getattr(sae, point).register_forward_pre_hook(partial(begin, phase))
-        for point, phase in _BEGINS.items()
+        for point, phase in (_BEGINS.items() if is_dense else ())
     ]
     try:
+        if graphs:
+            sae.cfg.cuda_graph = False
         yield
     finally:
         begin(None)
         for hook in hooks:
             hook.remove()
+        if graphs:
+            sae.cfg.cuda_graph = True

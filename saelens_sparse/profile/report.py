@@ -23,13 +23,14 @@ _SOURCES = {
     "allocator holds at the peak of a traced step, weights and moments included, not the "
     "process's resident set.",
 }
+_FLOOR = (
+    "Step: the median of the timed steps, without a profiler. Floor: {:.3g} ms for one dense "
+    "product with the encoder at the fastest GEMM's rate, and {:.3g} ms for reading and writing "
+    "parameters and two moments once at a copy's."
+)
 _BYTES = (
     "Bytes asked: inputs and outputs of PyTorch's operations from recorded shapes, and what this "
     "package's kernels declare. Caches serve part of them: the rate can exceed a copy's."
-)
-_FLOOR = (
-    "Floor: {:.3g} ms for one dense product with the encoder at the fastest GEMM's rate, and "
-    "{:.3g} ms for reading and writing parameters and two moments once at a copy's."
 )
 
 
@@ -56,64 +57,54 @@ def read_results(folder: Path) -> Record | None:
 
 def write_report(results: Record, folder: Path) -> None:
     """Draw the pictures and write `report.html`, which holds all of them."""
-    arms, sections = tables.measured(results), [Section("", _heading(results))]
-    if arms:
-        breakdown, roofline = pictures.draw(results, folder)
-        sections += [
-            Section("Summary", tables=[tables.summary_table(results)]),
-            Section("Where a step goes", images=breakdown, tables=[tables.phase_table(results)]),
-            Section("What holds the memory", tables=[tables.memory_table(results)]),
-            Section("Where the host waits", tables=[tables.waits_table(results)]),
-            Section("Ceilings", images=roofline, tables=[tables.ceilings_table(results)]),
-        ]
-        for name, record in arms.items():
-            kernels = tables.kernel_table(results, record, 60)
-            sections.append(Section(f"Kernels: {label_of(name)}", tables=[kernels]))
-        traces = ", ".join(record["trace"] for record in arms.values())
-        text = [*_sources(results), f"Traces for https://ui.perfetto.dev: {traces}."]
-        sections.append(Section("Where the numbers are from", text))
-    shown = [part for part in sections if part.text or len(part.tables[0]) > 1]
-    write_page(folder / REPORT_FILE, "One training step, taken apart", shown)
+    images = pictures.draw(results, folder) if tables.measured(results) else {}
+    sections = _sections(results, images, kernels=60)
+    write_page(folder / REPORT_FILE, "One training step, taken apart", sections)
 
 
 def terminal_text(results: Record) -> str:
     """All tables, for a terminal."""
-    arms, parts = tables.measured(results), _heading(results)
-    if arms:
-        parts += [
-            plain_table(table(results))
-            for table in (tables.summary_table, tables.phase_table, tables.memory_table)
-        ]
-        for name, record in arms.items():
-            kernels = tables.kernel_table(results, record, 14, brief=True)
-            parts.append(f"{label_of(name)}\n{plain_table(kernels)}")
-        parts += [plain_table(tables.ceilings_table(results)), "\n".join(_sources(results))]
+    parts = [
+        "\n".join([*section.text, section.heading, *map(plain_table, section.tables)]).strip()
+        for section in _sections(results, {}, kernels=14)
+    ]
     return "\n\n".join(parts)
 
 
-def _heading(results: Record) -> list[str]:
-    """What was measured, and what could not be."""
-    s = results["settings"]
+def _sections(results: Record, images: dict[str, dict[str, Path]], kernels: int) -> list[Section]:
+    arms, s = tables.measured(results), results["settings"]
     # Older results have the number under its name.
     active = s.get("sparsity") or (f"L0 {s['l0']:g}" if s["k"] is None else f"k {s['k']}")
     dead = f", {s['dead_fraction']:.0%} dead" if s["dead_fraction"] else ""
     sizes = f"{s['d_in']} -> {s['d_sae']:,}, {active}, batch {s['batch']}{dead}, {s['precision']}"
-    failed = [
-        f"{label_of(name)}: {record['status']}: {record['message']}"
-        for name, record in results["arms"].items()
-        if record["status"] != "ok"
-    ]
-    return [f"{s['architecture']}, {sizes}, on {results['environment']['device']}", *failed]
-
-
-def _sources(results: Record) -> list[str]:
-    """Where the numbers are from, and what could not be measured."""
+    heading = [f"{s['architecture']}, {sizes}, on {results['environment']['device']}"]
+    for name, record in results["arms"].items():
+        if record["status"] != "ok":
+            heading.append(f"{label_of(name)}: {record['status']}: {record['message']}")
+    if not arms:
+        return [Section("", heading)]
+    parts = {
+        "Where a step goes": tables.phase_table(results),
+        "What holds the memory": tables.memory_table(results),
+        "Where the host waits": tables.waits_table(results),
+        "Ceilings": tables.ceilings_table(results),
+    }
+    for name, record in arms.items():
+        parts[f"Kernels: {label_of(name)}"] = tables.kernel_table(results, record, kernels)
     names = ("torch", "triton", "sae_lens", "python", "commit", "date")
-    floor = results["floor_ms"]
-    return [
-        "Step: the median of the timed steps, without a profiler.",
-        _SOURCES[results["settings"]["device"]],
-        _FLOOR.format(floor["encoder product"], floor["update"]),
+    sources = [
+        _FLOOR.format(results["floor_ms"]["encoder product"], results["floor_ms"]["update"]),
+        _SOURCES[s["device"]],
         _BYTES,
+        f"Traces for https://ui.perfetto.dev: {', '.join(r['trace'] for r in arms.values())}.",
         ", ".join(f"{name} {results['environment'].get(name)}" for name in names) + ".",
+    ]
+    return [
+        Section("", heading, tables=[tables.summary_table(results)]),
+        *(
+            Section(title, images=images.get(title, {}), tables=[table])
+            for title, table in parts.items()
+            if len(table) > 1
+        ),
+        Section("Where the numbers are from", sources),
     ]

@@ -55,29 +55,29 @@ def draw_roofline(
 
 def _write_names(axis: Any, points: Frame) -> None:
     """Name points beside them, clear of notes, points and other names as far as there is room."""
-    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     axis.figure.draw_without_rendering()  # settles the layout, by which names find room
-    frame, places = axis.get_window_extent(), axis.transData.transform(points[["x", "y"]])
+    frame, to_data = axis.get_window_extent(), axis.transData.inverted()
+    places = axis.transData.transform(points[["x", "y"]])
     taken = [text.get_window_extent() for text in axis.texts]
     taken += [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in places]
-    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
     for point in points[points.label != ""].sort_values("y", ascending=False).itertuples():
-        look = {"color": point.color, "fontsize": 8.5, "va": "center", "arrowprops": line}
-        place = {"xy": (point.x, point.y), "textcoords": "offset points"}
-        name = axis.annotate(point.label, xytext=(0, 0), **place, **look)
+        look = {"textcoords": "offset points", "color": point.color, "fontsize": 8.5}
+        name = axis.annotate(point.label, (point.x, point.y), (0, 0), va="center", **look)
 
-        def cost(option: tuple[int, int], name: Any = name) -> float:
-            box = Text.get_window_extent(_moved(name, *option))  # without the line
+        def move(right: int, up: int, name: Any = name) -> Any:
+            name.set(position=(right, up), ha="left" if right > 0 else "right")
+            return name.get_window_extent()
+
+        def cost(option: tuple[int, int]) -> float:
+            box = move(*option)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1
             return 10 * outside + box.count_overlaps(taken) + abs(option[1]) / 100
 
-        best = min(itertools.product((9, -9), range(-39, 45, 11)), key=cost)
-        taken.append(Text.get_window_extent(_moved(name, *best)))
-
-
-def _moved(name: Any, right: int, up: int) -> Any:
-    """The text, moved by points from what it names."""
-    name.set(position=(right, up), ha="left" if right > 0 else "right")
-    return name
+        right, up = min(itertools.product((9, -9), range(-61, 62, 11)), key=cost)
+        box = move(right, up)
+        taken.append(box)
+        if abs(up) > 11:
+            x, y = to_data.transform((box.x0 if right > 0 else box.x1, (box.y0 + box.y1) / 2))
+            axis.plot([point.x, x], [point.y, y], color="0.6", linewidth=0.6)

@@ -76,16 +76,8 @@ def memory_table(results: Record) -> Rows:
     return [*rows, ["reached in", *(str(held["peak_phase"]) for held in memory)]]
 
 
-def kernel_table(results: Record, record: Record, limit: int, *, brief: bool = False) -> Rows:
-    """
-    The kernels of a contender that take longest; on a CPU its operations.
-
-    Args:
-        results: of the profile.
-        record: of the contender.
-        limit: number of rows, before one for all others.
-        brief: whether to leave out what follows from other columns.
-    """
+def kernel_table(results: Record, record: Record, limit: int) -> Rows:
+    """The kernels of a contender that take longest, on a CPU operations, and all others as one."""
     ceilings, on_gpu = results["ceilings"], results["settings"]["device"] == "cuda"
     copy_bytes, gemm_flops = ceilings["copy_bytes"], max(ceilings["gemm_flops"].values())
 
@@ -95,7 +87,7 @@ def kernel_table(results: Record, record: Record, limit: int, *, brief: bool = F
 
         is_product = row["name"].split(":")[0] in ("mm", "addmm", "bmm")
         flops = rate("flops") if is_product else None
-        found = {
+        return {
             "kernel" if on_gpu else "operation": row["name"][:40],
             "phase": row["phases"][0] + (" ..." if len(row["phases"]) > 1 else ""),
             "x": f"{row['launches']:.0f}",
@@ -103,16 +95,12 @@ def kernel_table(results: Record, record: Record, limit: int, *, brief: bool = F
             "bytes asked": quantity(row["bytes"], "B"),
             "per second": quantity(rate("bytes"), "B/s"),
             "of copy": share(rate("bytes"), copy_bytes),
-            "FLOP/s": quantity(flops, ""),
             "of GEMM": share(flops, gemm_flops),
             "tensor cores": "yes" if row["tensor_cores"] else UNKNOWN,
-            "  busy": share(row.get("tensor_pipe_share"), 100),
+            "tensor pipe": share(row.get("tensor_pipe_share"), 100),
             "occupancy": share(row.get("occupancy") or row["estimated_occupancy"], 100),
-            "DRAM bytes": quantity(row.get("dram_bytes"), "B"),
             "DRAM of copy": share(rate("dram_bytes"), copy_bytes),
         }
-        left_out = ("per second", "FLOP/s", "DRAM bytes") if brief else ()
-        return {name: text for name, text in found.items() if name not in left_out}
 
     frame: Frame = pd.DataFrame([cells(row) for row in record["kernels"]])
     frame = frame.loc[:, (frame != UNKNOWN).any()]

@@ -153,13 +153,18 @@ def _kernels(device: Frame, calls: Frame, operations: Frame) -> Frame:
     """What ran on the device, with the operation of PyTorch that launched it, if any did."""
     launches = calls.drop_duplicates("correlation")[["correlation", "id", "start"]]
     launches = launches.rename(columns={"start": "launched"})
-    asked = operations[operations.name.str.startswith("aten::")].drop_duplicates("id")
-    asked = asked[["id", "name", *_ARGUMENTS]].rename(columns={"name": "operation"})
+    asked = _named(operations, "aten::").drop_duplicates("id")[["id", "name", "start", *_ARGUMENTS]]
+    asked = asked.rename(columns={"name": "operation", "start": "asked"})
     items = device.drop(columns=["id", *_ARGUMENTS]).merge(launches, on="correlation")
     items = items.merge(asked, on="id", how="left")
     names = items.name.map(base_name)
     of = items.operation.str.removeprefix("aten::") + ": "
-    return items.assign(name=of.fillna("") + names, device_runs=True, asks=items.operation.notna())
+    return items.assign(
+        name=of.fillna("") + names,
+        launched=items.asked.fillna(items.launched),  # clocks of calls and operations may differ
+        device_runs=True,
+        asks=items.operation.notna(),
+    )
 
 
 def _operations(operations: Frame) -> Frame:

@@ -26,12 +26,8 @@ TIMED_BATCHES = 4
 @dataclass
 class Inputs:
     """
-    What every training of a case starts from.
-
-    Attributes:
-        batches: `[batch, d_in]` on the device, used in rotation.
-        weights: trained-like parameters by name, on the CPU.
-        dead_latents: indices of the latents held dead in every step, which fire least; or None.
+    What every training of a case starts from: batches `[batch, d_in]` on the device, trained-like
+    weights on the CPU, and indices of the latents that fire least, if some are held dead.
     """
 
     batches: list[torch.Tensor]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from saelens_sparse.compare.metrics import deviation, summarize, with_language_model
+from saelens_sparse.compare.records import AUX_LOSS, MSE, ArmFolder, Step, load_steps
 from safetensors.torch import load_file
 
 import saelens_sparse
 from saelens_sparse.compare import command, dictionaries, driver, figures, report, tables
-from saelens_sparse.compare.metrics import deviation, summarize, with_language_model
 from saelens_sparse.compare.process_memory import ProcessMemory
-from saelens_sparse.compare.records import AUX_LOSS, MSE, ArmFolder, Step, load_steps
 from saelens_sparse.reports import presentation
 from tests.support.compare import make_config
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from saelens_sparse.compare.records import ArmFolder, load_steps
 
 from saelens_sparse import cli
 from saelens_sparse.compare import command, report
 from saelens_sparse.compare.options import parse_comparison
-from saelens_sparse.compare.records import ArmFolder, load_steps
 from saelens_sparse.compare.state import State, open_output
 from saelens_sparse.config.files import UsageError
 from tests.support.compare import contents, make_config

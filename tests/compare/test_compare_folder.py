@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from saelens_sparse.compare.driver import ComparisonError
 from safetensors.torch import save_file
 
 from saelens_sparse import cli
 from saelens_sparse.compare import embedded_inputs
 from saelens_sparse.compare.command import prepare_inputs
-from saelens_sparse.compare.driver import ComparisonError
 from saelens_sparse.compare.options import parse_comparison
 from saelens_sparse.compare.state import State, open_output
 from saelens_sparse.config.files import UsageError

@@ -47,7 +47,7 @@ def test_kernels_of_the_sparse_runner_go_by_its_ranges():
             record.kernel("mse")
         with record.range("saelens_sparse::backward"):
             for node, sequence in (("_DecodeBackward", 6), ("_EncodeSelectedBackward", 5)):
-                fields = {"Sequence number": sequence, "Fwd thread id": 1}
+                fields: Any = {"Sequence number": sequence, "Fwd thread id": 1}
                 with record.op(NODE + node, thread=ENGINE, **fields):
                     record.kernel(f"{node}_kernel")
             record.kernel("after_all_nodes")
@@ -151,10 +151,10 @@ def test_work_that_is_not_known_is_not_made_up(name: str, arguments: list[Any]):
 def test_time_is_counted_once_and_kernels_share_their_operations_work():
     record = Recorder()
     for start in (5000.0, 5100.0):
-        with record.step(), record.range("saelens_sparse::decode"):
-            with record.op("aten::mm", [N, L], [L, D], kind="c10::Half"):
-                record.kernel("split_gemm", 30.0, start)
-                record.kernel("reduce_of_gemm", 10.0, start + 25)  # begins before the other ends
+        operation = record.op("aten::mm", [N, L], [L, D], kind="c10::Half")
+        with record.step(), record.range("saelens_sparse::decode"), operation:
+            record.kernel("split_gemm", 30.0, start)
+            record.kernel("reduce_of_gemm", 10.0, start + 25)  # begins before the other ends
     trace = record.trace()
     assert trace.n_steps == 2 and trace.ms_by("phase") == {"decode": pytest.approx(0.04)}
     assert trace.busy_ms == pytest.approx(0.035)

@@ -81,7 +81,7 @@ def places(trace: StepTrace) -> dict[str, str]:
     return {name: f"{phase} {part}".strip() for name, phase, part in found}
 
 
-def forward(sequence: int) -> dict[str, int]:
+def forward(sequence: int) -> dict[str, Any]:
     return {"Sequence number": sequence, "Fwd thread id": 0}
 
 
@@ -90,14 +90,12 @@ def stock_step(record: Recorder) -> None:
     with record.step():
         with record.op("aten::gt", [L]):
             record.kernel("dead_mask")
-        with record.range("saelens_sparse::encode"):
-            with record.op("aten::mm", [N, D], [D, L], **forward(1)):
-                record.kernel("encoder_gemm", 30.0)
+        with record.range("saelens_sparse::encode"), record.op("aten::mm", [N, D], **forward(1)):
+            record.kernel("encoder_gemm", 30.0)
         with record.range("saelens_sparse::search"), record.op("aten::topk", [N, L], **forward(2)):
             record.kernel("gather_topk")
-        with record.range("saelens_sparse::decode"):
-            with record.op("aten::mm", [N, L], [L, D], **forward(3)):
-                record.kernel("decoder_gemm", 30.0)
+        with record.range("saelens_sparse::decode"), record.op("aten::mm", [N, L], **forward(3)):
+            record.kernel("decoder_gemm", 30.0)
         with record.op("aten::mse_loss", [N, D], [N, D], **forward(4)):
             record.kernel("mse")
         with record.op("aten::_to_copy", [N, L], **forward(5)):  # no node has this number
@@ -108,10 +106,9 @@ def stock_step(record: Recorder) -> None:
             ("TopkBackward0", 2, "grad_acts"),
             ("MmBackward0", 1, "grad_W_enc"),
         ):
-            fields = {"Sequence number": sequence, "Fwd thread id": 1}
-            with record.op(f"{NODE}{node}", thread=ENGINE, **fields):
-                with record.op("aten::mm", [L, N], [N, D], thread=ENGINE):
-                    record.kernel(kernel)
+            fields: Any = {"Sequence number": sequence, "Fwd thread id": 1}
+            with record.op(NODE + node, thread=ENGINE, **fields), record.op("aten::mm", [L, N]):
+                record.kernel(kernel)
         with record.op(f"{NODE}torch::autograd::AccumulateGrad", thread=ENGINE):
             record.kernel("accumulated")
         with record.op("aten::_foreach_mul_", [[L, D], [D, L]], []):
