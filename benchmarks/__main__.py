@@ -30,7 +30,7 @@ from benchmarks.cases import CASES, NamedCase, groups_of
 from benchmarks.contenders import SPARSE, SPARSE_RUNNER, STOCK
 from benchmarks.harness import FORWARD, STEP, Benchmark, Session, say
 from benchmarks.report import kernel_table, markdown, plain, tables
-from benchmarks.rows import FIGURES, RESULTS, ResultsFile, frame_of, load_rows
+from benchmarks.rows import FIGURES, RESULTS, Frame, ResultsFile, frame_of, load_rows
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import PRECISIONS, Precision
 from saelens_sparse.reports.command_line import (
@@ -112,6 +112,12 @@ class CommandParser(Parser):
             default=[one.name for one in (SPARSE, SPARSE_RUNNER) if one.name in allowed],
             help=f"{', '.join(allowed)}, or all; by default the sparse ones",
         )
+
+    def parse_files(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Frame]:
+        """Options of a command that reads files, and the rows of these."""
+        self.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
+        args = self.parse_args(argv)
+        return args, frame_of(load_rows(args.files or sorted(RESULTS.glob("*.jsonl"))))
 
 
 def names_of(
@@ -234,27 +240,28 @@ def run_pair(argv: Sequence[str]) -> int:
 def run_report(argv: Sequence[str]) -> int:
     """`python -m benchmarks report`."""
     parser = CommandParser("report", "Tables from the rows that the benchmarks have appended.")
-    parser.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
-    args = parser.parse_args(argv)
-    rows = load_rows(args.files or sorted(RESULTS.glob("*.jsonl")))
-    print(tables(frame_of(rows), markdown if args.markdown else plain))
+    args, rows = parser.parse_files(argv)
+    print(tables(rows, markdown if args.markdown else plain))
     return 0
 
 
 def run_figures(argv: Sequence[str]) -> int:
     """`python -m benchmarks figures`."""
     parser = CommandParser("figures", figures.__doc__)
-    parser.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
     parser.add_argument(
         "--to", type=Path, help="folder to draw into; by default the project's or one beside FILE"
     )
-    args = parser.parse_args(argv)
-    rows = load_rows(args.files or sorted(RESULTS.glob("*.jsonl")))
+    args, rows = parser.parse_files(argv)
     if not can_draw():
         return 1
-    folder = args.to or (figures.folder_for(args.files[0]) if args.files else FIGURES)
-    for path in figures.draw(frame_of(rows), folder):
+    default = figures.folder_for(args.files[0]) if args.files else FIGURES
+    return draw(rows, args.to or default)
+
+
+def draw(rows: Frame, folder: Path) -> int:
+    """Draw all figures and say where they are."""
+    for path in figures.draw(rows, folder):
         print(f"drawn: {path}")
     return 0
 
@@ -280,10 +287,7 @@ def run_default(argv: Sequence[str]) -> int:
     rows = frame_of(load_rows([results.path]))
     of_device = rows[rows["device"] == results.environment["device"]]
     print(f"\n{tables(of_device)}\n\nRows are in {results.path}.")
-    if can_draw():
-        for path in figures.draw(of_device, figures.folder_for(results.path)):
-            print(f"drawn: {path}")
-    return 0
+    return draw(of_device, figures.folder_for(results.path)) if can_draw() else 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

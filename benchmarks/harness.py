@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from benchmarks.contenders import (
     STOCK_TF32,
     Contender,
 )
-from benchmarks.models import Model, decode, encode, forget_gradients, forward, forward_backward
+from benchmarks.models import Model
 from benchmarks.rows import ResultsFile, Row
 from saelens_sparse.profile.cases import Precision
 from saelens_sparse.profile.measure import time_calls
@@ -59,30 +59,39 @@ class Benchmark:
     measure: Callable[[Model, str, int], Row]
 
 
+def without_gradients(model: Model, call: Callable[..., Any], *args: Any) -> Any:
+    """What the model's method gives, in its precision."""
+    with torch.no_grad(), model.autocast():
+        return call(*args)
+
+
 def observe_passes(model: Model) -> Trajectory:
     """Reconstructions of a batch, and the gradients of their error."""
     x = model.inputs.batches[0]
-    forward_backward(model, x)
+    model.forward_backward(x)
     trajectory = {
         f"gradient of {name}": model.gradient(name)
         for name, parameter in model.parameters.items()
         if parameter.grad is not None
     }
-    trajectory["decoded"] = decode(model, encode(model, x))
-    trajectory["reconstruction"] = forward(model, x)
+    activations = without_gradients(model, model.encode, x)
+    trajectory["decoded"] = without_gradients(model, model.decode, activations)
+    trajectory["reconstruction"] = without_gradients(model, model.forward, x)
     return {name: value.cpu() for name, value in trajectory.items()}
 
 
 def measure_pass(model: Model, operation: str, steps: int) -> Row:
     """Time decoding, a forward pass, or one with its backward pass."""
     x = model.inputs.batches[0]
-    forget_gradients(model)
-    calls: Mapping[str, Callable[[], Any]] = {
-        "decode": partial(decode, model, encode(model, x) if operation == "decode" else None),
-        "forward": partial(forward, model, x),
-        "forward_backward": partial(forward_backward, model, x),
-    }
-    timed = time_calls(calls[operation], model.device, steps)
+    model.forget_gradients()
+    if operation == "decode":
+        activations = without_gradients(model, model.encode, x)
+        call = partial(without_gradients, model, model.decode, activations)
+    elif operation == "forward":
+        call = partial(without_gradients, model, model.forward, x)
+    else:
+        call = partial(model.forward_backward, x)
+    timed = time_calls(call, model.device, steps)
     return {"implementation": model.implementation, **timed.to_row()}
 
 

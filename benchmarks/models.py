@@ -91,6 +91,18 @@ class Model(ABC):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision.autocast)
 
+    def forward_backward(self, x: torch.Tensor) -> None:
+        """A forward pass and the gradients of its mean squared error."""
+        self.forget_gradients()
+        with self.autocast():
+            loss = nn.functional.mse_loss(self.forward(x), x)
+        loss.backward()
+
+    def forget_gradients(self) -> None:
+        """Free them."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def time_training(self, steps: int) -> Row:
         """Time whole steps."""
         return time_calls(self.step, self.device, self.affordable(steps)).to_row()
@@ -209,38 +221,3 @@ class SAELensModel(Model):
             },
             "phases_ms": phase_ms(self.trainer, self.inputs),
         }
-
-
-@torch.no_grad()
-def encode(model: Model, x: torch.Tensor) -> Any:
-    """Activations without gradients."""
-    with model.autocast():
-        return model.encode(x)
-
-
-@torch.no_grad()
-def decode(model: Model, activations: Any) -> torch.Tensor:
-    """The reconstruction without gradients."""
-    with model.autocast():
-        return model.decode(activations)
-
-
-@torch.no_grad()
-def forward(model: Model, x: torch.Tensor) -> torch.Tensor:
-    """The reconstruction of a batch without gradients."""
-    with model.autocast():
-        return model.forward(x)
-
-
-def forward_backward(model: Model, x: torch.Tensor) -> None:
-    """A forward pass and the gradients of its mean squared error."""
-    forget_gradients(model)
-    with model.autocast():
-        loss = nn.functional.mse_loss(model.forward(x), x)
-    loss.backward()
-
-
-def forget_gradients(model: Model) -> None:
-    """Free the gradients of its parameters."""
-    for parameter in model.parameters.values():
-        parameter.grad = None

@@ -10,6 +10,11 @@ import pandas as pd
 from benchmarks.agreement import kind_of
 from benchmarks.rows import Frame, latest, of_contenders, ratios
 
+WHO: dict[str, Callable[[Any], str]] = {
+    "case": lambda row: row["case"],
+    "precision": lambda row: row["precision"],
+    "contender": lambda row: row["arm"],
+}
 KINDS = ("loss", "reconstruction", "firing counts", "gradient", "change")
 Render = Callable[[Frame], str]
 
@@ -79,9 +84,7 @@ def speed_table(rows: Frame) -> Frame:
 def agreement_table(rows: Frame) -> Frame:
     """Each contender's relative differences from the reference, and how its latents fired."""
     compared = rows[(rows["operation"] == "step") & rows["differences"].notna()]
-    columns: dict[str, Callable[[Any], str]] = {
-        name: lambda row, name=name: row[name] for name in ("case", "precision", "arm")
-    }
+    columns = dict(WHO)
     for kind in KINDS:
         columns[f"{kind} off by"] = lambda row, kind=kind: _largest(row["differences"], kind)
     for title, key, digits in (("L0", "l0", ".1f"), ("busiest latent", "max_fraction", ".0%"),
@@ -95,9 +98,7 @@ def agreement_table(rows: Frame) -> Frame:
 def phase_table(rows: Frame) -> Frame:
     """Milliseconds by phase of each contender's training steps."""
     timed = latest(rows[(rows["status"] == "ok") & rows["phases_ms"].notna()])
-    columns: dict[str, Callable[[Any], str]] = {
-        name: lambda row, name=name: row[name] for name in ("case", "precision", "arm")
-    }
+    columns = dict(WHO)
     for phase in dict.fromkeys(phase for phases in timed["phases_ms"] for phase in phases):
         columns[f"{phase} ms"] = lambda row, phase=phase: _number(row["phases_ms"].get(phase))
     return _table(timed, {**columns, "whole step ms": lambda row: f"{row['ms']:.2f}"})
