@@ -1,36 +1,30 @@
-"""Benchmark arms of other libraries."""
+"""Other libraries as contenders."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 from typing_extensions import override
 
-from benchmarks import forward, peers, train_step
-from saelens_sparse.profile.cases import (
-    DICTIONARY_LEARNING,
-    FLOAT32,
-    SPARSE,
-    SPARSIFY,
-    STEP_CASES,
-    STOCK,
-    Case,
-)
+from benchmarks.__main__ import COMMANDS, run_benchmark
+from benchmarks.cases import CASES, NamedCase
+from benchmarks.contenders import DICTIONARY_LEARNING, SPARSIFY, STOCK, Contender
+from benchmarks.harness import FORWARD, STEP, Session
+from benchmarks.peers import Peer, Sparsify
+from benchmarks.rows import Row
+from saelens_sparse.profile.cases import FLOAT32
 from saelens_sparse.profile.trainers import prepare_inputs
-from saelens_sparse.reports.results import ResultsFile, environment
-from tests.bench.test_benchmark import one_thread, run_tiny, step_contest
 
-__all__ = ["one_thread"]
-
-TINY = STEP_CASES["tiny"]
+TINY = CASES["tiny"]
 ALIVE = replace(TINY, name="alive", dead_fraction=0.0)
 
 
-class PlainTopK(peers.Peer):
+class PlainTopK(Peer):
     """What a peer is: a Top-K SAE that selects by pre-activation, and a loss of its own scale."""
 
+    distribution = "torch"
     names: ClassVar[dict[str, tuple[str, bool]]] = {
         "W_enc": ("encoder.weight", True),
         "b_enc": ("encoder.bias", False),
@@ -46,7 +40,7 @@ class PlainTopK(peers.Peer):
         return torch
 
     @override
-    def build(self) -> torch.nn.Module:
+    def make_sae(self) -> torch.nn.Module:
         case = self.case
         self.encoder = torch.nn.Linear(case.d_in, case.d_sae)
         self.decoder = torch.nn.Linear(case.d_sae, case.d_in)
@@ -58,7 +52,7 @@ class PlainTopK(peers.Peer):
     @override
     def encode(self, x: torch.Tensor) -> Any:
         pre_acts = self.encoder(x - self.decoder.bias)
-        values, latents = pre_acts.topk(cast(int, self.case.k))
+        values, latents = pre_acts.topk(int(self.case.sparsity))
         return torch.zeros_like(pre_acts).scatter(-1, latents, values.relu())
 
     @override
@@ -70,7 +64,7 @@ class PlainTopK(peers.Peer):
         return 0.5
 
     @override
-    def hold_dead(self) -> None: ...
+    def hold_dead(self, latents: torch.Tensor) -> None: ...
 
     @override
     def train_step(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,28 +80,24 @@ class WronglyTrained(PlainTopK):
     gradient_factor = 1.1
 
 
-PLAIN = replace(SPARSIFY, name="plain", peer="torch")
-
-
-REAL = [arm for arm in (SPARSIFY, DICTIONARY_LEARNING) if peers.peer_problem(arm, "cpu") is None]
+PLAIN = Contender("plain", peer=PlainTopK)
+REAL = [
+    one for one in (SPARSIFY, DICTIONARY_LEARNING) if one.peer and one.peer.problem("cpu") is None
+]
 TESTED_PEERS = [PLAIN, *REAL]
 
 
-@pytest.fixture
-def plain_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.PEERS, "plain", PlainTopK)
-
-
-@pytest.mark.usefixtures("plain_peer")
-@pytest.mark.parametrize("arm", TESTED_PEERS, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("contender", TESTED_PEERS, ids=lambda one: one.name)
 @pytest.mark.parametrize("case", [TINY, ALIVE], ids=lambda case: case.name)
-def test_peers_are_timed_once_their_first_step_is_stocks(arm: Any, case: Case, tmp_path: Path):
-    steps = step_contest(tmp_path / "rows.jsonl")
-    steps.run(case, FLOAT32, [STOCK, arm])
+def test_peers_are_timed_once_their_first_step_is_stocks(
+    contender: Contender, case: NamedCase, session: Callable[..., Session]
+):
+    steps = session()
+    steps.run(case, FLOAT32, [STOCK, contender])
     _, row = steps.results.rows
-    assert (row["arm"], row["status"], row["checked"]) == (arm.name, "ok", True)
+    assert (row["arm"], row["status"], row["checked"]) == (contender.name, "ok", True)
     assert row["note"]
-    assert row["peer"].startswith(f"{arm.peer} ")
+    assert row["peer"].startswith(f"{cast(Any, contender.peer).distribution} ")
     gradients = {f"gradient of {name}" for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     checked = {"mse_loss", "reconstruction"} | (gradients if case is ALIVE else set[str]())
     assert row["differences"].keys() == checked
@@ -115,47 +105,52 @@ def test_peers_are_timed_once_their_first_step_is_stocks(arm: Any, case: Case, t
     assert max(row["differences"].values()) < 1e-5
 
 
-@pytest.mark.usefixtures("plain_peer")
-@pytest.mark.parametrize("arm", TESTED_PEERS, ids=lambda arm: arm.name)
-def test_peers_take_part_in_forward_and_backward(arm: Any, tmp_path: Path):
-    results = ResultsFile(tmp_path / "rows.jsonl", environment("cpu", "abc"))
-    passes = forward.ForwardContest(results, device="cpu", steps=1, warmup_train=2)
-    passes.run(forward.ForwardContest.cases["tiny"], FLOAT32, [STOCK, arm])
-    rows = [row for row in results.rows if row["arm"] == arm.name]
-    assert [row["operation"] for row in rows] == list(passes.operations)
+@pytest.mark.parametrize("contender", TESTED_PEERS, ids=lambda one: one.name)
+def test_peers_take_part_in_forward_and_backward(
+    contender: Contender, session: Callable[..., Session]
+):
+    passes = session(FORWARD)
+    passes.run(TINY, FLOAT32, [STOCK, contender])
+    rows = [row for row in passes.results.rows if row["arm"] == contender.name]
+    assert [row["operation"] for row in rows] == list(FORWARD.operations)
     assert all(row["status"] == "ok" and row["checked"] for row in rows)
     assert max(rows[0]["differences"].values()) < 1e-5
 
 
-def test_a_peer_with_other_gradients_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(peers.PEERS, "plain", WronglyTrained)
-    steps = step_contest(tmp_path / "rows.jsonl")
-    steps.run(ALIVE, FLOAT32, [STOCK, PLAIN])
+def test_a_peer_with_other_gradients_is_not_timed(session: Callable[..., Session]):
+    steps = session()
+    steps.run(ALIVE, FLOAT32, [STOCK, replace(PLAIN, peer=WronglyTrained)])
     row = steps.results.rows[-1]
     assert (row["status"], row["checked"]) == ("disagrees", False)
     assert "gradient of W_enc is off by" in row["message"]
 
 
-@pytest.mark.parametrize("arm", TESTED_PEERS, ids=lambda arm: arm.name)
-def test_peers_leave_the_inputs_as_they_are(arm: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(peers.PEERS, "plain", PlainTopK)
+@pytest.mark.parametrize("contender", TESTED_PEERS, ids=lambda one: one.name)
+def test_peers_leave_the_inputs_as_they_are(contender: Contender):
     inputs = prepare_inputs(ALIVE, FLOAT32, "cpu", warmup_train=2)
     before = {name: value.clone() for name, value in inputs.weights.items()}
-    peers.build_peer(arm, ALIVE, FLOAT32, "cpu", inputs).rehearse(inputs.batches[0])
+    contender.build(ALIVE, FLOAT32, "cpu", inputs).rehearse()
     torch.testing.assert_close(inputs.weights, before, rtol=0, atol=0)
 
 
+class Absent(PlainTopK):
+    distribution = "no-such-distribution"
+
+
 def test_an_absent_peer_is_left_out_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., list[Row]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    absent = replace(SPARSIFY, peer="no-such-distribution")
-    monkeypatch.setattr(train_step.StepContest, "arms", (STOCK, SPARSE, absent))
-    rows = run_tiny(train_step.main, "tiny", tmp_path / "rows.jsonl", "--arms=sparsify")
+    absent = Contender("sparse", peer=Absent)
+    benchmark = replace(STEP, contenders=(STOCK, absent))
+    monkeypatch.setitem(COMMANDS, "step", lambda argv: run_benchmark(benchmark, argv))
+    rows = run("step", "tiny")
     assert [row["arm"] for row in rows] == ["stock"]
-    assert "sparsify is left out: no-such-distribution is not installed" in capsys.readouterr().out
+    assert "sparse is left out: no-such-distribution is not installed" in capsys.readouterr().out
 
 
 def test_peers_are_for_topk_and_for_precisions_that_they_have():
-    assert not SPARSIFY.takes(STEP_CASES["tiny_jumprelu"], FLOAT32)
-    assert peers.Sparsify.trains_in(FLOAT32, "cpu")
-    assert not peers.Sparsify.trains_in(FLOAT32, "cuda")
+    assert not SPARSIFY.takes(CASES["tiny_jumprelu"], FLOAT32)
+    assert Sparsify.trains_in(FLOAT32, "cpu")
+    assert not Sparsify.trains_in(FLOAT32, "cuda")
