@@ -21,7 +21,9 @@ from torch.nn.functional import normalize
 from benchmarks.harness import say
 from benchmarks.rows import Row
 from saelens_sparse.choice.availability import Backend, triton_problem
-from saelens_sparse.ops import LatentOrder, gather_dot, gather_sum, segment_sum, select_topk
+from saelens_sparse.ops.pairs import ActivePairs, LatentOrder
+from saelens_sparse.ops.rows.operations import gather_dot, gather_sum, segment_sum
+from saelens_sparse.ops.search.topk import search_topk
 from saelens_sparse.profile.ceilings import copy_bandwidth, product_flops
 from saelens_sparse.profile.data import ActivationStream
 from saelens_sparse.profile.measure import time_calls
@@ -57,10 +59,11 @@ class OperationInputs:
     bias: torch.Tensor  # [d_sae]
     norms: torch.Tensor  # [d_sae]
 
-    def select(self) -> object:
-        return select_topk(
+    def search(self) -> ActivePairs:
+        found = search_topk(
             self.x, self.weight, self.bias, self.norms, self.shape.k, self.backend, BUFFER_BYTES
         )
+        return found.complete().pairs
 
     def select_densely(self) -> torch.Tensor:
         scores = torch.addmm(self.bias, self.x, self.weight.T) * self.norms
@@ -109,24 +112,22 @@ def operations(inputs: OperationInputs) -> Iterator[Operation]:
     pairs = shape.rows * shape.k
     pair_bytes, pair_flops = pairs * (item + 8), 2.0 * pairs * shape.d_in
 
-    selection = select_topk(
-        x, weight, inputs.bias, inputs.norms, shape.k, backend, BUFFER_BYTES
-    )  # fmt: skip
-    latents, active, acts = selection.latents, selection.scores > 0, selection.pre_acts.relu()
-    make_order = partial(LatentOrder.of, latents, active, shape.d_sae)
+    found = inputs.search()
+    latents, rows, acts = found.latents, found.rows, found.pre_acts.relu()
+    make_order = partial(LatentOrder.of, found, shape.d_sae)
     order = make_order()
     used = int((order.counts > 0).sum())
     gathered = batch_bytes + used * shape.d_in * item + pair_bytes
     grad = torch.randn_like(x)
     say(
-        f"{shape}: {selection.rows_recomputed} rows recomputed, largest segment "
+        f"{shape}: {found.rows_recomputed} rows recomputed, largest segment "
         f"{int(order.counts.max())}, {1 - used / shape.d_sae:.0%} of latents never firing"
     )
     summed = partial(segment_sum, order, acts, grad, weight.dtype, backend)
     searched = batch_bytes + weight_bytes + pair_bytes
-    decoded = partial(gather_sum, acts, latents, weight, backend)
-    differentiated = partial(gather_dot, grad, latents, weight, backend)
-    yield Operation("select", "sparse", inputs.select, searched, dense_flops)
+    decoded = partial(gather_sum, acts, latents, rows, weight, backend)
+    differentiated = partial(gather_dot, grad, latents, rows, weight, backend)
+    yield Operation("search", "sparse", inputs.search, searched, dense_flops)
     yield Operation("sort by latent", "sparse", make_order, pairs * 24.0, 0.0)
     yield Operation("decode", "sparse", decoded, gathered, pair_flops)
     yield Operation("gradient of activations", "sparse", differentiated, gathered, pair_flops)
@@ -164,7 +165,7 @@ def selection_stages(inputs: OperationInputs, repeats: int) -> list[tuple[str, f
     """The kernels of a selection and their milliseconds, by PyTorch's profiler; CUDA only."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
-            inputs.select()
+            inputs.search()
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     times = [(event.key[:60], event.self_device_time_total / repeats / 1e3) for event in events]
