@@ -1,6 +1,6 @@
 """Attempts to break the bounds of the screens, which `ops/screen/BOUND.md` proves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import product
@@ -52,7 +52,7 @@ interpreted = pytest.mark.skipif(
 
 
 @contextmanager
-def changed(*names: str, to: Callable[[float], float]) -> Iterator[None]:
+def changed(*names: str, to: Callable[[float], float]) -> Generator[None]:
     """The constants with other values, wherever they are used."""
     modules = (bound, screen_cpu, GPU, CANDIDATES, THRESHOLD)
     with pytest.MonkeyPatch.context() as patch:
