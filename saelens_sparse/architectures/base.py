@@ -172,25 +172,30 @@ class SparseTrainingSAEMixin(_Base):
     # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
     @_not_compiled
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        step = self.start_step(step_input, asks_at_once=self.asks_at_once)
+        step = self.start_step(step_input)
         output = self.propose(step_input, step)
         if not step.is_complete():
-            step = self.start_step(step_input, asks_at_once=True)
+            step = self.start_step(step_input, instead_of=step)
             output = self.propose(step_input, step)
         self.commit(step)
         return output
 
-    def start_step(self, step_input: TrainStepInput, *, asks_at_once: bool) -> StepContext:
-        """A step to `propose`. With `asks_at_once` it waits for the device, and is complete."""
+    def start_step(
+        self, step_input: TrainStepInput, instead_of: StepContext | None = None
+    ) -> StepContext:
+        """A step to `propose`; one that is taken instead of another waits for the device, and is
+        complete.
+        """
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
         counts = mask is not None and self.uses_dead_latents
         return StepContext(
             self.implementation,
-            asks_at_once,
-            offer_to(self),
+            asks_at_once=self.asks_at_once or instead_of is not None,
+            offer=offer_to(self),
             dead_count=HostCount(mask) if mask is not None and counts else None,
             n_training_steps=step_input.n_training_steps,
+            instead_of=instead_of,
         )
 
     def propose(self, step_input: TrainStepInput, step: StepContext) -> TrainStepOutput:

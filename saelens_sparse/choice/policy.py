@@ -27,6 +27,16 @@ class PairTotals:
     n_rows: int
     d_sae: int
 
+    @property
+    def density(self) -> float:
+        """Share of all pairs. Waits for the device."""
+        return int(self.totals.values()[0]) / (self.n_rows * self.d_sae)
+
+    @property
+    def mean_l0(self) -> float:
+        """Mean number of active latents of a row. Waits for the device."""
+        return int(self.totals.values()[1]) / self.n_rows
+
 
 class DensityPolicy:
     """How many pairs recent batches had, and whether a step computes sparsely for that.
@@ -86,6 +96,4 @@ class DensityPolicy:
     def _read(self) -> None:
         coming, self._coming = self._coming, None
         if coming is not None:
-            n_pairs, n_active = (int(total) for total in coming.totals.values())
-            self._density = n_pairs / (coming.n_rows * coming.d_sae)
-            self._mean_l0 = n_active / coming.n_rows
+            self._density, self._mean_l0 = coming.density, coming.mean_l0

@@ -220,7 +220,7 @@ class GraphedPass:
         offer = Offer(None if sae.cfg.gradient_buffers else RowGradients(), self._weights)
         with _fresh_parameters(sae) as parameters, offered(sae, offer):
             with self._autocast:
-                step = sae.start_step(step_input, asks_at_once=False)
+                step = sae.start_step(step_input)
                 output = sae.propose(step_input, step)
             gradients = torch.autograd.grad(output.loss, parameters, allow_unused=True)
         code = code_of(output.feature_acts)

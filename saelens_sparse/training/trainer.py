@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from saelens_sparse.architectures.base import SparseTrainingSAEMixin
 from saelens_sparse.codes.on_demand import SparseFeatureActs
-from saelens_sparse.codes.step import Offer, RowGradients, offered
+from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
 from saelens_sparse.ops.common.host_copy import HostCount
 from saelens_sparse.ops.common.precision import matmul_dtype
 from saelens_sparse.ops.common.ranges import profiler_range
@@ -214,16 +214,19 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
                 self._knows_that_none_is_dead,
             )
         if graph is None:
-            taken = self._take_eagerly(sae, sae_in, asks_at_once=sae.asks_at_once)
+            taken = self._take_eagerly(sae, sae_in)
         else:
             taken = graph.replay(sae_in, self.n_training_steps)
         if taken.step is None or taken.step.is_complete():
             return taken
         self.optimizer.zero_grad()
-        return self._take_eagerly(sae, sae_in, asks_at_once=True)
+        return self._take_eagerly(sae, sae_in, instead_of=taken.step)
 
     def _take_eagerly(
-        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor, *, asks_at_once: bool
+        self,
+        sae: SparseTrainingSAEMixin,
+        sae_in: torch.Tensor,
+        instead_of: StepContext | None = None,
     ) -> TakenPass:
         logger, n_steps = self.cfg.logger, self.n_training_steps
         step_input = TrainStepInput(
@@ -238,7 +241,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         with offered(sae, Offer(row_gradients, self.optimizer.weights)):
             with self.autocast_if_enabled:
                 if _has_own_pass(sae):
-                    step = sae.start_step(step_input, asks_at_once=asks_at_once)
+                    step = sae.start_step(step_input, instead_of)
                     output = sae.propose(step_input, step)
                 else:  # which takes its steps by itself
                     output = sae.training_forward_pass(step_input=step_input)

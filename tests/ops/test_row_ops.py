@@ -450,20 +450,21 @@ def test_backend_triton_runs_the_triton_kernels(
 ) -> None:
     if backend != "triton":
         pytest.skip("about the Triton backend")
-    row_ops_triton = import_module("saelens_sparse.ops.rows.kernels")
     called: list[str] = []
 
-    def spy_on(name: str) -> None:
-        original = getattr(row_ops_triton, name)
+    def spy_on(module_name: str, name: str) -> None:
+        module = import_module(f"saelens_sparse.ops.rows.{module_name}")
+        original = getattr(module, name)
 
         def spy(*args: Any) -> Any:
             called.append(name)
             return original(*args)
 
-        monkeypatch.setattr(row_ops_triton, name, spy)
+        monkeypatch.setattr(module, name, spy)
 
-    for name in ("gather_sum", "gather_dot", "segment_sum", "add_rows"):
-        spy_on(name)
+    for name in ("gather_sum", "gather_dot", "add_rows"):
+        spy_on("kernels", name)
+    spy_on("segment_kernels", "segment_sum")
     latents = random_latents(4, 6, 2, device=device)
     order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), 6)
     coefficients = torch.randn(4, 2).to(device)
