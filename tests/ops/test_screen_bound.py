@@ -1,6 +1,6 @@
 """Attempts to break the bounds of the screens, which `ops/screen/BOUND.md` proves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import product
@@ -52,7 +52,7 @@ interpreted = pytest.mark.skipif(
 
 
 @contextmanager
-def changed(*names: str, to: Callable[[float], float]) -> Iterator[None]:
+def changed(*names: str, to: Callable[[float], float]) -> Generator[None]:
     """The constants with other values, wherever they are used."""
     modules = (bound, screen_cpu, GPU, CANDIDATES, THRESHOLD)
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +85,7 @@ def drawn(draw: st.DrawFn, n_rows: int, d_sae: int) -> Operands:
 
 
 @interpreted
-@settings(DERANDOMIZED, max_examples=16)
+@settings(DERANDOMIZED, max_examples=12)
 @given(drawn(n_rows=2, d_sae=40), st.integers(1, 4))
 def test_no_score_is_outside_its_bound_and_no_latent_is_missed(operands: Operands, k: int) -> None:
     """Edges of the pattern are at pre-activations, to the last bit."""
@@ -150,6 +150,8 @@ def test_recomputed_sums_are_within_the_bound_of_their_tile(d_in: int, tile: int
     products[0] = 1.0
     error = float(products.double().sum()) - lane_sum(products, tile)
     assert bound.recomputed_sum(d_in, tile) / 2 < error <= bound.recomputed_sum(d_in, tile)
+    if tile == 1:
+        assert bound.cpu_accumulation(d_in) / 2 < 2 * error <= bound.cpu_accumulation(d_in)
 
 
 @pytest.mark.parametrize("tile", [16, 256])
@@ -261,6 +263,14 @@ def biases(n: int) -> Operands:
     return Operands(torch.ones(1, 1), 1e-9 * torch.rand(n, 1, generator=chance), bias, norms)
 
 
+def near_ties() -> Operands:
+    """Scores that differ by what a float32 rounds, of which the order of operations decides."""
+    chance = torch.Generator().manual_seed(4)
+    norms = 1 + 0.3 * torch.rand(64, generator=chance)
+    weight = 2.0**-22 * (torch.rand(64, 1, generator=chance) - 0.5)
+    return Operands(torch.tensor([[0.7], [1.0], [1.9]]), weight, 1.5 / norms, norms)
+
+
 def tiny_products() -> Operands:
     """Numbers of float16 once scaled, whose products are subnormal in float32."""
     x = torch.ldexp(torch.tensor([[1040.0], [1061.0]]), torch.tensor(-130))
@@ -309,6 +319,7 @@ BROKEN: list[tuple[tuple[str, ...], Callable[[float], float], Callable[[], int]]
     (("UNDERFLOW",), nothing, lambda: outside_of(tiny_products())),
     (("BIAS_ROUNDING",), nothing, lambda: outside_of(biases(200))),
     (("PRODUCT_SLACK",), half, lambda: missed_of(swapped(-8.0))),
+    (("GROUP_BIAS_ROUNDING", "GROUP_SCORE_ROUNDING"), nothing, lambda: missed_of(near_ties())),
     (("MARK_EDGE_ROUNDING",), half, lambda: unmarked_at_first_row(grid_products())),
     (("MARK_BIAS_ROUNDING",), nothing, bias_at_the_edge),
     (("MARK_SLACK",), half, lambda: unmarked_at_first_row(residual_operands(False))),
