@@ -85,7 +85,7 @@ def drawn(draw: st.DrawFn, n_rows: int, d_sae: int) -> Operands:
 
 
 @interpreted
-@settings(DERANDOMIZED, max_examples=16)
+@settings(DERANDOMIZED, max_examples=12)
 @given(drawn(n_rows=2, d_sae=40), st.integers(1, 4))
 def test_no_score_is_outside_its_bound_and_no_latent_is_missed(operands: Operands, k: int) -> None:
     """Edges of the pattern are at pre-activations, to the last bit."""
@@ -118,24 +118,27 @@ def test_stored_norms_are_within_their_slack() -> None:
 
 
 # Block and guard bits of a T4, an A100 and an H100; one by one, as a processor adds.
-TENSOR_CORES = [(4, 1), (8, 1), (16, 2), (1, 20)]
+TENSOR_CORES = {(7, 5): (4, 1), (8, 0): (8, 1), (9, 0): (16, 2), None: (1, 20)}
 
 
-@pytest.mark.parametrize(("block", "guard"), TENSOR_CORES)
+@pytest.mark.parametrize("capability", TENSOR_CORES, ids=str)
 @pytest.mark.parametrize("d_in", [64, 1024])
-def test_sums_of_a_tensor_core_are_within_their_bound(d_in: int, block: int, guard: int) -> None:
+def test_sums_of_a_tensor_core_are_within_their_bound(
+    d_in: int, capability: tuple[int, int] | None
+) -> None:
     """A large product, then small ones of which as much as can be is cut off, in the largest
     blocks in which the sum is cut too.
     """
-    worst = 0.0
+    (block, guard), worst = TENSOR_CORES[capability], 0.0
     for quanta, used in product((1, 2, 3), range(max(1, block - 2), block + 1)):
         small = 2.0 ** -(23 + guard) * (quanta - 2.0**-9)
         products = [1.0] + [small if i % block < used else 0.0 for i in range(1, d_in)]
         true = sum(products)  # float64
         worst = max(worst, (true - tensor_core_sum(products, block, guard)) / true)
-    assert worst <= bound.screened_sum(d_in)
-    if (block, guard) == (4, 1):
-        assert worst > bound.screened_sum(d_in) / 2
+    most = d_in * bound.summed_product(capability)
+    assert worst <= most
+    if capability in ((7, 5), (9, 0)):
+        assert worst > most / 2
 
 
 @pytest.mark.parametrize("tile", [1, 16, 256, 1024])
@@ -147,6 +150,8 @@ def test_recomputed_sums_are_within_the_bound_of_their_tile(d_in: int, tile: int
     products[0] = 1.0
     error = float(products.double().sum()) - lane_sum(products, tile)
     assert bound.recomputed_sum(d_in, tile) / 2 < error <= bound.recomputed_sum(d_in, tile)
+    if tile == 1:
+        assert bound.cpu_accumulation(d_in) / 2 < 2 * error <= bound.cpu_accumulation(d_in)
 
 
 @pytest.mark.parametrize("tile", [16, 256])
@@ -180,20 +185,20 @@ def test_screens_are_told_the_tiles_of_what_recomputes(
     assert told == [tile, tile]
     assert {options["BLOCK_D"] for options in recomputations} | used == {tile}
     accumulation = {o["chunk"].accumulation for o in launched if "chunk" in o}
-    assert accumulation == {bound.accumulation(600, tile)}
+    assert accumulation == {bound.accumulation(600, tile, None)}
 
 
 @pytest.mark.parametrize(("d_in", "tile"), [(bound.MAX_D_IN + 1, 256), (64, 0)])
 def test_no_bound_is_given_where_none_is_proven(d_in: int, tile: int) -> None:
     with pytest.raises(AssertionError):
-        bound.accumulation(d_in, tile)
+        bound.accumulation(d_in, tile, None)
 
 
 # Roundings of a float32, as BOUND.md counts them; and what else a constant has to cover.
 NEEDED = {
     "NORM_SLACK": 1 + 2.0**-12,
     "ROUNDED_NORMS": (1 + bound.FLOAT16) ** 2 * (1 + 2.0**-12) ** 2,
-    "PRODUCT_SLACK": (1 + bound.FLOAT16) * (1 + bound.accumulation(bound.MAX_D_IN, 256))
+    "PRODUCT_SLACK": (1 + bound.FLOAT16) * (1 + bound.accumulation(bound.MAX_D_IN, 256, None))
     / bound.NORM_SLACK,
     "ROUNDING": bound.FLOAT16 + 5 * U,
     "BIAS_ROUNDING": 5 * U,
@@ -258,6 +263,14 @@ def biases(n: int) -> Operands:
     return Operands(torch.ones(1, 1), 1e-9 * torch.rand(n, 1, generator=chance), bias, norms)
 
 
+def near_ties() -> Operands:
+    """Scores that differ by what a float32 rounds, of which the order of operations decides."""
+    chance = torch.Generator().manual_seed(4)
+    norms = 1 + 0.3 * torch.rand(64, generator=chance)
+    weight = 2.0**-22 * (torch.rand(64, 1, generator=chance) - 0.5)
+    return Operands(torch.tensor([[0.7], [1.0], [1.9]]), weight, 1.5 / norms, norms)
+
+
 def tiny_products() -> Operands:
     """Numbers of float16 once scaled, whose products are subnormal in float32."""
     x = torch.ldexp(torch.tensor([[1040.0], [1061.0]]), torch.tensor(-130))
@@ -306,6 +319,7 @@ BROKEN: list[tuple[tuple[str, ...], Callable[[float], float], Callable[[], int]]
     (("UNDERFLOW",), nothing, lambda: outside_of(tiny_products())),
     (("BIAS_ROUNDING",), nothing, lambda: outside_of(biases(200))),
     (("PRODUCT_SLACK",), half, lambda: missed_of(swapped(-8.0))),
+    (("GROUP_BIAS_ROUNDING", "GROUP_SCORE_ROUNDING"), nothing, lambda: missed_of(near_ties())),
     (("MARK_EDGE_ROUNDING",), half, lambda: unmarked_at_first_row(grid_products())),
     (("MARK_BIAS_ROUNDING",), nothing, bias_at_the_edge),
     (("MARK_SLACK",), half, lambda: unmarked_at_first_row(residual_operands(False))),

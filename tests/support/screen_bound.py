@@ -157,14 +157,16 @@ def cut_sums(d_in: int, guard: int, used: int, device: str) -> Operands:
     """One product of one, then such as a tensor core with so many guard bits cuts by half.
 
     Of 16 columns `used` are not zero. Sums differ by row, in steps far below float16's distance.
-    All numbers are float16's.
+    All numbers are float16's. There are so many rows and latents that a GEMM need not split sums.
     """
+    n_rows, d_sae = 2048, 2048
     small = torch.arange(d_in, device=device) % 16 < used
-    x, weight = torch.zeros(64, d_in, device=device), torch.zeros(64, d_in, device=device)
+    x, weight = (torch.zeros(n, d_in, device=device) for n in (n_rows, d_sae))
     x[:, small], weight[:, small] = 2.0**-11 - 2.0**-21, 2.0 ** -(11 + guard)
-    x[:, 0] = weight[:, 0] = weight[:, 15] = 1.0
-    x[:, 15] = 2.0**-16 * torch.arange(64, device=device)
-    return Operands(x, weight, torch.zeros(64, device=device), None)
+    x[:, 0] = weight[:, 0] = 1.0
+    weight[:, 15] = 2.0**-5
+    x[:, 15] = 2.0**-11 * (torch.arange(n_rows, device=device) % 64)
+    return Operands(x, weight, torch.zeros(d_sae, device=device), None)
 
 
 def tensor_core_sum(products: list[float], block: int, guard: int) -> float:

@@ -7,4 +7,5 @@ Shapes in the comments of kernels are made of these letters:
     C candidates of a row           G groups of latents
     W words of marks                B blocks
     T tiles of columns              S partial sums
+    M width of padded rows          R rows of x or of a weight
 """

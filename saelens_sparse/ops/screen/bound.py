@@ -18,6 +18,7 @@ ROUNDING = 4.887e-4
 UNDERFLOW = 2.0**-126
 BIAS_ROUNDING = 4.0e-7
 SUMMED_PRODUCT = 3 * 2.0**-25
+SUMMED_PRODUCT_HOPPER = 1.25 * 2.0**-25
 OTHER_ROUNDINGS = 64
 
 # Top-K's groups of latents.
@@ -36,9 +37,14 @@ CPU_BIAS_ROUNDING = 4.0e-7
 CPU_TINY_NORM = 1e-14
 
 
-def screened_sum(d_in: int) -> float:
-    """Error of a sum of d_in float16 products on a tensor core, relative to |x'| |w'|."""
-    return d_in * SUMMED_PRODUCT
+def summed_product(capability: tuple[int, int] | None) -> float:
+    """Error of a sum of float16 products on a tensor core, each product's share of |x'| |w'|.
+
+    Args:
+        capability: CUDA's compute capability; None for what is no card of NVIDIA's.
+    """
+    is_hopper = capability is not None and capability[0] == 9
+    return SUMMED_PRODUCT_HOPPER if is_hopper else SUMMED_PRODUCT
 
 
 def recomputed_sum(d_in: int, tile: int) -> float:
@@ -54,16 +60,18 @@ def recomputed_sum(d_in: int, tile: int) -> float:
     return roundings / (1 - roundings)
 
 
-def accumulation(d_in: int, tile: int) -> float:
+def accumulation(d_in: int, tile: int, capability: tuple[int, int] | None) -> float:
     """Errors of the screen's sums and of those that it is compared with, relative to |x| |w|.
 
     Args:
         d_in: width of the rows, at most MAX_D_IN.
         tile: columns that the recomputation in float32 adds at a time.
+        capability: as for `summed_product`.
     """
     assert 0 <= d_in <= MAX_D_IN, f"no bound is proven for rows of {d_in} columns"
     assert tile >= 1, f"a tile of {tile} columns"
-    error = screened_sum(d_in) + recomputed_sum(d_in, tile) + OTHER_ROUNDINGS * FLOAT32
+    error = d_in * summed_product(capability)
+    error += recomputed_sum(d_in, tile) + OTHER_ROUNDINGS * FLOAT32
     return ROUNDED_NORMS * error / (1 - error)
 
 

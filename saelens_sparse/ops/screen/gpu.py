@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -255,7 +256,7 @@ class Screen:
             bias32,
             norms32,
             torch.promote_types(compute_dtype, bias.dtype),
-            bound.accumulation(x.shape[1], tile),
+            bound.accumulation(x.shape[1], tile, _capability(x.device)),
         )
 
     def chunks(self, buffer_bytes: int, rows_per_program: int) -> Iterator[tuple[slice, Chunk]]:
@@ -288,6 +289,13 @@ class Screen:
             N=products.shape[0],
             L=products.shape[1],
         )
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's compute capability; None for what is no card of NVIDIA's."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_nvidia else None
 
 
 def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
