@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.codes.on_demand import OnDemandTensor
 from tests.conftest import TARGETS, Target, marks, target_parameters
 
@@ -96,25 +96,39 @@ def make_stock(
     return sae
 
 
-def sparse_like(
-    stock: TopKTrainingSAE, implementation: str = "torch", **changes: Any
-) -> SparseTopKTrainingSAE:
-    """A sparse SAE with the configuration and the weights of `stock`."""
-    cfg = {**stock.cfg.to_dict(), "architecture": "topk_sparse", **changes}
-    sparse = SparseTopKTrainingSAE(
-        SparseTopKTrainingSAEConfig.from_dict({**cfg, "implementation": implementation})
-    )
+def sparse_like(stock: TrainingSAE[Any], implementation: str = "torch", **changes: Any) -> Any:
+    """A sparse SAE with the configuration and the weights of `stock`.
+
+    Args:
+        stock: the SAE to copy.
+        implementation: as in the configuration, or "fused" for an `auto` that begins with the
+            fused dense products.
+        changes: other fields of the configuration.
+    """
+    name = stock.cfg.architecture()
+    (architecture,) = (one for one in ARCHITECTURES.values() if one.stock == name)
+    fused = implementation == "fused"
+    cfg = {
+        **stock.cfg.to_dict(),
+        "architecture": architecture.name,
+        "implementation": "auto" if fused else implementation,
+        **changes,
+    }
+    sparse: Any = architecture.sae(architecture.config.from_dict(cfg))
     sparse.load_state_dict(stock.state_dict())
+    if fused:
+        assert sparse.implementation.name == "fused", sparse.implementation.reason
     return sparse
 
 
 def stock_like(sae: TrainingSAE[Any], dtype: torch.dtype = torch.float64) -> Any:
     """A stock SAE in another dtype with the values of the weights of `sae`."""
-    architecture = sae.cfg.architecture().removesuffix("_sparse")
-    stock_class, config_class = get_sae_training_class(architecture)
+    name = sae.cfg.architecture()
+    name = ARCHITECTURES[name].stock if name in ARCHITECTURES else name
+    stock_class, config_class = get_sae_training_class(name)
     cfg = {
         **sae.cfg.to_dict(),
-        "architecture": architecture,
+        "architecture": name,
         "dtype": str(dtype).removeprefix("torch."),
     }
     stock = stock_class(config_class.from_dict(cfg))
@@ -261,6 +275,12 @@ def random_objective(*names: str) -> Callable[[TrainStepOutput], torch.Tensor]:
 
 def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
     return (value - oracle).norm().item()
+
+
+def require_same_gradients(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    values = gradients(actual)
+    for name, value in gradients(expected).items():
+        assert error(values[name], value) <= 1e-5 * value.norm(), name
 
 
 def parameters(sae: torch.nn.Module) -> dict[str, torch.Tensor]:
