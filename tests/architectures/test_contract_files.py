@@ -8,12 +8,12 @@ import pytest
 import torch
 from sae_lens import SAE, TrainingSAE
 
-from tests.support.architectures import ON_CPU, Subject, subjects
+from tests.support.architectures import ON_CPU, SPARSE, Subject, subjects
 from tests.support.runs import names_in
 from tests.support.saes import BFLOAT16, FLOAT32, Precision, forward_pass, make_trainer
 
 
-@subjects(frozenset({"torch-cpu", "torch-cuda", "triton-cuda"}), options="few")
+@subjects(SPARSE, options="few")
 def test_inference_model_is_stock_s(
     subject: Subject, options: dict[str, Any], tmp_path: Path
 ) -> None:

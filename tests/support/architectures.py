@@ -52,6 +52,7 @@ CENTRED_OR_NOT: Options = {
 # Names of paths. A step of some architectures takes seconds in Triton's interpreter.
 EVERYWHERE = frozenset(PATHS)
 NOT_INTERPRETED = frozenset(name for name, target in PATHS.items() if not target.interpreted)
+SPARSE = frozenset(TARGETS) & NOT_INTERPRETED
 ON_CPU = frozenset({"torch-cpu"})
 
 
@@ -78,6 +79,7 @@ class Traits:
         fields: configuration in which a step shows most on a path and in a precision.
         screened: further fields with which the kernels search by a screen.
         large: further fields of an SAE whose sums several threads share.
+        reconstruction_alone: fields with which no other loss is trained.
         own_files: what it writes into a checkpoint beside the files of stock.
     """
 
@@ -90,6 +92,7 @@ class Traits:
     fields: Callable[[Target, Precision], Mapping[str, Any]] = lambda *_: {}
     screened: Mapping[str, Any] = field(default_factory=dict[str, Any])
     large: Mapping[str, Any] = field(default_factory=lambda: {"d_in": 32, "d_sae": 512})
+    reconstruction_alone: Mapping[str, Any] = field(default_factory=dict[str, Any])
     own_files: Set[str] = frozenset()
 
 
@@ -125,6 +128,7 @@ TRAITS = {
             "jumprelu_bandwidth": bandwidth_of(precision),
             "pre_act_loss_coefficient": 0.3,
         },
+        reconstruction_alone={"l0_coefficient": 0.0, "pre_act_loss_coefficient": None},
         own_files={"saelens_sparse_state.json"},
     ),
 }
