@@ -278,8 +278,20 @@ USES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+# Of each way in which PyTorch and others get at a tensor, one.
+SAMPLE = {
+    "1 + a", "a @ a.T", "tensor == a", "a[mask]", "iteration", "a.bfloat16()", "tensor.to(a)",
+    "zeros_like", "cat", "einops", "numpy", "dlpack", "item", "shape", "vmap",
+}  # fmt: skip
+uses = [pytest.param(use, marks=[] if use in SAMPLE else [pytest.mark.exhaustive]) for use in USES]
+
+
+def test_the_sample_is_of_the_uses() -> None:
+    assert USES.keys() >= SAMPLE
+
+
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", uses)
 def test_every_use_sees_an_ordinary_tensor(pair: Pair, use: str, name: str) -> None:
     lazy = getattr(pair.output, name)
     assert isinstance(lazy, OnDemandTensor)
