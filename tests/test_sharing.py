@@ -14,7 +14,7 @@ from sae_lens.saes.sae import SAEConfig
 import saelens_sparse
 from saelens_sparse.sharing import in_stock_form
 from tests.support.architectures import SUBJECTS, Subject, architectures
-from tests.support.saes import make_trainer
+from tests.support.trainers import make_trainer
 
 OPEN_WITHOUT_PLUGIN = """
 import sys, torch

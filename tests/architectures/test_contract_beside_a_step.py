@@ -14,13 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from saelens_sparse.codes.on_demand import OnDemandTensor
 from tests.support.architectures import NOT_INTERPRETED, ON_CPU, Subject, subjects
-from tests.support.saes import (
-    dead_mask,
-    error,
-    forward_pass,
-    make_trainer,
-    require_same_gradients,
-)
+from tests.support.saes import dead_mask, error, forward_pass, require_same_gradients
+from tests.support.trainers import make_trainer
 
 
 class TestFrozenEncoder:

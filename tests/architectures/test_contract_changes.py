@@ -16,10 +16,10 @@ from tests.support.saes import (
     compare_steps,
     dead_mask,
     forward_pass,
-    make_trainer,
     stock_like,
     superposed_rows,
 )
+from tests.support.trainers import make_trainer
 
 fresh_or_trained = pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 

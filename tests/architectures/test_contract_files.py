@@ -10,7 +10,8 @@ from sae_lens import SAE, TrainingSAE
 
 from tests.support.architectures import ON_CPU, SPARSE, Subject, subjects
 from tests.support.runs import names_in
-from tests.support.saes import BFLOAT16, FLOAT32, Precision, forward_pass, make_trainer
+from tests.support.saes import BFLOAT16, FLOAT32, Precision, forward_pass
+from tests.support.trainers import make_trainer
 
 
 @subjects(SPARSE, options="few")

@@ -28,13 +28,12 @@ from tests.support.saes import (
     forward_pass,
     gradients,
     input_or_not,
-    make_trainer,
     on_cpu,
     random_objective,
     step_values,
     superposed_rows,
-    trajectory,
 )
+from tests.support.trainers import make_trainer, trajectory
 
 
 @pytest.mark.pairwise

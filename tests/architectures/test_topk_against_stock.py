@@ -24,7 +24,6 @@ from tests.support.saes import (
     dead_mask,
     forward_pass,
     make_stock,
-    make_trainer,
     not_interpreted,
     require_within_budget,
     sparse_like,
@@ -33,6 +32,7 @@ from tests.support.saes import (
     target_precision_parameters,
     zipf_inputs,
 )
+from tests.support.trainers import make_trainer
 
 every_target_precision = pytest.mark.parametrize(
     ("target", "precision"), target_precision_parameters(*PRECISIONS)

@@ -9,7 +9,8 @@ import torch
 from saelens_sparse import SparseTopKTrainingSAE
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.conftest import TARGETS, Target, marks
-from tests.support.saes import make_stock, make_trainer, sparse_like, zipf_inputs
+from tests.support.saes import make_stock, sparse_like, zipf_inputs
+from tests.support.trainers import make_trainer
 
 KERNELS = [
     pytest.param(target, id=name, marks=marks(target))

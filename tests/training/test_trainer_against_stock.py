@@ -25,18 +25,15 @@ from tests.support.saes import (
     FLOAT64,
     Precision,
     make_stock,
-    make_trainer,
     not_interpreted,
     require_within_budget,
     shrunk_to_float64,
     sparse_like,
     stock_like,
-    structured_batches,
     superposed_rows,
-    training_curve,
-    trajectory,
     zipf_inputs,
 )
+from tests.support.trainers import make_trainer, structured_batches, training_curve, trajectory
 
 COUNTS = ("l0", "n_dead", "n_forward_passes_since_fired", "act_freq_scores")
 
