@@ -12,7 +12,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from saelens_sparse.architectures.jumprelu import MAX_MEASURED_DENSITY, SparseJumpReLUTrainingSAE
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.support.jumprelu import make_jumprelu, sparse_jumprelu
-from tests.support.saes import forward_pass, make_trainer, structured_batches
+from tests.support.saes import forward_pass
+from tests.support.trainers import make_trainer, structured_batches
 
 N_STEPS, D_IN, D_SAE = 60, 16, 128
 TRAINERS = {"SAELens's": SAETrainer, "own": SparseSAETrainer}

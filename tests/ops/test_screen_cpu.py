@@ -26,9 +26,9 @@ from tests.support.saes import (
     make_stock,
     sparse_like,
     stock_like,
-    trajectory,
     zipf_inputs,
 )
+from tests.support.trainers import trajectory
 
 BUFFER_BYTES = 2**26
 SHAPE = (9, 24, 1500)  # rows, d_in, d_sae

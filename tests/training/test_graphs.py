@@ -15,7 +15,7 @@ from saelens_sparse.training.graphs import (
 )
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.support.saes import make_stock, sparse_like, superposed_rows
-from tests.training.test_trainer import own_trainer, state_of, train
+from tests.support.trainers import own_trainer, state_of, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.default_algorithms]
 

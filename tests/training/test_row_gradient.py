@@ -18,14 +18,16 @@ from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, SumL
 from saelens_sparse.ops.update.weight_cache import WeightCopy
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.conftest import Target, target_parameters
+from tests.support.architectures import Subject, subjects
 from tests.support.saes import make_stock, sparse_like, superposed_rows
-from tests.training.test_trainer import own_trainer, pair, state_of, train
+from tests.support.trainers import own_trainer, state_of, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:The AccumulateGrad node")
 
 LR, BETA1, BETA2, EPS = 0.01, 0.9, 0.999, 1e-8
 STEP, DIVISOR = 3, 1.7
 
+KERNELS = frozenset({"triton-interpreter", "triton-cuda"})
 kernels = pytest.mark.parametrize(
     "target", [p for p in target_parameters(interpreted=True) if p.values[0].backend == "triton"]
 )
@@ -87,6 +89,7 @@ def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @kernels
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("launch")
 @pytest.mark.parametrize("ragged", [False, True], ids=["k a row", "ragged"])
 @pytest.mark.parametrize("block", [False, True], ids=["no block", "block"])
@@ -146,35 +149,41 @@ def test_a_copy_is_known_to_be_stale() -> None:
 
 
 def train_both_ways(
-    target: Target, architecture: str, n_steps: int, **settings: Any
+    subject: Subject, n_steps: int, *, autocast: bool, **settings: Any
 ) -> list[SparseSAETrainer]:
     """Trainers with and without buffers for gradients, after the same steps."""
     trainers: list[SparseSAETrainer] = []
     for buffers in (True, False):
         torch.manual_seed(0)
-        _, sparse = pair(architecture, target)
+        sparse = subject.sparse(subject.stock())
         sparse.cfg.gradient_buffers = buffers
         sparse.cfg.cuda_graph = False
-        trainer = own_trainer(sparse, **settings)
+        trainer = own_trainer(sparse, autocast=autocast, **settings)
         torch.manual_seed(1)
-        batches = [superposed_rows(sparse, target.few_rows(32)) for _ in range(n_steps)]
+        n_rows = subject.target.few_rows(32)
+        batches = [superposed_rows(sparse, n_rows) for _ in range(n_steps)]
         train(trainer, batches)
         trainers.append(trainer)
     return trainers
+
+
+def reads_decoder_norms(sae: Any) -> bool:
+    return getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
 
 
 def rows_of(sae: Any, name: str) -> torch.Tensor:
     return sae.W_enc.T if name == "W_enc" else sae.W_dec
 
 
-@kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_trains_as_with_buffers(target: Target, architecture: str, dtype: torch.dtype) -> None:
+@subjects(KERNELS)
+def test_trains_as_with_buffers(subject: Subject, dtype: torch.dtype) -> None:
     """With latents that die at once, so that AuxK adds rows to the gradients."""
-    n_steps = 2 if target.interpreted else 40
+    n_steps = 40
+    if subject.target.interpreted:
+        n_steps = 2 if subject.traits.steps_interpreted else 1
     with_buffers, without = train_both_ways(
-        target, architecture, n_steps, dead_feature_window=0, autocast=dtype == torch.bfloat16
+        subject, n_steps, dead_feature_window=0, autocast=dtype == torch.bfloat16
     )
     assert without.dead_neurons.any()
     expected, actual = state_of(with_buffers), state_of(without)
@@ -182,7 +191,7 @@ def test_trains_as_with_buffers(target: Target, architecture: str, dtype: torch.
         assert (actual[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
     assert not with_buffers.optimizer.weights.copies
     expected_copies = {"W_enc"} if dtype == torch.bfloat16 else set()
-    expected_copies |= {"W_dec"} if architecture == "topk" else set()
+    expected_copies |= {"W_dec"} if reads_decoder_norms(without.sae) else set()
     copies = without.optimizer.weights.copies
     assert len(copies) == len(expected_copies)
     for name in expected_copies:
@@ -233,19 +242,19 @@ def test_a_weight_with_another_use_gets_both_gradients(target: Target) -> None:
         assert (states[1][name] - value).norm() <= 1e-5 * value.norm() + 1e-7, name
 
 
-@kernels
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_a_frozen_weight_stays_and_counts_for_nothing(target: Target, architecture: str) -> None:
+@subjects(KERNELS)
+def test_a_frozen_weight_stays_and_counts_for_nothing(subject: Subject) -> None:
     states: list[dict[str, torch.Tensor]] = []
     for buffers in (True, False):
         torch.manual_seed(0)
-        _, sparse = pair(architecture, target)
+        sparse = subject.sparse(subject.stock())
         sparse.cfg.gradient_buffers, sparse.cfg.cuda_graph = buffers, False
         sparse.W_enc.requires_grad_(False)
         before = sparse.W_enc.detach().clone()
         trainer = own_trainer(sparse)
         torch.manual_seed(1)
-        train(trainer, [superposed_rows(sparse, target.few_rows(32)) for _ in range(2)])
+        n_rows = subject.target.few_rows(32)
+        train(trainer, [superposed_rows(sparse, n_rows) for _ in range(2)])
         assert torch.equal(sparse.W_enc, before)
         states.append({name: p.detach().double() for name, p in sparse.named_parameters()})
     for name, value in states[0].items():

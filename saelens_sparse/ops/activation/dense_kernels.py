@@ -1,6 +1,6 @@
 """Triton kernels of a JumpReLU between dense products; `dense.py` says what they compute."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -154,7 +154,7 @@ def dense_jumprelu(
             L=d_sae,
             T=n_tiles,
             PRE_ACTS=_TRITON_DTYPE[pre_acts_dtype],
-            **asdict(LAUNCH),
+            **vars(LAUNCH),
         )
     row_counts = row_parts.sum(1, dtype=torch.int32)
     latent_counts = latent_parts.sum(0, dtype=torch.int32)
@@ -191,7 +191,7 @@ def dense_jumprelu_gradients(
             T=n_tiles,
             STE_TO_INPUT=ste_to_input,
             PRE_ACTS=_TRITON_DTYPE[pre_acts_dtype],
-            **asdict(LAUNCH),
+            **vars(LAUNCH),
         )
     grad_bias, grad_threshold = parts.sum(1)
     return grad_products, grad_bias, grad_threshold

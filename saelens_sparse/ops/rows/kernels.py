@@ -1,6 +1,6 @@
 """Triton kernels of the row operations; `row_ops.py` says what they compute."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
@@ -248,7 +248,7 @@ def gather_sum(
             bias_ptr=None if bias is None else bias.contiguous(),
             rows=RowPairs.of(rows),
             D=d,
-            **asdict(GATHER_SUM),
+            **vars(GATHER_SUM),
         )
     return out
 
@@ -272,7 +272,7 @@ def gather_dot(
             weight_ptr=weight,
             rows=RowPairs.of(rows),
             D=weight.shape[1],
-            **asdict(GATHER_DOT),
+            **vars(GATHER_DOT),
         )
     return out
 
@@ -288,7 +288,7 @@ def add_rows(weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> 
             rows_ptr=rows.contiguous(),
             values_ptr=values.contiguous(),
             D=d,
-            **asdict(ADD_ROWS),
+            **vars(ADD_ROWS),
         )
 
 
@@ -305,7 +305,7 @@ def row_combination(coefficients: torch.Tensor, weight: torch.Tensor) -> torch.T
         weight_ptr=weight,
         L=d_sae,
         D=d,
-        **asdict(launch),
+        **vars(launch),
     )
     return parts.sum(0).to(weight.dtype)
 

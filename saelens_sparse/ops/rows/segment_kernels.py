@@ -1,6 +1,6 @@
 """Triton kernels that sum over the pairs of each latent; `operations.py` says what they compute."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
@@ -93,7 +93,7 @@ class SegmentSums(NamedTuple):
                 P=n_pairs,
                 L=order.d_sae,
                 D=d,
-                **asdict(launch),
+                **vars(launch),
             )
         return cls(pairs, partials, totals)
 
@@ -260,7 +260,7 @@ def segment_sum(
     out = torch.empty(d_sae, d, dtype=dtype, device=batch.device)
     totals = torch.empty(d_sae, dtype=dtype, device=batch.device)
     _segment_sum_kernel[(d_sae, triton.cdiv(d, launch.BLOCK_D))](
-        out, totals, sums=SegmentSums.of(order, coefficients, batch), D=d, **asdict(launch)
+        out, totals, sums=SegmentSums.of(order, coefficients, batch), D=d, **vars(launch)
     )
     return out, totals
 
@@ -276,6 +276,6 @@ def segment_totals(order: LatentOrder, values: torch.Tensor) -> torch.Tensor:
         pairs_ptr=order.pairs,
         values_ptr=values.contiguous(),
         L=order.d_sae,
-        **asdict(launch),
+        **vars(launch),
     )
     return totals

@@ -6,7 +6,7 @@ kept from the one for the other.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -159,7 +159,7 @@ class RowGradientSums:
                 block=self._block,
                 D=self._d,
                 SPLIT=SEGMENT_SUM.SPLIT,
-                **asdict(SQUARES),
+                **vars(SQUARES),
             )
         return out.sum()
 
@@ -200,7 +200,7 @@ class RowGradientSums:
                 block=self._block,
                 D=self._d,
                 SPLIT=SEGMENT_SUM.SPLIT,
-                **asdict(launch),
+                **vars(launch),
             )
         if copy is not None and squares is not None:
             norms_of(squares, out=copy.values)

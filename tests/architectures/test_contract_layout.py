@@ -12,10 +12,8 @@ from safetensors.torch import load_file, save_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from tests.support.architectures import ON_CPU, Arm, arms
+from tests.support.architectures import ON_CPU, Subject, subjects
 from tests.support.saes import error, forward_pass, gradients, step_values
-
-both_on_cpu = arms(topk=ON_CPU, jumprelu=ON_CPU)
 
 
 def is_latent_major(sae: Any) -> bool:
@@ -23,18 +21,18 @@ def is_latent_major(sae: Any) -> bool:
 
 
 class TestStateDict:
-    @both_on_cpu
-    def test_its_tensors_are_the_parameters(self, arm: Arm) -> None:
-        sparse = arm.sparse(arm.stock())
-        forward_pass(sparse, arm.inputs(arm.stock(), 4))
+    @subjects(ON_CPU)
+    def test_its_tensors_are_the_parameters(self, subject: Subject) -> None:
+        sparse = subject.sparse(subject.stock())
+        forward_pass(sparse, subject.inputs(subject.stock(), 4))
         for value in sparse.state_dict().values():
             value.fill_(0.5)
         for name, parameter in sparse.named_parameters():
             assert (parameter == 0.5).all(), name
 
-    @both_on_cpu
-    def test_a_moving_average_follows_every_weight(self, arm: Arm) -> None:
-        sparse = arm.sparse(arm.stock())
+    @subjects(ON_CPU)
+    def test_a_moving_average_follows_every_weight(self, subject: Subject) -> None:
+        sparse = subject.sparse(subject.stock())
         average = copy.deepcopy(sparse)
         with torch.no_grad():
             for parameter in sparse.parameters():
@@ -45,10 +43,10 @@ class TestStateDict:
         for name, parameter in average.named_parameters():
             torch.testing.assert_close(parameter, getattr(sparse, name) - 0.75)
 
-    @both_on_cpu
-    def test_files_hold_stock_s_layout(self, arm: Arm, tmp_path: Path) -> None:
-        stock = arm.stock()
-        sparse = arm.sparse(stock)
+    @subjects(ON_CPU)
+    def test_files_hold_stock_s_layout(self, subject: Subject, tmp_path: Path) -> None:
+        stock = subject.stock()
+        sparse = subject.sparse(stock)
         sparse.save_model(tmp_path / "training")
         sparse.save_inference_model(tmp_path / "inference")
         save_model(sparse, str(tmp_path / "safetensors"))
@@ -61,56 +59,56 @@ class TestStateDict:
 class TestConstruction:
     """The layout is made with the SAE, not in its first forward pass."""
 
-    @both_on_cpu
-    def test_a_new_sae_has_it(self, arm: Arm) -> None:
-        sparse = arm.sparse(arm.stock())
+    @subjects(ON_CPU)
+    def test_a_new_sae_has_it(self, subject: Subject) -> None:
+        sparse = subject.sparse(subject.stock())
         assert is_latent_major(sparse)
         assert is_latent_major(copy.deepcopy(sparse))
 
     @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
-    @both_on_cpu
-    def test_loading_keeps_it(self, arm: Arm, assign: bool) -> None:
-        stock, x = arm.case(n_rows=8)
-        sparse = arm.sparse(stock)
+    @subjects(ON_CPU)
+    def test_loading_keeps_it(self, subject: Subject, assign: bool) -> None:
+        stock, x = subject.case(n_rows=8)
+        sparse = subject.sparse(stock)
         weights = {name: value.clone() for name, value in stock.state_dict().items()}
         sparse.load_state_dict(weights, assign=assign)
         assert is_latent_major(sparse)
         torch.testing.assert_close(sparse(x), stock(x))
 
-    @both_on_cpu
-    def test_a_forward_pass_moves_nothing(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=8)
-        sparse = arm.sparse(stock)
+    @subjects(ON_CPU)
+    def test_a_forward_pass_moves_nothing(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=8)
+        sparse = subject.sparse(stock)
         before = {name: (p.data_ptr(), p.stride()) for name, p in sparse.named_parameters()}
         forward_pass(sparse, x).loss.backward()
         after = {name: (p.data_ptr(), p.stride()) for name, p in sparse.named_parameters()}
         assert after == before
 
-    @both_on_cpu
-    def test_shared_memory_stays_shared(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=8)
-        sparse = arm.sparse(stock)
+    @subjects(ON_CPU)
+    def test_shared_memory_stays_shared(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=8)
+        sparse = subject.sparse(stock)
         sparse.share_memory()
         forward_pass(sparse, x).loss.backward()
         assert all(parameter.is_shared() for parameter in sparse.parameters())
 
-    @both_on_cpu
-    def test_a_weight_of_another_layout_is_moved_and_said_so(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=8)
-        sparse = arm.sparse(stock)
+    @subjects(ON_CPU)
+    def test_a_weight_of_another_layout_is_moved_and_said_so(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=8)
+        sparse = subject.sparse(stock)
         sparse.W_enc.data = stock.W_enc.data.clone()
         for call in (sparse.encode, lambda x: forward_pass(sparse, x)):
             sparse.W_enc.data = stock.W_enc.data.clone()
             with pytest.warns(UserWarning, match="W_enc .* another layout") as record:
                 call(x)
-            assert Path(record[0].filename).parent == Path(__file__).parent
+            assert Path(record[0].filename).is_relative_to(Path(__file__).parents[1]), "its caller"
         assert is_latent_major(sparse)
         torch.testing.assert_close(sparse(x), stock(x))
 
-    @both_on_cpu
-    def test_dense_keeps_stock_s(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=8)
-        dense = arm.sparse(stock, "dense")
+    @subjects(ON_CPU)
+    def test_dense_keeps_stock_s(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=8)
+        dense = subject.sparse(stock, "dense")
         forward_pass(dense, x).loss.backward()
         assert dense.W_enc.is_contiguous()
         flat = parameters_to_vector(dense.parameters())
@@ -150,11 +148,11 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("find_unused", [False, True], ids=["", "find_unused_parameters"])
-@both_on_cpu
-def test_distributed_data_parallel(arm: Arm, find_unused: bool) -> None:
-    stock, x = arm.case(n_rows=16)
+@subjects(ON_CPU)
+def test_distributed_data_parallel(subject: Subject, find_unused: bool) -> None:
+    stock, x = subject.case(n_rows=16)
     expected = step_values(stock, x)
-    sparse = arm.sparse(stock)
+    sparse = subject.sparse(stock)
     model = DistributedDataParallel(Step(sparse), find_unused_parameters=find_unused)
     for step in range(3):
         sparse.zero_grad()
@@ -172,8 +170,8 @@ CASTS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-@both_on_cpu
-def test_casts_keep_the_layout(arm: Arm, cast: str) -> None:
-    sparse = arm.sparse(arm.stock())
+@subjects(ON_CPU)
+def test_casts_keep_the_layout(subject: Subject, cast: str) -> None:
+    sparse = subject.sparse(subject.stock())
     CASTS[cast](sparse)
     assert is_latent_major(sparse)

@@ -10,29 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens.saes.sae import TrainStepInput
 from torch.utils.checkpoint import checkpoint
 
 from saelens_sparse.codes.on_demand import OnDemandTensor
-from tests.conftest import TARGETS
-from tests.support.architectures import FEW_OPTIONS, ON_CPU, Arm, arms, every_arm
-from tests.support.jumprelu import MODES, every_mode, make_case, sparse_jumprelu
-from tests.support.saes import (
-    FLOAT64,
-    dead_mask,
-    error,
-    forward_pass,
-    gradients,
-    make_trainer,
-)
-
-on_cpu = arms(topk=ON_CPU)
-
-
-def require_same_gradients(sparse: Any, stock: Any) -> None:
-    actual = gradients(sparse)
-    for name, expected in gradients(stock).items():
-        assert error(actual[name], expected) <= 1e-5 * expected.norm(), name
+from tests.support.architectures import NOT_INTERPRETED, ON_CPU, Subject, subjects
+from tests.support.saes import dead_mask, error, forward_pass, require_same_gradients
+from tests.support.trainers import make_trainer
 
 
 class TestFrozenEncoder:
@@ -41,12 +24,12 @@ class TestFrozenEncoder:
     @pytest.mark.parametrize(
         "context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
     )
-    @arms(options=FEW_OPTIONS)
+    @subjects(options="few")
     def test_decoder_only_fine_tuning(
-        self, arm: Arm, options: dict[str, Any], context: Callable[[], Any]
+        self, subject: Subject, options: dict[str, Any], context: Callable[[], Any]
     ) -> None:
-        stock, x = arm.case(n_rows=20, **options)
-        sparse = arm.sparse(stock)
+        stock, x = subject.case(n_rows=20, **options)
+        sparse = subject.sparse(stock)
         for sae in (stock, sparse):
             with context():
                 acts, _ = sae.encode_with_hidden_pre(x)
@@ -56,21 +39,21 @@ class TestFrozenEncoder:
             assert sae.W_dec.grad is not None
         require_same_gradients(sparse, stock)
 
-    @arms(topk=ON_CPU)
-    def test_a_frozen_encoder_within_the_graph(self, arm: Arm) -> None:
+    @subjects(NOT_INTERPRETED)
+    def test_a_frozen_encoder_within_the_graph(self, subject: Subject) -> None:
         """The decoder's norms steer what is encoded, as long as the decoder is trained."""
-        stock, x = arm.case(n_rows=20)
-        sparse = arm.sparse(stock)
+        stock, x = subject.case(n_rows=20)
+        sparse = subject.sparse(stock)
         for sae in (stock, sparse):
             for name in ("W_enc", "b_enc"):
                 getattr(sae, name).requires_grad_(False)
             forward_pass(sae, x).loss.backward()
         require_same_gradients(sparse, stock)
 
-    def test_the_decoder_becomes_trainable_after_encoding(self) -> None:
-        arm = Arm("topk", TARGETS["torch-cpu"])
-        stock, x = arm.case(n_rows=20)
-        sparse = arm.sparse(stock)
+    @subjects(ON_CPU)
+    def test_the_decoder_becomes_trainable_after_encoding(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=20)
+        sparse = subject.sparse(stock)
         for sae in (stock, sparse):
             sae.W_dec.requires_grad_(False)
             acts, _ = sae.encode_with_hidden_pre(x)
@@ -78,35 +61,15 @@ class TestFrozenEncoder:
             sae.decode(acts).pow(2).sum().backward()
         require_same_gradients(sparse, stock)
 
-    @every_mode
-    @pytest.mark.parametrize("path", ["torch", "fused"])
-    @pytest.mark.parametrize("pre_act_loss", [None, 0.3])
-    def test_thresholds_of_activations_without_a_graph(
-        self, mode: str, path: str, pre_act_loss: float | None
-    ) -> None:
-        options = {"pre_act_loss_coefficient": pre_act_loss, **MODES[mode]}
-        stock, x = make_case(TARGETS["torch-cpu"], FLOAT64, n_rows=20, **options)
-        sparse = sparse_jumprelu(stock, path)
-        mask = dead_mask(stock, 10)
-        for sae in (stock, sparse):
-            with torch.no_grad():
-                acts, hidden_pre = sae.encode_with_hidden_pre(x)
-            step_input = TrainStepInput(x, {"l0": 0.7}, mask, 0, False)
-            losses = sae.calculate_aux_loss(step_input, acts, hidden_pre, sae.decode(acts))
-            torch.stack([*losses.values()]).sum().backward()
-        require_same_gradients(sparse, stock)
-        if mode != "tanh":
-            assert sparse.threshold.grad is not None and sparse.threshold.grad.any()
-
 
 class TestSecondDerivatives:
     """Sparse backward passes are not differentiable: whoever asks for their graph is told so."""
 
     @pytest.mark.parametrize("use", ["grad", "backward"])
-    @every_arm
-    def test_a_graph_of_the_gradient_is_refused(self, arm: Arm, use: str) -> None:
-        stock, x = arm.case(n_rows=6)
-        sparse = arm.sparse(stock)
+    @subjects()
+    def test_a_graph_of_the_gradient_is_refused(self, subject: Subject, use: str) -> None:
+        stock, x = subject.case(n_rows=6)
+        sparse = subject.sparse(stock)
         x = x.detach().clone().requires_grad_()
         uses: dict[str, Callable[[], Any]] = {
             "grad": lambda: torch.autograd.grad(sparse(x).sum(), x, create_graph=True),
@@ -115,10 +78,10 @@ class TestSecondDerivatives:
         with pytest.raises(RuntimeError, match=r"create_graph=True.*implementation='dense'"):
             uses[use]()
 
-    @arms(topk=ON_CPU)
-    def test_one_of_a_single_part_is_refused(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=6)
-        sparse = arm.sparse(stock)
+    @subjects(NOT_INTERPRETED)
+    def test_one_of_a_single_part_is_refused(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6)
+        sparse = subject.sparse(stock)
         acts, _ = sparse.encode_with_hidden_pre(x)
         with pytest.raises(RuntimeError, match="create_graph=True"):
             torch.autograd.grad(acts.sum(), sparse.W_enc, create_graph=True)
@@ -126,11 +89,11 @@ class TestSecondDerivatives:
         with pytest.raises(RuntimeError, match="create_graph=True"):
             torch.autograd.grad(sparse.decode(acts).sum(), sparse.W_dec, create_graph=True)
 
-    @on_cpu
-    def test_dense_supports_them(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=6)
+    @subjects(NOT_INTERPRETED)
+    def test_dense_supports_them(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6)
         penalties = []
-        for sae in (stock, arm.sparse(stock, "dense")):
+        for sae in (stock, subject.sparse(stock, "dense")):
             rows = x.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(sae(rows).sum(), rows, create_graph=True)
             gradient.pow(2).sum().backward()
@@ -143,13 +106,13 @@ class TestReusedInput:
     """A caller fills its input buffer again before it looks at the result."""
 
     @pytest.mark.parametrize("refill", ["in place", "past autograd"])
-    @arms(topk=ON_CPU)
+    @subjects(NOT_INTERPRETED)
     def test_pre_activations_are_those_of_the_input_that_was_encoded(
-        self, arm: Arm, refill: str
+        self, subject: Subject, refill: str
     ) -> None:
         for centred in (True, False):
-            stock, x = arm.case(n_rows=6, apply_b_dec_to_input=centred)
-            sparse = arm.sparse(stock)
+            stock, x = subject.case(n_rows=6, apply_b_dec_to_input=centred)
+            sparse = subject.sparse(stock)
             buffer = x.clone()
             expected = stock.encode_with_hidden_pre(x)
             actual = sparse.encode_with_hidden_pre(buffer)
@@ -157,10 +120,10 @@ class TestReusedInput:
             for value, wanted in zip(actual, expected, strict=True):
                 torch.testing.assert_close(value.clone(), wanted)
 
-    @arms(topk=ON_CPU)
-    def test_gradients_are_too(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=6, apply_b_dec_to_input=False)
-        sparse = arm.sparse(stock)
+    @subjects(NOT_INTERPRETED)
+    def test_gradients_are_too(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6, apply_b_dec_to_input=False)
+        sparse = subject.sparse(stock)
         buffer = x.clone()
         acts, _ = sparse.encode_with_hidden_pre(buffer)
         recons = sparse.decode(acts)
@@ -187,19 +150,19 @@ class TestGradientsOfActivations:
 
     @pytest.mark.parametrize("name", ["feature_acts", "hidden_pre"])
     @pytest.mark.parametrize("reader", READERS)
-    @arms(topk=ON_CPU)
-    def test_after_a_training_step(self, arm: Arm, reader: str, name: str) -> None:
-        stock, x = arm.case(n_rows=6)
-        output = forward_pass(arm.sparse(stock), x)
+    @subjects(NOT_INTERPRETED)
+    def test_after_a_training_step(self, subject: Subject, reader: str, name: str) -> None:
+        stock, x = subject.case(n_rows=6)
+        output = forward_pass(subject.sparse(stock), x)
         assert isinstance(output.feature_acts, OnDemandTensor)
         with pytest.raises(RuntimeError, match=rf"{name}.*implementation='dense'"):
             READERS[reader](getattr(output, name), output.loss)
 
-    @arms(topk=ON_CPU)
-    def test_before_decoding_they_are_there(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=6)
+    @subjects(NOT_INTERPRETED)
+    def test_before_decoding_they_are_there(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6)
         seen: list[list[torch.Tensor]] = []
-        for sae in (stock, arm.sparse(stock)):
+        for sae in (stock, subject.sparse(stock)):
             gradients_seen: list[torch.Tensor] = []
             acts, _ = sae.encode_with_hidden_pre(x)
             acts.register_hook(gradients_seen.append)
@@ -213,16 +176,16 @@ class TestOtherDecoders:
     """Activations of one SAE that another one decodes, or the same with another decoder."""
 
     @pytest.mark.parametrize("change", ["another SAE", "another parameter"])
-    @arms(options=FEW_OPTIONS)
+    @subjects(options="few")
     def test_the_decoder_that_decodes_counts(
-        self, arm: Arm, options: dict[str, Any], change: str
+        self, subject: Subject, options: dict[str, Any], change: str
     ) -> None:
-        stock, x = arm.case(n_rows=12, **options)
+        stock, x = subject.case(n_rows=12, **options)
         with torch.no_grad():
             other_stock = copy.deepcopy(stock)
             other_stock.W_dec.mul_(torch.linspace(0.5, 2, stock.cfg.d_sae).to(x).unsqueeze(1))
         pairs: list[tuple[Any, Any]] = [(stock, other_stock)]
-        pairs.append((arm.sparse(stock), arm.sparse(other_stock)))
+        pairs.append((subject.sparse(stock), subject.sparse(other_stock)))
         results: list[tuple[torch.Tensor, torch.Tensor]] = []
         for sae, other in pairs:
             acts, _ = sae.encode_with_hidden_pre(x)
@@ -240,11 +203,11 @@ class TestOtherDecoders:
 class TestCompiled:
     """`torch.compile` of an SAE, which breaks its graph at the sparse parts."""
 
-    @arms(topk=ON_CPU, jumprelu=ON_CPU)
-    def test_gives_what_the_sae_gives(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=6)
+    @subjects(ON_CPU)
+    def test_gives_what_the_sae_gives(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6)
         for method in ("forward", "encode"):
-            sparse = arm.sparse(stock)
+            sparse = subject.sparse(stock)
             compiled: Any = torch.compile(getattr(sparse, method), backend="eager")
             for grad in (True, False):
                 with torch.set_grad_enabled(grad):
@@ -265,30 +228,30 @@ class TestCustomFunctions:
     """PyTorch gives a custom autograd.Function the tensor itself, past what makes it ordinary."""
 
     @pytest.mark.parametrize("name", ["feature_acts", "hidden_pre"])
-    @arms(topk=ON_CPU)
-    def test_their_gradient_is_refused(self, arm: Arm, name: str) -> None:
-        stock, x = arm.case(n_rows=6)
-        output = forward_pass(arm.sparse(stock), x)
+    @subjects(NOT_INTERPRETED)
+    def test_their_gradient_is_refused(self, subject: Subject, name: str) -> None:
+        stock, x = subject.case(n_rows=6)
+        output = forward_pass(subject.sparse(stock), x)
         values: Any = Doubled.apply(getattr(output, name))
         assert values.requires_grad
         torch.testing.assert_close(values, 2 * getattr(forward_pass(stock, x), name))
         with pytest.raises(RuntimeError, match=r"custom autograd\.Function"):
             (values.sum() + output.loss).backward()
 
-    @arms(topk=ON_CPU)
-    def test_a_clone_has_a_gradient(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=6)
-        sparse = arm.sparse(stock)
+    @subjects(NOT_INTERPRETED)
+    def test_a_clone_has_a_gradient(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6)
+        sparse = subject.sparse(stock)
         for sae in (stock, sparse):
             values: Any = Doubled.apply(sae.encode_with_hidden_pre(x)[0].clone())
             values.pow(2).sum().backward()
         require_same_gradients(sparse, stock)
 
     @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-    @arms(topk=ON_CPU)
-    def test_checkpointing(self, arm: Arm, reentrant: bool) -> None:
-        stock, x = arm.case(n_rows=6)
-        sparse = arm.sparse(stock)
+    @subjects(NOT_INTERPRETED)
+    def test_checkpointing(self, subject: Subject, reentrant: bool) -> None:
+        stock, x = subject.case(n_rows=6)
+        sparse = subject.sparse(stock)
         for sae in (stock, sparse):
             rows = x.detach().clone().requires_grad_()
             loss: Any = checkpoint(
@@ -299,12 +262,12 @@ class TestCustomFunctions:
 
 
 class TestInferenceMode:
-    @arms(topk=ON_CPU)
-    def test_an_sae_made_in_it(self, arm: Arm) -> None:
+    @subjects(NOT_INTERPRETED)
+    def test_an_sae_made_in_it(self, subject: Subject) -> None:
         with torch.inference_mode():
-            stock = arm.stock()
-            x = arm.inputs(stock, 6)
-            sparse = arm.sparse(stock)
+            stock = subject.stock()
+            x = subject.inputs(stock, 6)
+            sparse = subject.sparse(stock)
             for sae in (stock, sparse):
                 sae.eval()
             torch.testing.assert_close(sparse(x), stock(x))
@@ -317,10 +280,10 @@ class TestInferenceMode:
 
 
 class TestThreads:
-    @arms(topk=ON_CPU, jumprelu=ON_CPU)
-    def test_forward_passes_of_one_sae_at_once(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=24)
-        sparse = arm.sparse(stock)
+    @subjects(ON_CPU)
+    def test_forward_passes_of_one_sae_at_once(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=24)
+        sparse = subject.sparse(stock)
         masks = [dead_mask(stock, n_dead) for n_dead in (0, 3, 12, 20)]
         inputs = [x[6 * i : 6 * i + 6] for i in range(4)]
         expected = [
@@ -362,10 +325,10 @@ class TestCopiedOutputs:
 
     @pytest.mark.parametrize("changed", [False, True], ids=["", "after the update"])
     @pytest.mark.parametrize("copied", COPIES)
-    @arms(topk=ON_CPU)
-    def test_hold_what_is_still_known(self, arm: Arm, copied: str, changed: bool) -> None:
-        stock, x = arm.case(n_rows=6)
-        sparse = arm.sparse(stock)
+    @subjects(NOT_INTERPRETED)
+    def test_hold_what_is_still_known(self, subject: Subject, copied: str, changed: bool) -> None:
+        stock, x = subject.case(n_rows=6)
+        sparse = subject.sparse(stock)
         with torch.no_grad():
             expected = forward_pass(stock, x)
             output = forward_pass(sparse, x)
@@ -382,10 +345,10 @@ class TestCopiedOutputs:
         with pytest.raises(RuntimeError, match=r"hidden_pre .* weights have changed .*'dense'"):
             again.hidden_pre.max()
 
-    @arms(topk=ON_CPU)
-    def test_of_a_trainer_s_step(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=6)
+    @subjects(NOT_INTERPRETED)
+    def test_of_a_trainer_s_step(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6)
         expected = forward_pass(stock, x).feature_acts.detach()
-        output = make_trainer(arm.sparse(stock)).step(x)
+        output = make_trainer(subject.sparse(stock)).step(x)
         again = pickle.loads(pickle.dumps(output))
         torch.testing.assert_close(again.feature_acts.detach(), expected)

@@ -7,22 +7,18 @@ import torch
 from sae_lens.saes.sae import _disable_hooks
 
 from saelens_sparse.codes.on_demand import OnDemandTensor
-from tests.support.architectures import ON_CPU, Arm, arms
-from tests.support.saes import FLOAT32, FLOAT64, dead_mask, forward_pass
+from tests.support.architectures import NOT_INTERPRETED, Subject, subjects
+from tests.support.saes import FLOAT64, Precision, dead_mask, forward_pass
 
 NAMES = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 
-every_arm = arms(topk=ON_CPU)
+every_subject = subjects(NOT_INTERPRETED, precisions=(FLOAT64,))
 
 
-def stock_and_inputs(arm: Arm) -> tuple[Any, torch.Tensor]:
-    return arm.case(FLOAT64 if arm.architecture == "topk" else FLOAT32, n_rows=6)
-
-
-@every_arm
-def test_run_with_cache(arm: Arm) -> None:
-    stock, x = stock_and_inputs(arm)
-    sparse = arm.sparse(stock)
+@every_subject
+def test_run_with_cache(subject: Subject, precision: Precision) -> None:
+    stock, x = subject.case(precision, n_rows=6)
+    sparse = subject.sparse(stock)
     x = x.view(2, 3, -1)
     (expected, expected_cache), (actual, cache) = (sae.run_with_cache(x) for sae in (stock, sparse))
     torch.testing.assert_close(actual, expected)
@@ -32,14 +28,14 @@ def test_run_with_cache(arm: Arm) -> None:
         assert type(cache[name]) is torch.Tensor
         torch.testing.assert_close(cache[name], value)
     # Afterwards nothing is dense any more.
-    assert sparse.implementation.name == arm.target.backend
+    assert sparse.implementation.name == subject.target.backend
 
 
 @pytest.mark.parametrize("name", NAMES)
-@every_arm
-def test_a_hook_makes_the_call_dense(arm: Arm, name: str) -> None:
-    stock, x = stock_and_inputs(arm)
-    sparse = arm.sparse(stock)
+@every_subject
+def test_a_hook_makes_the_call_dense(subject: Subject, precision: Precision, name: str) -> None:
+    stock, x = subject.case(precision, n_rows=6)
+    sparse = subject.sparse(stock)
     seen: list[list[torch.Tensor]] = []
     outputs = []
     for sae in (stock, sparse):
@@ -67,11 +63,11 @@ def test_a_hook_makes_the_call_dense(arm: Arm, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@every_arm
-def test_backward_hooks(arm: Arm, name: str) -> None:
-    stock, x = stock_and_inputs(arm)
+@every_subject
+def test_backward_hooks(subject: Subject, precision: Precision, name: str) -> None:
+    stock, x = subject.case(precision, n_rows=6)
     seen = []
-    for sae in (stock, arm.sparse(stock)):
+    for sae in (stock, subject.sparse(stock)):
         gradients: list[torch.Tensor] = []
         hook = getattr(sae, name)
         hook.add_hook(lambda grad, hook, g=gradients: g.append(grad), dir="bwd")  # noqa: ARG005
@@ -83,26 +79,26 @@ def test_backward_hooks(arm: Arm, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hook_sae_input", "hook_sae_output"])
-@every_arm
-def test_hooks_that_change_nothing_about_the_path(arm: Arm, name: str) -> None:
-    stock, x = stock_and_inputs(arm)
-    # Doubled inputs would move JumpReLU's gates to where nothing decides them.
-    factor = 2 if arm.architecture == "topk" else 1
+@every_subject
+def test_hooks_that_change_nothing_about_the_path(
+    subject: Subject, precision: Precision, name: str
+) -> None:
+    stock, x = subject.case(precision, n_rows=6)
     results = []
-    for sae in (stock, arm.sparse(stock)):
-        with sae.hooks(fwd_hooks=[(name, lambda value, hook: factor * value)]):  # noqa: ARG005
+    for sae in (stock, subject.sparse(stock)):
+        with sae.hooks(fwd_hooks=[(name, lambda value, hook: 2 * value)]):  # noqa: ARG005
             if sae is not stock:
-                assert sae.implementation.name == arm.target.backend
+                assert sae.implementation.name == subject.target.backend
             results.append(sae(x))
     torch.testing.assert_close(results[1], results[0])
 
 
-@every_arm
-def test_error_term(arm: Arm) -> None:
+@every_subject
+def test_error_term(subject: Subject, precision: Precision) -> None:
     """Values, what the hook sees, and the gradient, which does not go through the error."""
-    stock, x = stock_and_inputs(arm)
+    stock, x = subject.case(precision, n_rows=6)
     values: list[list[torch.Tensor]] = []
-    for sae in (stock, arm.sparse(stock)):
+    for sae in (stock, subject.sparse(stock)):
         with pytest.warns(DeprecationWarning, match="use_error_term"):
             sae.use_error_term = True
         x = x.detach().clone().requires_grad_()
@@ -120,13 +116,13 @@ def test_error_term(arm: Arm) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-@every_arm
-def test_disabled_hooks(arm: Arm) -> None:
-    stock, x = stock_and_inputs(arm)
-    sparse = arm.sparse(stock)
+@every_subject
+def test_disabled_hooks(subject: Subject, precision: Precision) -> None:
+    stock, x = subject.case(precision, n_rows=6)
+    sparse = subject.sparse(stock)
     sparse.hook_sae_acts_post.add_hook(lambda tensor, *, hook: tensor * 0)  # noqa: ARG005
     assert sparse.implementation.name == "dense"
     with _disable_hooks(sparse):
-        assert sparse.implementation.name == arm.target.backend
+        assert sparse.implementation.name == subject.target.backend
         acts = sparse.encode(x)
     assert acts.any()
