@@ -19,42 +19,22 @@ WARM_UP_STEPS = 5
 
 
 class Step(BaseModel):
-    """
-    One training step of one side: a line of `steps.jsonl`, a row of a table of steps.
-
-    Args:
-        step: Counted from 1, as in SAELens's checkpoints.
-        seconds: Of the SAE's step: forward, loss, statistics, backward, clipping, optimizer.
-        data_seconds: Spent waiting for this step's batch, and in the first one for those that
-            activations are normalized by.
-        loss: The sum of the terms.
-        losses: The terms by SAELens's names, coefficients included.
-        l0: Mean number of active latents per token.
-        implementation: Of a sparse SAE: what its step ran on.
-        added_memory_bytes: Most that any step so far held above what was held before the first.
-        peak_memory_bytes: Most that any step so far held: language model and buffers included.
-        batch_crc32: Checksum of the batch.
-    """
+    """One training step of one side: a line of `steps.jsonl`, a row of a table of steps."""
 
     model_config = ConfigDict(strict=True, ser_json_inf_nan="constants")
 
-    step: int
-    seconds: float
-    data_seconds: float
+    step: int  # from 1, as in SAELens's checkpoints
+    seconds: float  # forward, loss, statistics, backward, clipping, optimizer
+    data_seconds: float  # waiting for the batch, and at first for those that set the scaling
     loss: float
-    losses: dict[str, float]
+    losses: dict[str, float]  # its terms by SAELens's names, coefficients included
     explained_variance: float
-    l0: float
+    l0: float  # mean number of active latents per token
     dead_latents: int
-    implementation: str | None
-    added_memory_bytes: int | None
-    peak_memory_bytes: int | None
+    implementation: str | None  # what the step of a sparse SAE ran on
+    added_memory_bytes: int | None  # most that steps so far held above what was held before them
+    peak_memory_bytes: int | None  # most that steps so far held, with language model and buffers
     batch_crc32: int
-
-    @property
-    def mse(self) -> float:
-        """Squared error per token."""
-        return self.losses[MSE.removeprefix(LOSS)]
 
 
 def load_steps(path: Path) -> list[Step]:
@@ -78,29 +58,20 @@ def load_steps(path: Path) -> list[Step]:
 def table_of(steps: Sequence[Step]) -> pd.DataFrame:
     """A row for each step; each term of the losses is a column of its own, 0 where it is not."""
     terms = dict.fromkeys(term for step in steps for term in step.losses)
-    return pd.DataFrame(
-        {
-            **step.model_dump(exclude={"losses"}),
-            **{LOSS + term: step.losses.get(term, 0.0) for term in terms},
-        }
+    rows = [
+        step.model_dump(exclude={"losses"}) | {LOSS + t: step.losses.get(t, 0.0) for t in terms}
         for step in steps
-    )
+    ]
+    return pd.DataFrame(rows)
 
 
 def summarize(architecture: str, steps: pd.DataFrame, batch_size: int) -> dict[str, Any]:
     """
-    What the report says of one side; what is called final is a mean over the last tenth.
+    What the report says of one side, from at least one step of so many tokens.
 
-    Args:
-        architecture: Of the side.
-        steps: Of `table_of`, at least one.
-        batch_size: Tokens of a step.
-
-    Returns:
-        Times in ms or s, memory in MiB, None for what was not measured. `ms_per_step` is the
-        median of the steps without AuxK, if there are any; `ms_per_final_step` is that of the last
-        tenth, where L0 varies and sets the cost; `tokens_per_second_end_to_end` is of steps and
-        waiting for batches together.
+    What is called final is a mean over the last tenth of the steps. Times are medians or sums,
+    memory is the most of all steps; None stands for what was not measured. `ms_per_step` is of the
+    steps without AuxK if there are any, `ms_per_final_step` of the last tenth, where L0 varies.
     """
     final = last_tenth(steps)
     timed = steps.iloc[min(WARM_UP_STEPS, len(steps) // 2) :]
@@ -108,17 +79,14 @@ def summarize(architecture: str, steps: pd.DataFrame, batch_size: int) -> dict[s
     plain = timed.seconds.drop(with_aux.index)
     seconds, data_seconds = float(steps.seconds.sum()), float(steps.data_seconds.sum())
     tokens = batch_size * len(steps)
-    means = {
-        "loss": float(final.loss.mean()),
-        **{name: float(final[name].mean()) for name in final if name.startswith(LOSS)},
-    }
+    terms = [column for column in steps if column.startswith(LOSS)]
     return {
         "architecture": architecture,
         "steps": len(steps),
         "first_loss": float(steps.loss.iloc[0]),
-        "final_loss": means.pop("loss"),
-        "final_losses": {name.removeprefix(LOSS): mean for name, mean in means.items()},
-        "final_mse": means[MSE],
+        "final_loss": float(final.loss.mean()),
+        "final_losses": {term.removeprefix(LOSS): float(final[term].mean()) for term in terms},
+        "final_mse": float(final[MSE].mean()),
         "explained_variance": float(final.explained_variance.mean()),
         "l0": float(final.l0.mean()),
         "dead_latents": int(steps.dead_latents.iloc[-1]),
@@ -148,21 +116,19 @@ def deviation(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:
     """
     How far the MSE of side `b` is from that of side `a`, relative to it, in as many steps.
 
-    Returns:
-        `by_step`, signed; `median` and `largest` of its size, the latter `largest_at` a step;
-        `final`, signed, of the means over the last tenth; `same_batches`, whether both were given
-        the same in the same order.
+    `by_step` and `final`, that of the means over the last tenth, are signed; `median` and `largest`
+    are of the size of `by_step`.
     """
     by_step = _relative(a[MSE].to_numpy(), b[MSE].to_numpy())
     sizes = np.nan_to_num(np.abs(by_step), nan=math.inf, posinf=math.inf)
     largest = int(sizes.argmax())
-    means = (np.array([last_tenth(side)[MSE].mean()]) for side in (a, b))
+    final = _relative(*(np.array([last_tenth(side)[MSE].mean()]) for side in (a, b)))
     return {
         "by_step": by_step.tolist(),
         "median": float(np.median(sizes)),
         "largest": float(sizes[largest]),
         "largest_at": int(a.step.iloc[largest]),
-        "final": float(_relative(*means)[0]),
+        "final": float(final[0]),
         "same_batches": bool((a.batch_crc32 == b.batch_crc32).all()),
     }
 
@@ -177,5 +143,4 @@ def _median_ms(seconds: pd.Series[float]) -> float | None:
 
 
 def _most_mib(counts: pd.Series[float]) -> float | None:
-    most = counts.dropna().max()
-    return float(most) / 2**20 if most and most == most else None
+    return float(counts.max()) / 2**20 if counts.notna().any() else None

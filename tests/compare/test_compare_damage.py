@@ -3,8 +3,9 @@
 import json
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from saelens_sparse import cli
 from saelens_sparse.compare import command, report
 from saelens_sparse.compare.options import parse_comparison
 from saelens_sparse.compare.state import State, open_output
+from saelens_sparse.compare.steps import load_steps
 from saelens_sparse.config.files import UsageError
 from tests.support.compare import contents, make_config
 
@@ -23,7 +25,7 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Finished:
-    """A comparison that is complete, with checkpoints of both arms after steps 3 and 6."""
+    """A comparison that is complete, with checkpoints of both sides after steps 3 and 6."""
 
     args: list[str]
     output: Path
@@ -41,7 +43,7 @@ class Finished:
             steps.write_text("".join(steps.read_text().splitlines(keepends=True)[:7]))
 
     def checkpoint(self, architecture: str, step: int) -> Path:
-        return ArmFolder(self.output / architecture).checkpoints / str(step * BATCH)
+        return self.output / architecture / "checkpoints" / str(step * BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         assert command.main(args) == 0
     signal.signal(signal.SIGTERM, handler)
     state = json.loads((output / "state.json").read_text())
-    assert (state["trained"], state["checkpoint_step"]) == (True, 6)
+    assert (state["trained"], state["checkpoint_step"]) == (True, 0)
     return Finished(args, output)
 
 
@@ -93,6 +95,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "of another kind": lambda path: path.write_text("[1, 2, 3]"),
     "a folder": replace_by_a_folder,
 }
+
+
+def each_with_several(files: Sequence[str]) -> list[tuple[str, str]]:
+    """Each file with three kinds of damage, and all kinds among them."""
+    kinds = cycle(DAMAGES)
+    return [(file, next(kinds)) for file in files for _ in range(3)]
+
+
 NEEDED = (
     "topk/steps.jsonl",
     "topk_sparse/steps.jsonl",
@@ -106,8 +116,7 @@ NEEDED = (
 )
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize(("name", "damage"), each_with_several(NEEDED))
 def test_a_damaged_result_is_named_and_everything_is_kept(
     name: str, damage: str, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,9 +194,9 @@ def test_no_damage_of_a_text_file_ends_in_a_traceback(name: str, finished: Finis
         else:
             assert state.trained
             for folder in parse_comparison(finished.args).folders:
-                steps = load_steps(folder.steps)
+                steps = load_steps(folder / "steps.jsonl")
                 assert [step.step for step in steps] == list(range(1, N_STEPS + 1))
-                assert all(isinstance(step.mse, float | int) for step in steps)
+                assert all(isinstance(step.losses["mse_loss"], float) for step in steps)
     assert refused > 20
 
 
@@ -203,7 +212,7 @@ def test_overwriting_a_damaged_comparison_trains_it_anew(finished: Finished) -> 
 def test_a_whole_comparison_is_not_trained_again_by_overwriting(finished: Finished) -> None:
     state, message = finished.open("--overwrite")
     assert state.trained
-    assert message.startswith("Both arms are already trained")
+    assert message.startswith("Both sides are already trained")
 
 
 def test_whole_checkpoints_are_resumed_from(finished: Finished) -> None:
@@ -211,7 +220,7 @@ def test_whole_checkpoints_are_resumed_from(finished: Finished) -> None:
     run = json.loads((finished.output / "state.json").read_text())["run"]
     state, message = finished.open()
     assert message == (
-        "Resuming both arms from their checkpoints after step 6 of the 7 that they had taken"
+        "Resuming both sides from their checkpoints after step 6 of the 7 that they had taken"
     )
     assert (state.run, state.resumed_at) == (run, [6])
 
@@ -224,8 +233,7 @@ CHECKPOINT_FILES = (
 )
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+@pytest.mark.parametrize(("name", "damage"), each_with_several(CHECKPOINT_FILES))
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     name: str, damage: str, finished: Finished
 ) -> None:
@@ -235,11 +243,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     state, message = finished.open()
     assert (state.checkpoint_step, state.resumed_at) == (3, [3])
     assert str(path) in message
-    assert message.endswith("Resuming both arms from their checkpoints after step 3 of the 7 that "
+    assert message.endswith("Resuming both sides from their checkpoints after step 3 of the 7 that "
                             "they had taken")  # fmt: skip
 
 
-def test_a_checkpoint_that_one_arm_lacks_is_passed_over(finished: Finished) -> None:
+def test_a_checkpoint_that_one_side_lacks_is_passed_over(finished: Finished) -> None:
     finished.unfinish()
     path = finished.checkpoint("topk", 6)
     path.rename(path.with_name("moved"))
@@ -277,5 +285,5 @@ def test_steps_that_a_checkpoint_counts_must_be_there(finished: Finished) -> Non
     assert state.checkpoint_step == 3
     assert str(steps) in message
     steps.write_text("".join([*lines[:1], *lines[2:]]))
-    with pytest.raises(UsageError, match=r"steps\.jsonl has 1 of the 3 steps"):
+    with pytest.raises(UsageError, match=r"steps\.jsonl has 1 of the 6 steps"):
         finished.open()
