@@ -65,7 +65,7 @@ def write_report(results: Record, folder: Path) -> None:
 def terminal_text(results: Record) -> str:
     """All tables, for a terminal."""
     parts = [
-        "\n".join([*section.text, section.heading, *map(plain_table, section.tables)]).strip()
+        "\n".join([section.heading, *section.text, *map(plain_table, section.tables)]).strip()
         for section in _sections(results, {}, kernels=14)
     ]
     return "\n\n".join(parts)

@@ -133,8 +133,8 @@ def _phases(operations: Frame, ranges: Frame, steps: Frame) -> list[Interval]:
     has_node = (operations.forward_thread == 0) & operations.node.isin(nodes.node)
     with_node = operations[has_node]
     product = _named(ranges, PREFIX)
-    product = product[~product.name.str.startswith((WORK_PREFIX, f"{PREFIX}step"))]
     product = product.assign(name=product.name.str.removeprefix(PREFIX))
+    product = product[product.name.isin(PHASES)]
     found: list[Interval] = []
     for _, start, end in _intervals(steps):
         (_, decoded), (_, lost), (backward, after), (update, updated) = (
