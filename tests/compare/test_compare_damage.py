@@ -9,7 +9,6 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from saelens_sparse.compare.records import ArmFolder, load_steps
 
 from saelens_sparse import cli
 from saelens_sparse.compare import command, report
