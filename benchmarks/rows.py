@@ -2,7 +2,7 @@
 Rows of measurements: one JSON object a line, appended as soon as it exists.
 
 Tables and figures read them as a pandas frame with one row for each, and `None` where a row lacks
-a key.
+a key. The key of a contender's name is "arm".
 """
 
 from __future__ import annotations
