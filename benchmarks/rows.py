@@ -101,7 +101,7 @@ def slug(text: str) -> str:
 def frame_of(rows: Sequence[Row]) -> Frame:
     """Rows as a frame, by date; what a row lacks is None."""
     frame: Frame = pd.DataFrame([{**dict.fromkeys(_KEYS), **row} for row in rows], dtype=object)
-    return frame.sort_values("date", kind="stable") if len(frame) else frame
+    return frame.sort_values("date", kind="stable") if rows else frame
 
 
 def of_contenders(frame: Frame) -> Frame:
