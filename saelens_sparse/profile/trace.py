@@ -79,7 +79,7 @@ class StepTrace:
         forward: Frame = operations[operations.forward_thread == 0]
         made_in = dict(zip(forward.node, _names_at(forward.start, phases), strict=True))
         nodes = _named(operations, _NODE)
-        nodes = nodes.assign(name=nodes.node.map(made_in).fillna("other"))
+        nodes = nodes.assign(name=nodes.node.map(made_in).astype(object).fillna("other"))
         between = [("other", start, end) for _, start, end in _intervals(steps)]
         parts = _names_at(items.launched, between + _intervals(nodes))
         items["part"] = np.where(items.phase == "backward", parts, "")
