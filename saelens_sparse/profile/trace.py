@@ -79,8 +79,9 @@ class StepTrace:
         forward: Frame = operations[operations.forward_thread == 0]
         made_in = dict(zip(forward.node, _names_at(forward.start, phases), strict=True))
         nodes = _named(operations, _NODE)
-        nodes = nodes.assign(name=nodes.node.map(made_in).fillna("other"))
-        parts = _names_at(items.launched, _intervals(nodes))
+        nodes = nodes.assign(name=nodes.node.map(made_in).astype(object).fillna("other"))
+        between = [("other", start, end) for _, start, end in _intervals(steps)]
+        parts = _names_at(items.launched, between + _intervals(nodes))
         items["part"] = np.where(items.phase == "backward", parts, "")
         declared = _names_at(items.launched, _intervals(_named(ranges, WORK_PREFIX)))
         self.items = _with_work(items, declared)
