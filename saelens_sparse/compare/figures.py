@@ -87,10 +87,10 @@ def _curves(axes: Axes, sides: Sides, column: str, timed: bool = False) -> None:
     """A column of both sides over steps, or over the time that these took."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    values = pd.concat([steps[column] for steps in sides.values() if column in steps])
-    if column != "explained_variance" and values.max() > 3 * values.min() > 0:
+    values = [v for steps in sides.values() if column in steps for v in steps[column].tolist()]
+    if column != "explained_variance" and max(values) > 3 * min(values) > 0:
         axes.set_yscale("log")
-        few = values.max() < 300 * values.min()
+        few = max(values) < 300 * min(values)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:,g}")
@@ -108,10 +108,15 @@ def _curves(axes: Axes, sides: Sides, column: str, timed: bool = False) -> None:
 
 def _changes(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, int]:
     """From which step dead latents are trained, and the second side is sparse."""
-    sparse = (second.implementation != "fused").to_numpy()
-    with_aux = sum(steps.get(AUX_LOSS, 0 * steps.loss).to_numpy() != 0 for steps in (first, second))
+    with_aux = [
+        s
+        for steps in (first, second)
+        if AUX_LOSS in steps
+        for s in steps.step[steps[AUX_LOSS] != 0]
+    ]
+    sparse = second.step[second.implementation != "fused"].tolist()
     found = {"only active latents computed": sparse, "dead latents trained (AuxK)": with_aux}
-    return {text: 1 + int(on.argmax()) for text, on in found.items() if on.any() and not on[0]}
+    return {text: min(steps) for text, steps in found.items() if steps and min(steps) > 1}
 
 
 def _deviation(axes: Axes, sides: Sides, apart: Mapping[str, Any]) -> None:

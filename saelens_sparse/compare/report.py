@@ -59,29 +59,28 @@ def report(
     results: dict[str, Any] = {"status": status, "settings": state.settings.model_dump()}
     taken = [load_steps(folder / STEPS) for folder in folders]
     common = min(map(len, taken))  # an interrupted side may be a step behind
-    if common:
-        steps = {f.name: table_of(of[:common]) for f, of in zip(folders, taken, strict=True)}
-        batch_size = config["train_batch_size_tokens"]
-        device = environment(torch.device(config["device"]).type, commit=None)
-        evaluations = [folder / EVALUATION for folder in folders]
-        results |= {
-            "run": state.run,
-            "resumed_at": state.resumed_at,
-            "environment": device | {"saelens_sparse": saelens_sparse.__version__},
-            "arms": [summarize(name, of, batch_size) for name, of in steps.items()],
-            "mse_deviation": deviation(*steps.values()),
-            "evaluations": [
-                None if damage(path, "skipped") else json.loads(path.read_text())
-                for path in evaluations
-            ],
-            "shared_latents": shared,
-            "opened_in_stock_saelens": opened,
-        }
-        results["notes"] = _notes(comparison, results)
-        results = {"headline": tables.headline(results), **results}
-    write_whole(output / "results.json", json.dumps(_finite(results), indent=2) + "\n")
     if not common:
+        write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
         return
+    steps = {f.name: table_of(of[:common]) for f, of in zip(folders, taken, strict=True)}
+    batch_size = config["train_batch_size_tokens"]
+    where = environment(torch.device(config["device"]).type, commit=None)
+    results |= {
+        "run": state.run,
+        "resumed_at": state.resumed_at,
+        "environment": where | {"saelens_sparse": saelens_sparse.__version__},
+        "arms": [summarize(name, of, batch_size) for name, of in steps.items()],
+        "mse_deviation": deviation(*steps.values()),
+        "evaluations": [
+            None if damage(path, "skipped") else json.loads(path.read_text())
+            for path in (folder / EVALUATION for folder in folders)
+        ],
+        "shared_latents": shared,
+        "opened_in_stock_saelens": opened,
+    }
+    results["notes"] = _notes(comparison, results)
+    results = {"headline": tables.headline(results), **results}
+    write_whole(output / "results.json", json.dumps(_finite(results), indent=2) + "\n")
     pictures = draw_all(steps, results, output) if can_draw() else {}
     write_page(output / "report.html", results["headline"], _sections(results, pictures))
     print(f"\n{plain_table(tables.main_table(results))}\n")

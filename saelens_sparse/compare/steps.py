@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -75,30 +75,35 @@ def summarize(architecture: str, steps: pd.DataFrame, batch_size: int) -> dict[s
     """
     final = last_tenth(steps)
     timed = steps.iloc[min(WARM_UP_STEPS, len(steps) // 2) :]
-    with_aux = timed.seconds[timed[AUX_LOSS] != 0] if AUX_LOSS in timed else timed.seconds[:0]
-    plain = timed.seconds.drop(with_aux.index)
-    seconds, data_seconds = float(steps.seconds.sum()), float(steps.data_seconds.sum())
-    tokens = batch_size * len(steps)
-    terms = [column for column in steps if column.startswith(LOSS)]
+    with_aux = timed[timed[AUX_LOSS] != 0] if AUX_LOSS in timed else timed[:0]
+    plain = timed.drop(with_aux.index)
+    means, sums = (
+        of.to_dict()
+        for of in (final.mean(skipna=False, numeric_only=True), steps.sum(numeric_only=True))
+    )
+    most = steps.max(numeric_only=True).to_dict()
+    seconds, tokens = sums["seconds"], batch_size * len(steps)
     return {
         "architecture": architecture,
         "steps": len(steps),
-        "first_loss": float(steps.loss.iloc[0]),
-        "final_loss": float(final.loss.mean()),
-        "final_losses": {term.removeprefix(LOSS): float(final[term].mean()) for term in terms},
-        "final_mse": float(final[MSE].mean()),
-        "explained_variance": float(final.explained_variance.mean()),
-        "l0": float(final.l0.mean()),
-        "dead_latents": int(steps.dead_latents.iloc[-1]),
+        "first_loss": steps.loss.tolist()[0],
+        "final_loss": means["loss"],
+        "final_losses": {
+            name.removeprefix(LOSS): mean for name, mean in means.items() if name.startswith(LOSS)
+        },
+        "final_mse": means[MSE],
+        "explained_variance": means["explained_variance"],
+        "l0": means["l0"],
+        "dead_latents": steps.dead_latents.tolist()[-1],
         "ms_per_step": _median_ms(plain if len(plain) else with_aux),
         "ms_per_step_with_aux_loss": _median_ms(with_aux),
-        "ms_per_final_step": _median_ms(final.seconds) if l0_varies(steps) else None,
+        "ms_per_final_step": _median_ms(final) if l0_varies(steps) else None,
         "step_seconds": seconds,
-        "data_seconds": data_seconds,
+        "data_seconds": sums["data_seconds"],
         "tokens_per_second_of_step": tokens / seconds,
-        "tokens_per_second_end_to_end": tokens / (seconds + data_seconds),
-        "added_memory_mib": _most_mib(steps.added_memory_bytes),
-        "peak_memory_mib": _most_mib(steps.peak_memory_bytes),
+        "tokens_per_second_end_to_end": tokens / (seconds + sums["data_seconds"]),
+        "added_memory_mib": _mib(most.get("added_memory_bytes")),
+        "peak_memory_mib": _mib(most.get("peak_memory_bytes")),
     }
 
 
@@ -119,28 +124,28 @@ def deviation(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:
     `by_step` and `final`, that of the means over the last tenth, are signed; `median` and `largest`
     are of the size of `by_step`.
     """
-    by_step = _relative(a[MSE].to_numpy(), b[MSE].to_numpy())
-    sizes = np.nan_to_num(np.abs(by_step), nan=math.inf, posinf=math.inf)
-    largest = int(sizes.argmax())
-    final = _relative(*(np.array([last_tenth(side)[MSE].mean()]) for side in (a, b)))
+    by_step = _relative(a[MSE], b[MSE])
+    sizes = by_step.abs().fillna(math.inf).tolist()
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
     return {
         "by_step": by_step.tolist(),
-        "median": float(np.median(sizes)),
-        "largest": float(sizes[largest]),
-        "largest_at": int(a.step.iloc[largest]),
-        "final": float(final[0]),
-        "same_batches": bool((a.batch_crc32 == b.batch_crc32).all()),
+        "median": median(sizes),
+        "largest": sizes[largest],
+        "largest_at": 1 + largest,
+        "final": _relative(
+            *(last_tenth(side)[[MSE]].mean(skipna=False) for side in (a, b))
+        ).tolist()[0],
+        "same_batches": a.batch_crc32.tolist() == b.batch_crc32.tolist(),
     }
 
 
-def _relative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(a == b, 0.0, np.where(a == 0, math.inf, b / a - 1))
+def _relative(a: Any, b: Any) -> Any:
+    return (b / a - 1).where(a != b, 0.0)
 
 
-def _median_ms(seconds: pd.Series[float]) -> float | None:
-    return 1e3 * float(seconds.median()) if len(seconds) else None
+def _median_ms(steps: pd.DataFrame) -> float | None:
+    return 1e3 * median(steps.seconds) if len(steps) else None
 
 
-def _most_mib(counts: pd.Series[float]) -> float | None:
-    return float(counts.max()) / 2**20 if counts.notna().any() else None
+def _mib(count: float | None) -> float | None:
+    return None if count is None else count / 2**20

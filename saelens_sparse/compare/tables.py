@@ -12,25 +12,23 @@ Results = Mapping[str, Any]
 
 # A label, a name in a side's numbers, a format, and how the second side's is held against the
 # first's: the format of the difference, or a word that `_compared` knows.
-LOSSES = (
+FIRST = (
     ("loss of the first step", "first_loss", "{:.4f}", "percent"),
     ("final MSE", "final_mse", "{:.4f}", "percent"),
 )
-QUALITY = (
+MAIN = (
     ("explained variance", "explained_variance", "{:.4f}", "{:+.4f}"),
     ("L0", "l0", "{:.2f}", "{:+.2f}"),
     ("dead latents", "dead_latents", "{:,}", "{:+,}"),
     ("CE loss recovered", "ce_loss_score", "{:.4f}", "{:+.4f}"),
-)
-TIME = (
     ("ms per SAE step (median)", "ms_per_step", "{:.1f}", "time"),
     ("  with dead latents (AuxK)", "ms_per_step_with_aux_loss", "{:.1f}", "time"),
     ("  at the final L0", "ms_per_final_step", "{:.1f}", "time"),
     ("all SAE steps, s", "step_seconds", "{:.1f}", "time"),
     ("waiting for batches, s", "data_seconds", "{:.1f}", ""),
     ("tokens/s, SAE steps alone", "tokens_per_second_of_step", "{:,.0f}", "pace"),
-)
-MEMORY = (
+    ("tokens/s with cached activations", "cached activations", "{:,.0f}", "pace"),
+    ("tokens/s with language model", "language model", "{:,.0f}", "pace"),
     ("memory that training adds, MiB", "added_memory_mib", "{:,.0f}", "share"),
     ("peak memory in all, MiB", "peak_memory_mib", "{:,.0f}", "share"),
 )
@@ -51,18 +49,17 @@ def main_table(results: Results) -> Rows:
     """The table of the terminal: a column for each side, and one that compares them."""
     apart, paces = results["mse_deviation"], end_to_end(results)
     sides = [
-        {**(evaluation or {}), **summary, **{source: pace[i] for source, pace in paces.items()}}
-        for i, (summary, evaluation) in enumerate(
-            zip(results["arms"], results["evaluations"], strict=True)
+        {**(evaluation or {}), **summary, **dict(zip(paces, pace, strict=True))}
+        for summary, evaluation, pace in zip(
+            results["arms"], results["evaluations"], zip(*paces.values(), strict=True), strict=True
         )
     ]
-    sources = [(f"tokens/s with {source}", source, "{:,.0f}", "pace") for source in paces]
     return [
         _header("", results),
-        *_rows(sides, LOSSES),
+        *_rows(sides, FIRST),
         ("  MSE of a step, median apart", "", "", percent(apart["median"])),
         (f"  at most (step {apart['largest_at']})", "", "", percent(apart["largest"])),
-        *_rows(sides, (*QUALITY, *TIME, *sources, *MEMORY)),
+        *_rows(sides, MAIN),
     ]
 
 
@@ -76,7 +73,7 @@ def end_to_end(results: Results) -> dict[str, list[float]]:
     if not all(of_model):
         return {"cached activations": measured}
     # The model is one: both sides have run it on the same text.
-    per_token = len(of_model) / sum(of_model)
+    per_token = len(of_model) / sum(map(float, filter(None, of_model)))
     alone = [side["tokens_per_second_of_step"] for side in sides]
     together = [1 / (1 / pace + per_token) for pace in alone]
     return {"cached activations": measured, "language model": together}
