@@ -152,7 +152,7 @@ def test_what_can_be_computed_again_is(
     signal.signal(signal.SIGTERM, handler)
     said = capsys.readouterr()
     assert "Traceback" not in said.out + said.err
-    assert f"Written again: {output / 'topk' / 'config.json'}" in said.out
+    assert f"Written again: {output / 'jumprelu' / 'config.json'}" in said.out
     results = json.loads((output / "results.json").read_text())
     for part in ("headline", "status", "arms", "mse_deviation", "evaluations", "shared_latents"):
         assert results[part] == expected[part]
