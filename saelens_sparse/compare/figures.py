@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,33 +39,28 @@ LABELS = {
 
 def draw_all(sides: Sides, results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """
-    Draw every picture as a PNG in `folder`/figures, and the overview as `folder`/curves.png.
+    Draw `curves.png` and, in `figures`, a PNG of each quantity; returns the latter by name.
 
     Args:
         sides: The tables of steps of both, by architecture.
         results: With the keys of `results.json`.
         folder: Where they go.
-
-    Returns:
-        The single pictures by what they show.
     """
     apart, shared = results["mse_deviation"], results["shared_latents"] or {}
-    panels: dict[str, Callable[[Axes], None]] = {}
     terms = dict.fromkeys(column for steps in sides.values() for column in steps if LOSS in column)
+    panels: dict[str, tuple[Any, ...]] = {}
     for column in (*terms, "loss"):
         name = "mse" if column == MSE else column.removeprefix(LOSS)
-        panels[f"{name}_over_steps"] = partial(_curves, sides=sides, column=column)
-        panels[f"{name}_over_seconds"] = partial(_curves, sides=sides, column=column, timed=True)
-    panels["mse_deviation"] = partial(_deviation, sides=sides, apart=apart)
-    panels["step_time"] = partial(_curves, sides=sides, column="seconds")
-    for column in ("explained_variance", "l0", "dead_latents"):
-        panels[column] = partial(_curves, sides=sides, column=column)
+        panels[f"{name}_over_steps"] = (_curves, column)
+        panels[f"{name}_over_seconds"] = (_curves, column, True)
+    panels |= {"mse_deviation": (_deviation, apart), "step_time": (_curves, "seconds")}
+    panels |= {name: (_curves, name) for name in ("explained_variance", "l0", "dead_latents")}
     if "histogram" in shared:
-        panels["shared_latents"] = partial(_histogram, sides=sides, counts=shared["histogram"])
+        panels["shared_latents"] = (_histogram, shared["histogram"])
     paths = {name: folder / "figures" / f"{name}.png" for name in panels}
-    for name, draw in panels.items():
+    for name, (draw, *what) in panels.items():
         figure, (axes,) = new_figure()
-        draw(axes)
+        draw(axes, sides, *what)
         save_png(figure, paths[name])
 
     figure, (by_step, by_second, third) = new_figure(columns=3, width=12.6, height=4.6)

@@ -48,12 +48,9 @@ def report(
     Args:
         comparison: Finished or not.
         state: Of its folder.
-        status: "complete", "interrupted" or "failed".
+        status: A key of `command.EXIT_STATUS`.
         shared: Of `dictionaries.share`, None if that has not been computed.
         opened: What stock SAELens said of the sparse SAE, without the plugin.
-
-    Raises:
-        OSError: something cannot be written.
     """
     output, config, folders = comparison.output, comparison.config, comparison.folders
     results: dict[str, Any] = {"status": status, "settings": state.settings.model_dump()}

@@ -6,12 +6,11 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from sae_lens import constants
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -46,44 +45,28 @@ def _architecture(name: str) -> str:
 
 
 class Settings(BaseModel):
-    """
-    What must be the same for results to be those of a comparison.
+    """What must be the same for results to be those of a comparison."""
 
-    Args:
-        arms: The runner config of each side by architecture, in the form of
-            `LanguageModelSAERunnerConfig.to_dict`; the second side is held against the first.
-        runners: "stock" or "own" for each: SAELens's runner or `SparseTrainingRunner`.
-        text_tokens: How much of the embedded text to use; None is all of it.
-    """
-
+    # The runner config of each side by architecture, in the form of
+    # `LanguageModelSAERunnerConfig.to_dict`; the second side is held against the first.
     arms: dict[Annotated[str, AfterValidator(_architecture)], dict[str, Any]]
-    runners: dict[str, str]
-    text_tokens: int | None
+    runners: dict[str, str]  # SAELens's, "stock", or "own", `SparseTrainingRunner`
+    text_tokens: int | None  # how much of the embedded text to use; None is all of it
 
 
 class State(BaseModel):
-    """
-    What `state.json` holds, beside the results that it is about.
-
-    Args:
-        made_by: By which the command knows its own state; early versions wrote none.
-        format: Of this file.
-        settings: Results of other settings are not those of the comparison.
-        run: Names this training, also as the group of its Weights & Biases runs.
-        checkpoint_step: The step from whose checkpoints the sides went on last; 0 if from none.
-        resumed_at: The steps at which this training was resumed.
-        trained: Whether both sides are trained, saved and evaluated.
-    """
+    """What `state.json` holds, beside the results that it is about."""
 
     model_config = ConfigDict(strict=True)
 
+    # By these the command knows its own state; early versions wrote neither.
     made_by: Literal["saelens-sparse compare"] = "saelens-sparse compare"
     format: Literal[1] = 1
     settings: Settings
-    run: str
-    checkpoint_step: int = 0
-    resumed_at: list[int] = Field(default_factory=list[int])
-    trained: bool = False
+    run: str  # names this training, also as the group of its Weights & Biases runs
+    checkpoint_step: int = 0  # from whose checkpoints the sides went on last; 0 if from none
+    resumed_at: list[int] = Field(default_factory=list[int])  # steps
+    trained: bool = False  # and saved, and evaluated: both sides
 
     def save(self, output: Path) -> None:
         """Write it, whole or not at all."""
@@ -115,11 +98,7 @@ def read_state(output: Path) -> State | None:
 
 def open_output(comparison: Comparison) -> tuple[State, str]:
     """
-    Make the output folder ready for the comparison.
-
-    Returns:
-        The state to go on from, and a sentence for the user on what is taken from the folder; it
-        is empty where nothing was there.
+    Make the output folder ready; returns the state to go on from, and what to tell the user of it.
 
     Raises:
         UsageError: the folder holds results of other settings, or damaged ones.
@@ -155,9 +134,8 @@ def _go_on(state: State, comparison: Comparison) -> tuple[State | None, str]:
     problem, message = None, ""
     if state.settings != comparison.settings:
         if _has_results(comparison.output, state):
-            change = first_difference(
-                *(settings.model_dump() for settings in (state.settings, comparison.settings))
-            )
+            there, here = state.settings.model_dump(), comparison.settings.model_dump()
+            change = first_difference(there, here)
             problem = f"{comparison.output} holds a comparison with other settings: {change}"
     elif state.trained:
         problem = damage_of_results(comparison)
@@ -197,11 +175,13 @@ def damage_of_results(comparison: Comparison) -> str | None:
     return None
 
 
-def first_difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+def first_difference(before: Any, after: Any, name: str = "") -> str:
     """The first field in which two settings differ, with both values."""
-    there, here = (pd.json_normalize(fields).iloc[0].to_dict() for fields in (before, after))
-    name = next(name for name in {**there, **here} if there.get(name) != here.get(name))
-    return f"{name} is {json.dumps(there.get(name))} there and {json.dumps(here.get(name))} here"
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        changed = (k for k in {**before, **after} if before.get(k) != after.get(k))
+        if (key := next(changed, None)) is not None:
+            return first_difference(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))
+    return f"{name} is {json.dumps(before)} there and {json.dumps(after)} here"
 
 
 def _has_results(output: Path, state: State) -> bool:
@@ -214,11 +194,7 @@ def _has_results(output: Path, state: State) -> bool:
 
 
 def _last_whole_checkpoint(comparison: Comparison) -> tuple[int, str | None]:
-    """
-    The last step after which both sides have a whole checkpoint; 0 if there is none.
-
-    Also says what is wrong with the latest, if anything is.
-    """
+    """The last step of which both sides have one, else 0; and what is wrong with the latest."""
     batch = comparison.config["train_batch_size_tokens"]
     found = [path for folder in comparison.folders for path in (folder / CHECKPOINTS).glob("*")]
     steps = {int(path.name) // batch for path in found if path.name.isdecimal()}

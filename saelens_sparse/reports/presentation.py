@@ -179,6 +179,10 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     """Write a page that needs no other file, for screens of any width."""
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, trim_blocks=True)
-    pages.filters["base64"] = lambda png: base64.b64encode(png.read_bytes()).decode()
+    pages.filters["png"] = _as_url
     page = pages.get_template("page.html.jinja").render(title=title, sections=sections)
     write_whole(path, page + "\n")
+
+
+def _as_url(png: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"

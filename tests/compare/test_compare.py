@@ -466,16 +466,3 @@ def test_a_training_that_diverged_is_reported(
     assert [arm["final_mse"] for arm in results["arms"]] == [None, None]
     assert results["mse_deviation"]["largest"] is None  # JSON has no infinity
     assert "inf%" in results["headline"]
-
-
-def test_a_failed_side_is_reported_with_its_reason(
-    outcomes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = str(make_config(outcomes["output"].parent, hook_name="model.layers.9"))
-    handler = signal.getsignal(signal.SIGTERM)
-    assert command.main([config, f"--output={tmp_path}"]) == 1
-    signal.signal(signal.SIGTERM, handler)
-    error = capsys.readouterr().err
-    assert re.search(r"compare: training topk failed: \w+Error: .*model\.layers\.9", error)
-    assert str(tmp_path / "topk" / "log.txt") in error
-    assert json.loads((tmp_path / "results.json").read_text())["status"] == "failed"

@@ -37,7 +37,7 @@ class Finished:
         path = self.output / "state.json"
         state = json.loads(path.read_text())
         path.write_text(json.dumps({**state, "trained": False}))
-        for name in ("topk", "topk_sparse"):
+        for name in ("jumprelu", "jumprelu_sparse"):
             steps = self.output / name / "steps.jsonl"
             steps.write_text("".join(steps.read_text().splitlines(keepends=True)[:7]))
 
@@ -50,7 +50,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("compare")
     output = folder / "output"
     options = [f"--steps={N_STEPS}", "--checkpoints=2", f"--output={output}", "--eval-batches=0"]
-    args = [str(make_config(folder)), *options]
+    sae = {"architecture": "jumprelu_sparse", "d_in": 16, "d_sae": 64}
+    sae["normalize_activations"] = "expected_average_only_in"
+    args = [str(make_config(folder, sae=sae)), *options]
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
@@ -103,15 +105,15 @@ def each_with_several(files: Sequence[str]) -> list[tuple[str, str]]:
 
 
 NEEDED = (
-    "topk/steps.jsonl",
-    "topk_sparse/steps.jsonl",
-    "topk_sparse/evaluation.json",
-    "topk/sae/sae_weights.safetensors",
-    "topk_sparse/sae/cfg.json",
-    "topk_sparse/sae/sae_weights.safetensors",
-    "topk/sae/sparsity.safetensors",
-    "topk/initial_decoder.safetensors",
-    "topk_sparse/final.safetensors",
+    "jumprelu/steps.jsonl",
+    "jumprelu_sparse/steps.jsonl",
+    "jumprelu_sparse/evaluation.json",
+    "jumprelu/sae/sae_weights.safetensors",
+    "jumprelu_sparse/sae/cfg.json",
+    "jumprelu_sparse/sae/sae_weights.safetensors",
+    "jumprelu/sae/sparsity.safetensors",
+    "jumprelu/initial_decoder.safetensors",
+    "jumprelu_sparse/final.safetensors",
 )
 
 
@@ -139,22 +141,22 @@ def test_what_can_be_computed_again_is(
     monkeypatch.setattr(report, "can_draw", lambda: False)
     output = finished.output
     expected = json.loads((output / "results.json").read_text())
-    config = (output / "topk" / "config.json").read_text()
+    config = (output / "jumprelu" / "config.json").read_text()
     (output / "results.json").write_text('{"headline": ')
     (output / "report.html").unlink()
     (output / "dictionaries.json").write_text("{")
-    (output / "topk" / "config.json").write_text(config[:100])
-    (finished.checkpoint("topk", 6) / "trainer_state.pt").write_bytes(b"")
+    (output / "jumprelu" / "config.json").write_text(config[:100])
+    (finished.checkpoint("jumprelu", 6) / "trainer_state.pt").write_bytes(b"")
     handler = signal.getsignal(signal.SIGTERM)
     assert cli.main(["compare", *finished.args]) == 0
     signal.signal(signal.SIGTERM, handler)
     said = capsys.readouterr()
     assert "Traceback" not in said.out + said.err
-    assert f"Written again: {output / 'topk' / 'config.json'}" in said.out
+    assert f"Written again: {output / 'jumprelu' / 'config.json'}" in said.out
     results = json.loads((output / "results.json").read_text())
     for part in ("headline", "status", "arms", "mse_deviation", "evaluations", "shared_latents"):
         assert results[part] == expected[part]
-    assert (output / "topk" / "config.json").read_text() == config
+    assert (output / "jumprelu" / "config.json").read_text() == config
     assert "After" not in results["headline"]
 
 
@@ -162,7 +164,7 @@ def test_a_report_that_fails_leaves_the_one_before(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(finished.output)
-    cfg = finished.output / "topk_sparse" / "sae" / "cfg.json"
+    cfg = finished.output / "jumprelu_sparse" / "sae" / "cfg.json"
     cfg.write_text('{"architecture": "nothing that can be opened"}')
     handler = signal.getsignal(signal.SIGTERM)
     assert cli.main(["compare", *finished.args]) == 1
@@ -174,7 +176,9 @@ def test_a_report_that_fails_leaves_the_one_before(
         assert contents(finished.output)[name] == before[name]
 
 
-@pytest.mark.parametrize("name", ["state.json", "topk/evaluation.json", "topk_sparse/steps.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["state.json", "jumprelu/evaluation.json", "jumprelu_sparse/steps.jsonl"]
+)
 def test_no_damage_of_a_text_file_ends_in_a_traceback(name: str, finished: Finished) -> None:
     """Bytes changed at random places: what was read is what was written, or the file is refused."""
     path = finished.output / name
@@ -200,12 +204,12 @@ def test_no_damage_of_a_text_file_ends_in_a_traceback(name: str, finished: Finis
 
 
 def test_overwriting_a_damaged_comparison_trains_it_anew(finished: Finished) -> None:
-    DAMAGES["cut"](finished.output / "topk" / "steps.jsonl")
+    DAMAGES["cut"](finished.output / "jumprelu" / "steps.jsonl")
     state, message = finished.open("--overwrite")
     assert message.startswith("Starting anew: ")
-    assert str(finished.output / "topk" / "steps.jsonl") in message
+    assert str(finished.output / "jumprelu" / "steps.jsonl") in message
     assert not state.trained
-    assert not (finished.output / "topk_sparse" / "sae" / "cfg.json").exists()
+    assert not (finished.output / "jumprelu_sparse" / "sae" / "cfg.json").exists()
 
 
 def test_a_whole_comparison_is_not_trained_again_by_overwriting(finished: Finished) -> None:
@@ -237,7 +241,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     name: str, damage: str, finished: Finished
 ) -> None:
     finished.unfinish()
-    path = finished.checkpoint("topk_sparse", 6) / name
+    path = finished.checkpoint("jumprelu_sparse", 6) / name
     DAMAGES[damage](path)
     state, message = finished.open()
     assert (state.checkpoint_step, state.resumed_at) == (3, [3])
@@ -248,7 +252,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
 
 def test_a_checkpoint_that_one_side_lacks_is_passed_over(finished: Finished) -> None:
     finished.unfinish()
-    path = finished.checkpoint("topk", 6)
+    path = finished.checkpoint("jumprelu", 6)
     path.rename(path.with_name("moved"))
     state, message = finished.open()
     path.with_name("moved").rename(path)
@@ -260,12 +264,12 @@ def test_without_a_whole_checkpoint_nothing_is_discarded(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finished.unfinish()
-    for architecture, step in (("topk", 6), ("topk_sparse", 3)):
+    for architecture, step in (("jumprelu", 6), ("jumprelu_sparse", 3)):
         DAMAGES["cut"](finished.checkpoint(architecture, step) / "trainer_state.pt")
     before = contents(finished.output)
     assert cli.main(["compare", *finished.args]) == 2
     error = capsys.readouterr().err
-    assert str(finished.checkpoint("topk", 6) / "trainer_state.pt") in error
+    assert str(finished.checkpoint("jumprelu", 6) / "trainer_state.pt") in error
     assert "--overwrite to train anew" in error
     after = contents(finished.output)
     assert {name: after[name] for name in before} == before
@@ -277,7 +281,7 @@ def test_without_a_whole_checkpoint_nothing_is_discarded(
 def test_steps_that_a_checkpoint_counts_must_be_there(finished: Finished) -> None:
     """A resumed training would else end complete, with fewer steps than were trained."""
     finished.unfinish()
-    steps = finished.output / "topk" / "steps.jsonl"
+    steps = finished.output / "jumprelu" / "steps.jsonl"
     lines = steps.read_text().splitlines(keepends=True)
     steps.write_text("".join([*lines[:4], lines[4][:30]]))
     state, message = finished.open()

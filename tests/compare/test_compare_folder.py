@@ -4,7 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -257,8 +259,10 @@ def test_a_folder_that_cannot_be_made_is_named(
 def another_process_in(folder: Path) -> Generator[subprocess.Popen[str]]:
     """A process that holds the folder, as a comparison does."""
     script = (
-        "import sys, pathlib; from saelens_sparse.reports.files import lock_folder\n"
-        "with lock_folder(pathlib.Path(sys.argv[1])):\n"
+        "import os, pathlib, sys; from filelock import FileLock\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with FileLock(folder / '.lock').acquire(timeout=0):\n"
+        "    (folder / '.lock-holder').write_text(f'process {os.getpid()} on this machine')\n"
         "    print('in', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -294,32 +298,35 @@ def test_a_second_comparison_in_the_folder_is_refused_until_the_first_has_ended(
 def test_a_side_that_outlives_its_comparison_keeps_another_out(
     tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Which shows, too, how a side that fails is reported."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     settle(tmp_path, config)
     handler = signal.getsignal(signal.SIGTERM)
     with another_process_in(tmp_path / "topk") as process:
         assert cli.main(["compare", config, f"--output={tmp_path}"]) == 1
         signal.signal(signal.SIGTERM, handler)
-        error = capsys.readouterr().err
-        assert "compare: training topk failed: UsageError: " in error
-        assert f"in use by process {process.pid} " in error
+    error = capsys.readouterr().err
+    assert "compare: training topk failed: UsageError: " in error
+    assert f"in use by process {process.pid} " in error
+    assert str(tmp_path / "topk" / "log.txt") in error
+    assert json.loads((tmp_path / "results.json").read_text())["status"] == "failed"
 
 
 # The embedded inputs.
 
 
 def test_two_runs_make_the_inputs_once(tmp_path: Path) -> None:
-    script = (
-        "import sys, time, pathlib; from saelens_sparse.compare import command, embedded_inputs\n"
-        "def make(folder):\n"
-        "    (folder / 'half').touch(); time.sleep(1); (folder / 'whole').touch(); print('made')\n"
-        "embedded_inputs.make_once(pathlib.Path(sys.argv[1]), make)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "inputs")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sorted(said) == ["", "made\n"]
+    made: list[str] = []
+
+    def make(folder: Path) -> None:
+        (folder / "half").touch()
+        time.sleep(0.3)
+        (folder / "whole").touch()
+        made.append(folder.name)
+
+    with ThreadPoolExecutor() as runs:
+        list(runs.map(embedded_inputs.make_once, [tmp_path / "inputs"] * 2, [make] * 2))
+    assert len(made) == 1
     assert {path.name for path in (tmp_path / "inputs").iterdir()} == {"half", "whole"}
 
 
