@@ -117,7 +117,10 @@ class CommandParser(Parser):
         """Options of a command that reads files, and the rows of these."""
         self.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
         args = self.parse_args(argv)
-        return args, frame_of(load_rows(args.files or sorted(RESULTS.glob("*.jsonl"))))
+        rows = load_rows(args.files or sorted(RESULTS.glob("*.jsonl")))
+        if not rows:
+            raise UsageError("there are no rows; python -m benchmarks measures some")
+        return args, frame_of(rows)
 
 
 def names_of(

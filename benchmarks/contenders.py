@@ -47,9 +47,9 @@ class Contender:
     peer: type[Peer] | None = None
 
     def takes(self, case: NamedCase, precision: Precision) -> bool:
-        """Whether it means something for the case in this precision; peers are Top-K only."""
-        is_topk = case.registered.stock == "topk"
-        return precision.name in self.precisions and (self.peer is None or is_topk)
+        """Whether it means something for the case in this precision."""
+        trains = self.peer is None or self.peer.architecture == case.registered.stock
+        return trains and precision.name in self.precisions
 
     def build(self, case: NamedCase, precision: Precision, device: str, inputs: Inputs) -> Model:
         """Its model, with the weights of `inputs`."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from benchmarks.cases import CASES
-from benchmarks.report import active
+from benchmarks.report import active, title_of
 from benchmarks.rows import FIGURES, RESULTS, SPARSE, Frame, latest, of_contenders, ratios, slug
 from benchmarks.sweeps import draw_sweep
 from saelens_sparse.profile.pictures import PHASE_COLORS
@@ -153,13 +153,14 @@ def draw_breakdown(rows: Frame) -> Any:
     timed = timed[headline] if headline.any() else timed
     if not len(timed):
         return None
-    order = (
-        timed["case"].map(_place),
-        timed["precision"] != "float32",
-        timed["arm"].map(CONTENDERS.index),
+    order: Frame = pd.DataFrame(
+        {
+            "case": timed["case"].map(_place),
+            "precision": timed["precision"] != "float32",
+            "contender": timed["arm"].map(CONTENDERS.index),
+        }
     )
-    timed = timed.assign(case_order=order[0], precision_order=order[1], arm_order=order[2])
-    timed = timed.sort_values(["case_order", "precision_order", "arm_order"], kind="stable")
+    timed = timed.loc[order.sort_values(list(order)).index]
     is_first = ~timed.duplicated(["case", "precision"])
     places = (1.0 + 1.1 * is_first).cumsum()
     ms = pd.DataFrame(timed["phases_ms"].tolist(), index=timed.index).fillna(0.0)
@@ -253,7 +254,7 @@ def _place(case: str) -> int:
 
 def _label(row: dict[Any, Any]) -> str:
     """A case in two lines: what it stands for, and its sizes."""
-    architecture = "" if row["architecture"] == "topk" else "JumpReLU, "
+    architecture = "" if row["architecture"] == "topk" else f"{title_of(row)}, "
     name = NAMES.get(row["case"], row["case"])
     sizes = f"{row['d_in']:,} \N{RIGHTWARDS ARROW} {row['d_sae']:,}"
     return f"{name}\n{sizes}, {architecture}{active(row)}"

@@ -67,7 +67,7 @@ def without_gradients(model: Model, call: Callable[..., Any], *args: Any) -> Any
 
 def observe_passes(model: Model) -> Trajectory:
     """Reconstructions of a batch, and the gradients of their error."""
-    x = model.inputs.batches[0]
+    x = model.x
     model.forward_backward(x)
     trajectory = {
         f"gradient of {name}": model.gradient(name)
@@ -82,7 +82,7 @@ def observe_passes(model: Model) -> Trajectory:
 
 def measure_pass(model: Model, operation: str, steps: int) -> Row:
     """Time decoding, a forward pass, or one with its backward pass."""
-    x = model.inputs.batches[0]
+    x = model.x
     model.forget_gradients()
     if operation == "decode":
         activations = without_gradients(model, model.encode, x)
@@ -109,7 +109,7 @@ STEP = Benchmark(
     ),
     observe=lambda model: model.rehearse(),
     of_peers=first_step,
-    measure=lambda model, operation, steps: {**model.time_training(steps), "operation": operation},
+    measure=lambda model, _operation, steps: model.time_training(steps),
 )
 FORWARD = Benchmark(
     "forward",

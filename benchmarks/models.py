@@ -88,11 +88,16 @@ class Model(ABC):
         """What a sparse SAE's next call runs on; None for others."""
         return None
 
+    @property
+    def x(self) -> torch.Tensor:
+        """A batch `[batch, d_in]` in the precision's dtype."""
+        return self.inputs.batches[0].to(self.precision.dtype)
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision.autocast)
 
     def forward_backward(self, x: torch.Tensor) -> None:
-        """A forward pass and the gradients of its mean squared error."""
+        """A forward pass on `x`, and the gradients of its mean squared error."""
         self.forget_gradients()
         with self.autocast():
             loss = nn.functional.mse_loss(self.forward(x), x)

@@ -33,6 +33,8 @@ AUXK_COEFFICIENT = 1 / 32
 class Peer(Model):
     """A Top-K SAE of another library and its training step."""
 
+    architecture = "topk"
+    """SAELens's name of what it trains."""
     distribution: ClassVar[str]
     """Where it is from, as `pip` names it."""
     names: ClassVar[dict[str, tuple[str, bool]]]

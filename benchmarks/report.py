@@ -128,6 +128,12 @@ def active(row: Mapping[str, Any]) -> str:
     return f"k {row['k']}" if row["k"] is not None else f"L0 {row['l0']:g}"
 
 
+def title_of(row: Mapping[str, Any]) -> str:
+    """What people call the row's architecture."""
+    name: str = row["architecture"]
+    return {"topk": "Top-K", "jumprelu": "JumpReLU"}.get(name, name)
+
+
 def _table(rows: Frame, columns: Mapping[str, Callable[[Any], str]]) -> Frame:
     """A column of text for each title, made from each row."""
     records = rows.to_dict("records")

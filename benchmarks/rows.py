@@ -2,7 +2,7 @@
 Rows of measurements: one JSON object a line, appended as soon as it exists.
 
 Tables and figures read them as a pandas frame with one row for each, and `None` where a row lacks
-a key.
+a key. The key of a contender's name is "arm".
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def slug(text: str) -> str:
 def frame_of(rows: Sequence[Row]) -> Frame:
     """Rows as a frame, by date; what a row lacks is None."""
     frame: Frame = pd.DataFrame([{**dict.fromkeys(_KEYS), **row} for row in rows], dtype=object)
-    return frame.sort_values("date", kind="stable") if len(frame) else frame
+    return frame.sort_values("date", kind="stable") if rows else frame
 
 
 def of_contenders(frame: Frame) -> Frame:

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.report import active
+from benchmarks.report import active, title_of
 from benchmarks.rows import SPARSE, Frame, latest, ratios
 from saelens_sparse.reports.presentation import NOTE_COLOR, caption, new_figure, style_of
 
@@ -141,9 +141,8 @@ def _label_at(axis: Axis, values: Sequence[float], text: Callable[[float], str])
 def _title(row: Any, size: str) -> str:
     sizes = {"d_in": f"d_in {row['d_in']:,}", "d_sae": f"d_sae {row['d_sae']:,}"}
     sizes |= {"l0" if row["k"] is None else "k": active(row), "batch": f"batch {row['batch']:,}"}
-    named = {"topk": "Top-K", "jumprelu": "JumpReLU"}.get(row["architecture"], row["architecture"])
     fixed = ", ".join(text for name, text in sizes.items() if name != size)
-    return f"{named}, {fixed}, {row['precision']}"
+    return f"{title_of(row)}, {fixed}, {row['precision']}"
 
 
 def _short(value: float, size: str) -> str:

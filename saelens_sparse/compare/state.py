@@ -6,12 +6,11 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from sae_lens import constants
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -25,20 +24,18 @@ from saelens_sparse.training.checkpoints import problem_of
 if TYPE_CHECKING:
     from saelens_sparse.compare.options import Comparison
 
+# In the output folder; the last of the reports was written by earlier versions.
 STATE_FILE = "state.json"
-REPORT_FILES = ("results.json", "report.html", "dictionaries.json")  # the last by earlier versions
-# What each side's folder holds: its runner config, what its process prints, a `Step` a line, the
-# trained SAE and SAELens's checkpoints, the decoder before the first step, what the SAE left.
-CONFIG, LOG, STEPS, SAE, CHECKPOINTS = "config.json", "log.txt", "steps.jsonl", "sae", "checkpoints"
-INITIAL_DECODER, FINAL, EVALUATION = (
-    "initial_decoder.safetensors",
-    "final.safetensors",
-    "evaluation.json",
-)
-SAELENS_FILES = [
-    STATE_FILENAME,
-    *(v for k, v in vars(constants).items() if k.endswith("_FILENAME")),
-]
+REPORT_FILES = ("results.json", "report.html", "dictionaries.json")
+# In the folder of each side: its runner config, what its process prints, and a `Step` a line,
+CONFIG, LOG, STEPS = "config.json", "log.txt", "steps.jsonl"
+# the decoder before the first step, the state after the last one, what SAELens's evals say,
+INITIAL_DECODER, FINAL = "initial_decoder.safetensors", "final.safetensors"
+EVALUATION = "evaluation.json"
+# and in folders the trained SAE and SAELens's checkpoints, named by their number of tokens.
+SAE, CHECKPOINTS = "sae", "checkpoints"
+OF_SAE = [getattr(constants, f"{name}_FILENAME") for name in ("SAE_WEIGHTS", "SAE_CFG", "SPARSITY")]
+OF_SAELENS = [STATE_FILENAME, *(v for k, v in vars(constants).items() if k.endswith("_FILENAME"))]
 
 
 def _architecture(name: str) -> str:
@@ -48,44 +45,28 @@ def _architecture(name: str) -> str:
 
 
 class Settings(BaseModel):
-    """
-    What must be the same for results to be those of a comparison.
+    """What must be the same for results to be those of a comparison."""
 
-    Args:
-        arms: The runner config of each side by architecture, in the form of
-            `LanguageModelSAERunnerConfig.to_dict`; the second side is held against the first.
-        runners: "stock" or "own" for each: SAELens's runner or `SparseTrainingRunner`.
-        text_tokens: How much of the embedded text to use; None is all of it.
-    """
-
+    # The runner config of each side by architecture, in the form of
+    # `LanguageModelSAERunnerConfig.to_dict`; the second side is held against the first.
     arms: dict[Annotated[str, AfterValidator(_architecture)], dict[str, Any]]
-    runners: dict[str, str]
-    text_tokens: int | None
+    runners: dict[str, str]  # SAELens's, "stock", or "own", `SparseTrainingRunner`
+    text_tokens: int | None  # how much of the embedded text to use; None is all of it
 
 
 class State(BaseModel):
-    """
-    What `state.json` holds, beside the results that it is about.
-
-    Args:
-        made_by: By which the command knows its own state; early versions wrote none.
-        format: Of this file.
-        settings: Results of other settings are not those of the comparison.
-        run: Names this training, also as the group of its Weights & Biases runs.
-        checkpoint_step: The step from whose checkpoints the sides went on last; 0 if from none.
-        resumed_at: The steps at which this training was resumed.
-        trained: Whether both sides are trained, saved and evaluated.
-    """
+    """What `state.json` holds, beside the results that it is about."""
 
     model_config = ConfigDict(strict=True)
 
+    # By these the command knows its own state; early versions wrote neither.
     made_by: Literal["saelens-sparse compare"] = "saelens-sparse compare"
     format: Literal[1] = 1
     settings: Settings
-    run: str
-    checkpoint_step: int = 0
-    resumed_at: list[int] = Field(default_factory=list[int])
-    trained: bool = False
+    run: str  # names this training, also as the group of its Weights & Biases runs
+    checkpoint_step: int = 0  # from whose checkpoints the sides went on last; 0 if from none
+    resumed_at: list[int] = Field(default_factory=list[int])  # steps
+    trained: bool = False  # and saved, and evaluated: both sides
 
     def save(self, output: Path) -> None:
         """Write it, whole or not at all."""
@@ -105,10 +86,9 @@ def read_state(output: Path) -> State | None:
     try:
         state = State.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UsageError(
-            f"--output: {path} is damaged, or not of this command and version "
-            f"({error.errors()[0]['msg']}); name another folder"
-        ) from None
+        what = "is damaged, or not of this command and version"
+        message = f"{path} {what} ({error.errors()[0]['msg']}); name another folder"
+        raise UsageError(f"--output: {message}") from None
     for folder in (output / "figures", *(output / name for name in state.settings.arms)):
         for inner in (folder, *folder.rglob("*")):
             if inner.is_symlink():
@@ -118,11 +98,7 @@ def read_state(output: Path) -> State | None:
 
 def open_output(comparison: Comparison) -> tuple[State, str]:
     """
-    Make the output folder ready for the comparison.
-
-    Returns:
-        The state to go on from, and a sentence for the user on what is taken from the folder; it
-        is empty where nothing was there.
+    Make the output folder ready; returns the state to go on from, and what to tell the user of it.
 
     Raises:
         UsageError: the folder holds results of other settings, or damaged ones.
@@ -142,26 +118,26 @@ def open_output(comparison: Comparison) -> tuple[State, str]:
         state = State(settings=comparison.settings, run=run)
         _clear(comparison.output, sides_before)
     state.save(comparison.output)
-    for folder, config in zip(comparison.folders, comparison.settings.arms.values(), strict=True):
-        text = json.dumps(config, indent=2) + "\n"
-        if not (folder / CONFIG).is_file() or (folder / CONFIG).read_bytes() != text.encode():
-            write_whole(folder / CONFIG, text)
-            message += f". Written again: {folder / CONFIG}" if state.trained else ""
+    for folder in comparison.folders:
+        path = folder / CONFIG
+        text = json.dumps(comparison.settings.arms[folder.name], indent=2) + "\n"
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_whole(path, text)
+            message += f". Written again: {path}" if state.trained else ""
     return state, message
 
 
 def _go_on(state: State, comparison: Comparison) -> tuple[State | None, str]:
     """The state to go on from, None for a training from the beginning, and a sentence on it."""
+    folders, n_steps = comparison.folders, comparison.n_steps
+    taken = min(len(load_steps(folder / STEPS)) for folder in folders)
+    problem, message = None, ""
     if state.settings != comparison.settings:
-        if not comparison.overwrite and _has_results(comparison.output, state):
-            change = first_difference(state.settings, comparison.settings)
-            raise UsageError(
-                f"--output: {comparison.output} holds a comparison with other settings: {change}; "
-                "name another folder, or give --overwrite to discard it"
-            )
-        return None, ""
-    steps = min(len(load_steps(folder / STEPS)) for folder in comparison.folders)
-    if state.trained:
+        if _has_results(comparison.output, state):
+            there, here = state.settings.model_dump(), comparison.settings.model_dump()
+            change = first_difference(there, here)
+            problem = f"{comparison.output} holds a comparison with other settings: {change}"
+    elif state.trained:
         problem = damage_of_results(comparison)
         if problem is None:
             return state, "Both sides are already trained with these settings: reporting them again"
@@ -171,76 +147,54 @@ def _go_on(state: State, comparison: Comparison) -> tuple[State | None, str]:
             state.checkpoint_step = step
             state.resumed_at.append(step)
             return state, (f"{problem}. " if problem else "") + (
-                f"Resuming both sides from their checkpoints after step {step} of the {steps} that "
+                f"Resuming both sides from their checkpoints after step {step} of the {taken} that "
                 "they had taken"
             )
-        if problem is None:
-            saved = any((folder / SAE).exists() for folder in comparison.folders)
-            if not comparison.overwrite and (saved or steps == comparison.n_steps):
-                raise UsageError(
-                    f"--output: {comparison.output} holds a training that ended after step {steps} "
-                    "without a report and has no checkpoint to go on from; name another folder, or "
-                    "give --overwrite to discard it"
-                )
-            message = (
-                f"Starting anew: an earlier training ended after step {steps} without a "
-                "checkpoint (n_checkpoints, or --checkpoints, makes some)"
-            )
-            return None, message if steps else ""
-    if not comparison.overwrite:
-        raise UsageError(
-            f"--output: {problem}; restore it, name another folder, or give --overwrite to train "
-            "anew"
-        )
-    return None, f"Starting anew: {problem}"
+        ended = f"an earlier training ended after step {taken} without a checkpoint"
+        if problem is None and (taken == n_steps or any((f / SAE).exists() for f in folders)):
+            problem = f"{comparison.output}: {ended} or a report"
+        elif taken:
+            message = f"Starting anew: {ended} (n_checkpoints, or --checkpoints, makes some)"
+    if problem and not comparison.overwrite:
+        way_out = "restore it, name another folder, or give --overwrite to train anew"
+        raise UsageError(f"--output: {problem}; {way_out}")
+    return None, f"Starting anew: {problem}" if problem else message
 
 
 def damage_of_results(comparison: Comparison) -> str | None:
     """What is wrong with the results of two trained sides; None if they are whole."""
     for folder in comparison.folders:
-        sae = [
-            folder / SAE / name
-            for name in (
-                constants.SAE_WEIGHTS_FILENAME,
-                constants.SAE_CFG_FILENAME,
-                constants.SPARSITY_FILENAME,
-            )
-        ]
-        for path in (*sae, folder / FINAL, folder / INITIAL_DECODER):
-            if (problem := damage(path)) is not None:
-                return problem
-        if (problem := damage(folder / EVALUATION, "skipped")) is not None:
+        files = [folder / SAE / name for name in OF_SAE]
+        files += [folder / FINAL, folder / INITIAL_DECODER]
+        problem = next(filter(None, map(damage, files)), damage(folder / EVALUATION, "skipped"))
+        taken = len(load_steps(folder / STEPS))
+        if problem is None and taken != comparison.n_steps:
+            problem = f"{folder / STEPS} has {taken} of the {comparison.n_steps} steps"
+        if problem is not None:
             return problem
-        if (taken := len(load_steps(folder / STEPS))) != comparison.n_steps:
-            return f"{folder / STEPS} has {taken} of the {comparison.n_steps} steps"
     return None
 
 
-def first_difference(before: Settings, after: Settings) -> str:
+def first_difference(before: Any, after: Any, name: str = "") -> str:
     """The first field in which two settings differ, with both values."""
-    flat = [pd.json_normalize(settings.model_dump()).iloc[0] for settings in (before, after)]
-    there, here = (fields.to_dict() for fields in flat)
-    name = next(name for name in {**there, **here} if there.get(name) != here.get(name))
-    return f"{name} is {json.dumps(there.get(name))} there and {json.dumps(here.get(name))} here"
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        changed = (k for k in {**before, **after} if before.get(k) != after.get(k))
+        if (key := next(changed, None)) is not None:
+            return first_difference(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))
+    return f"{name} is {json.dumps(before)} there and {json.dumps(after)} here"
 
 
 def _has_results(output: Path, state: State) -> bool:
     """Whether there is more than the log of a training that took no step."""
-    folders = [output / name for name in state.settings.arms]
-    return bool(state.trained or state.checkpoint_step) or any(
-        (folder / SAE).exists()
-        or (folder / CHECKPOINTS).exists()
-        or ((folder / STEPS).exists() and (folder / STEPS).stat().st_size)
-        for folder in folders
-    )
+    paths = [
+        output / side / name for side in state.settings.arms for name in (SAE, CHECKPOINTS, STEPS)
+    ]
+    left = any(path.exists() and path.stat().st_size for path in paths)
+    return left or bool(state.trained or state.checkpoint_step)
 
 
 def _last_whole_checkpoint(comparison: Comparison) -> tuple[int, str | None]:
-    """
-    The last step after which both sides have a whole checkpoint; 0 if there is none.
-
-    Also says what is wrong with the latest, if anything is.
-    """
+    """The last step of which both sides have one, else 0; and what is wrong with the latest."""
     batch = comparison.config["train_batch_size_tokens"]
     found = [path for folder in comparison.folders for path in (folder / CHECKPOINTS).glob("*")]
     steps = {int(path.name) // batch for path in found if path.name.isdecimal()}
@@ -269,15 +223,10 @@ def _clear(output: Path, architectures: Iterable[str]) -> None:
     made = [output / name for name in REPORT_FILES]
     folders: list[Path] = []
     for side in (output / name for name in architectures):
-        checkpoints = [
-            path
-            for path in (side / CHECKPOINTS).glob("*")
-            if re.fullmatch(r"(final_)?\d+", path.name) and path.is_dir()
-        ]
-        folders += [side / SAE, *checkpoints, side / CHECKPOINTS]
+        named = [p for p in (side / CHECKPOINTS).glob("*") if re.fullmatch(r"(final_)?\d+", p.name)]
+        folders += [side / SAE, *filter(Path.is_dir, named), side / CHECKPOINTS]
         made += [side / n for n in (CONFIG, LOG, STEPS, INITIAL_DECODER, FINAL, EVALUATION)]
-    made += [folder / name for folder in folders for name in SAELENS_FILES]
-    for path in made:
+    for path in (*made, *(folder / name for folder in folders for name in OF_SAELENS)):
         path.unlink(missing_ok=True)
     for folder in folders:
         with suppress(OSError):  # it is not there, or not empty

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,42 +19,22 @@ WARM_UP_STEPS = 5
 
 
 class Step(BaseModel):
-    """
-    One training step of one side: a line of `steps.jsonl`, a row of a table of steps.
-
-    Args:
-        step: Counted from 1, as in SAELens's checkpoints.
-        seconds: Of the SAE's step: forward, loss, statistics, backward, clipping, optimizer.
-        data_seconds: Spent waiting for this step's batch, and in the first one for those that
-            activations are normalized by.
-        loss: The sum of the terms.
-        losses: The terms by SAELens's names, coefficients included.
-        l0: Mean number of active latents per token.
-        implementation: Of a sparse SAE: what its step ran on.
-        added_memory_bytes: Most that any step so far held above what was held before the first.
-        peak_memory_bytes: Most that any step so far held: language model and buffers included.
-        batch_crc32: Checksum of the batch.
-    """
+    """One training step of one side: a line of `steps.jsonl`, a row of a table of steps."""
 
     model_config = ConfigDict(strict=True, ser_json_inf_nan="constants")
 
-    step: int
-    seconds: float
-    data_seconds: float
+    step: int  # from 1, as in SAELens's checkpoints
+    seconds: float  # forward, loss, statistics, backward, clipping, optimizer
+    data_seconds: float  # waiting for the batch, and at first for those that set the scaling
     loss: float
-    losses: dict[str, float]
+    losses: dict[str, float]  # its terms by SAELens's names, coefficients included
     explained_variance: float
-    l0: float
+    l0: float  # mean number of active latents per token
     dead_latents: int
-    implementation: str | None
-    added_memory_bytes: int | None
-    peak_memory_bytes: int | None
+    implementation: str | None  # what the step of a sparse SAE ran on
+    added_memory_bytes: int | None  # most that steps so far held above what was held before them
+    peak_memory_bytes: int | None  # most that steps so far held, with language model and buffers
     batch_crc32: int
-
-    @property
-    def mse(self) -> float:
-        """Squared error per token."""
-        return self.losses[MSE.removeprefix(LOSS)]
 
 
 def load_steps(path: Path) -> list[Step]:
@@ -78,59 +58,52 @@ def load_steps(path: Path) -> list[Step]:
 def table_of(steps: Sequence[Step]) -> pd.DataFrame:
     """A row for each step; each term of the losses is a column of its own, 0 where it is not."""
     terms = dict.fromkeys(term for step in steps for term in step.losses)
-    return pd.DataFrame(
-        {
-            **step.model_dump(exclude={"losses"}),
-            **{LOSS + term: step.losses.get(term, 0.0) for term in terms},
-        }
+    rows = [
+        step.model_dump(exclude={"losses"}) | {LOSS + t: step.losses.get(t, 0.0) for t in terms}
         for step in steps
-    )
+    ]
+    return pd.DataFrame(rows)
 
 
 def summarize(architecture: str, steps: pd.DataFrame, batch_size: int) -> dict[str, Any]:
     """
-    What the report says of one side; what is called final is a mean over the last tenth.
+    What the report says of one side, from at least one step of so many tokens.
 
-    Args:
-        architecture: Of the side.
-        steps: Of `table_of`, at least one.
-        batch_size: Tokens of a step.
-
-    Returns:
-        Times in ms or s, memory in MiB, None for what was not measured. `ms_per_step` is the
-        median of the steps without AuxK, if there are any; `ms_per_final_step` is that of the last
-        tenth, where L0 varies and sets the cost; `tokens_per_second_end_to_end` is of steps and
-        waiting for batches together.
+    What is called final is a mean over the last tenth of the steps. Times are medians or sums,
+    memory is the most of all steps; None stands for what was not measured. `ms_per_step` is of the
+    steps without AuxK if there are any, `ms_per_final_step` of the last tenth, where L0 varies.
     """
     final = last_tenth(steps)
     timed = steps.iloc[min(WARM_UP_STEPS, len(steps) // 2) :]
-    with_aux = timed.seconds[timed[AUX_LOSS] != 0] if AUX_LOSS in timed else timed.seconds[:0]
-    plain = timed.seconds.drop(with_aux.index)
-    seconds, data_seconds = float(steps.seconds.sum()), float(steps.data_seconds.sum())
-    tokens = batch_size * len(steps)
-    means = {
-        "loss": float(final.loss.mean()),
-        **{name: float(final[name].mean()) for name in final if name.startswith(LOSS)},
-    }
+    with_aux = timed[timed[AUX_LOSS] != 0] if AUX_LOSS in timed else timed[:0]
+    plain = timed.drop(with_aux.index)
+    means, sums = (
+        of.to_dict()
+        for of in (final.mean(skipna=False, numeric_only=True), steps.sum(numeric_only=True))
+    )
+    most = steps.max(numeric_only=True).to_dict()
+    seconds, tokens = sums["seconds"], batch_size * len(steps)
     return {
         "architecture": architecture,
         "steps": len(steps),
-        "first_loss": float(steps.loss.iloc[0]),
-        "final_loss": means.pop("loss"),
-        "final_losses": {name.removeprefix(LOSS): mean for name, mean in means.items()},
+        "first_loss": steps.loss.tolist()[0],
+        "final_loss": means["loss"],
+        "final_losses": {
+            name.removeprefix(LOSS): mean for name, mean in means.items() if name.startswith(LOSS)
+        },
         "final_mse": means[MSE],
-        "explained_variance": float(final.explained_variance.mean()),
-        "l0": float(final.l0.mean()),
-        "dead_latents": int(steps.dead_latents.iloc[-1]),
+        "explained_variance": means["explained_variance"],
+        "l0": means["l0"],
+        "dead_latents": steps.dead_latents.tolist()[-1],
         "ms_per_step": _median_ms(plain if len(plain) else with_aux),
         "ms_per_step_with_aux_loss": _median_ms(with_aux),
-        "ms_per_final_step": _median_ms(final.seconds) if l0_varies(steps) else None,
+        "ms_per_final_step": _median_ms(final) if l0_varies(steps) else None,
         "step_seconds": seconds,
-        "data_seconds": data_seconds,
+        "data_seconds": sums["data_seconds"],
         "tokens_per_second_of_step": tokens / seconds,
-        "tokens_per_second_end_to_end": tokens / (seconds + data_seconds),
-        "added_memory_mib": _most_mib(steps.added_memory_bytes),
-        "peak_memory_mib": _most_mib(steps.peak_memory_bytes),
+        "tokens_per_second_end_to_end": tokens / (seconds + sums["data_seconds"]),
+        "added_memory_mib": _mib(most.get("added_memory_bytes")),
+        "peak_memory_mib": _mib(most.get("peak_memory_bytes")),
     }
 
 
@@ -148,34 +121,31 @@ def deviation(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:
     """
     How far the MSE of side `b` is from that of side `a`, relative to it, in as many steps.
 
-    Returns:
-        `by_step`, signed; `median` and `largest` of its size, the latter `largest_at` a step;
-        `final`, signed, of the means over the last tenth; `same_batches`, whether both were given
-        the same in the same order.
+    `by_step` and `final`, that of the means over the last tenth, are signed; `median` and `largest`
+    are of the size of `by_step`.
     """
-    by_step = _relative(a[MSE].to_numpy(), b[MSE].to_numpy())
-    sizes = np.nan_to_num(np.abs(by_step), nan=math.inf, posinf=math.inf)
-    largest = int(sizes.argmax())
-    means = (np.array([last_tenth(side)[MSE].mean()]) for side in (a, b))
+    by_step = _relative(a[MSE], b[MSE])
+    sizes = by_step.abs().fillna(math.inf).tolist()
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
     return {
         "by_step": by_step.tolist(),
-        "median": float(np.median(sizes)),
-        "largest": float(sizes[largest]),
-        "largest_at": int(a.step.iloc[largest]),
-        "final": float(_relative(*means)[0]),
-        "same_batches": bool((a.batch_crc32 == b.batch_crc32).all()),
+        "median": median(sizes),
+        "largest": sizes[largest],
+        "largest_at": 1 + largest,
+        "final": _relative(
+            *(last_tenth(side)[[MSE]].mean(skipna=False) for side in (a, b))
+        ).tolist()[0],
+        "same_batches": a.batch_crc32.tolist() == b.batch_crc32.tolist(),
     }
 
 
-def _relative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(a == b, 0.0, np.where(a == 0, math.inf, b / a - 1))
+def _relative(a: Any, b: Any) -> Any:
+    return (b / a - 1).where(a != b, 0.0)
 
 
-def _median_ms(seconds: pd.Series[float]) -> float | None:
-    return 1e3 * float(seconds.median()) if len(seconds) else None
+def _median_ms(steps: pd.DataFrame) -> float | None:
+    return 1e3 * median(steps.seconds) if len(steps) else None
 
 
-def _most_mib(counts: pd.Series[float]) -> float | None:
-    most = counts.dropna().max()
-    return float(most) / 2**20 if most and most == most else None
+def _mib(count: float | None) -> float | None:
+    return None if count is None else count / 2**20

@@ -11,22 +11,24 @@ from saelens_sparse.reports.presentation import Rows, percent
 Results = Mapping[str, Any]
 
 # A label, a name in a side's numbers, a format, and how the second side's is held against the
-# first's: as a format of the difference, or by `_compared`.
-QUALITY = (
+# first's: the format of the difference, or a word that `_compared` knows.
+FIRST = (
+    ("loss of the first step", "first_loss", "{:.4f}", "percent"),
+    ("final MSE", "final_mse", "{:.4f}", "percent"),
+)
+MAIN = (
     ("explained variance", "explained_variance", "{:.4f}", "{:+.4f}"),
     ("L0", "l0", "{:.2f}", "{:+.2f}"),
     ("dead latents", "dead_latents", "{:,}", "{:+,}"),
     ("CE loss recovered", "ce_loss_score", "{:.4f}", "{:+.4f}"),
-)
-TIME = (
     ("ms per SAE step (median)", "ms_per_step", "{:.1f}", "time"),
     ("  with dead latents (AuxK)", "ms_per_step_with_aux_loss", "{:.1f}", "time"),
     ("  at the final L0", "ms_per_final_step", "{:.1f}", "time"),
     ("all SAE steps, s", "step_seconds", "{:.1f}", "time"),
     ("waiting for batches, s", "data_seconds", "{:.1f}", ""),
     ("tokens/s, SAE steps alone", "tokens_per_second_of_step", "{:,.0f}", "pace"),
-)
-MEMORY = (
+    ("tokens/s with cached activations", "cached activations", "{:,.0f}", "pace"),
+    ("tokens/s with language model", "language model", "{:,.0f}", "pace"),
     ("memory that training adds, MiB", "added_memory_mib", "{:,.0f}", "share"),
     ("peak memory in all, MiB", "peak_memory_mib", "{:,.0f}", "share"),
 )
@@ -43,48 +45,38 @@ EVALUATION = (
 )
 
 
-def config_of(results: Results) -> Mapping[str, Any]:
-    """The first side's runner config, for what both have in common."""
-    return next(iter(results["settings"]["arms"].values()))
-
-
 def main_table(results: Results) -> Rows:
     """The table of the terminal: a column for each side, and one that compares them."""
-    apart = results["mse_deviation"]
-    numbers = [
-        {**(evaluation or {}), **summary}
-        for summary, evaluation in zip(results["arms"], results["evaluations"], strict=True)
+    apart, paces = results["mse_deviation"], end_to_end(results)
+    sides = [
+        {**(evaluation or {}), **summary, **dict(zip(paces, pace, strict=True))}
+        for summary, evaluation, pace in zip(
+            results["arms"], results["evaluations"], zip(*paces.values(), strict=True), strict=True
+        )
     ]
-    paces = end_to_end(results)
-    for side, of_side in zip(numbers, zip(*paces.values(), strict=True), strict=True):
-        side |= dict(zip(paces, of_side, strict=True))
-    with_source = [(f"tokens/s with {source}", source, "{:,.0f}", "pace") for source in paces]
-    losses = [("loss of the first step", "first_loss", "{:.4f}", "percent")]
-    losses += [("final MSE", "final_mse", "{:.4f}", "percent")]
     return [
         _header("", results),
-        *_rows(numbers, losses),
+        *_rows(sides, FIRST),
         ("  MSE of a step, median apart", "", "", percent(apart["median"])),
         (f"  at most (step {apart['largest_at']})", "", "", percent(apart["largest"])),
-        *_rows(numbers, (*QUALITY, *TIME, *with_source, *MEMORY)),
+        *_rows(sides, MAIN),
     ]
 
 
-def end_to_end(results: Results) -> dict[str, tuple[float, float]]:
-    """Tokens/s of each side by its source of activations; the language model, if known, is last."""
-    a, b = results["arms"]
-    measured = (a["tokens_per_second_end_to_end"], b["tokens_per_second_end_to_end"])
-    if not config_of(results).get("use_cached_activations"):
+def end_to_end(results: Results) -> dict[str, list[float]]:
+    """Tokens/s of both sides by the source of activations; the language model is last."""
+    sides, config = results["arms"], next(iter(results["settings"]["arms"].values()))
+    measured = [side["tokens_per_second_end_to_end"] for side in sides]
+    if not config.get("use_cached_activations"):
         return {"language model": measured}
-    paces = [
-        (evaluation or {}).get("llm_tokens_per_second") for evaluation in results["evaluations"]
-    ]
-    if not all(paces):
+    of_model = [(found or {}).get("llm_tokens_per_second") for found in results["evaluations"]]
+    if not all(of_model):
         return {"cached activations": measured}
     # The model is one: both sides have run it on the same text.
-    of_model = sum(paces) / len(paces)
-    first, second = (1 / (1 / side["tokens_per_second_of_step"] + 1 / of_model) for side in (a, b))
-    return {"cached activations": measured, "language model": (first, second)}
+    per_token = len(of_model) / sum(map(float, filter(None, of_model)))
+    alone = [side["tokens_per_second_of_step"] for side in sides]
+    together = [1 / (1 / pace + per_token) for pace in alone]
+    return {"cached activations": measured, "language model": together}
 
 
 def loss_table(results: Results) -> Rows:
@@ -92,48 +84,48 @@ def loss_table(results: Results) -> Rows:
     losses = [{"loss": side["final_loss"], **side["final_losses"]} for side in results["arms"]]
     rows = [_header("final value of", results)]
     for name in {**losses[0], **losses[1]}:
-        values = [side.get(name) for side in losses]
-        cells = ["-" if value is None else f"{value:.6g}" for value in values]
-        rows.append((name, *cells, "" if "-" in cells else _compared("percent", *values)))
+        cells = [f"{side[name]:.6g}" if name in side else "-" for side in losses]
+        both = all(name in side for side in losses)
+        compared = _compared("percent", *(side[name] for side in losses)) if both else ""
+        rows.append((name, *cells, compared))
     return rows
 
 
 def evaluation_table(results: Results) -> Rows:
     """What SAELens's evals say about both; a header alone where they were skipped."""
-    evaluations = [evaluation or {} for evaluation in results["evaluations"]]
-    return [(*_header("", results)[:3], "difference"), *_rows(evaluations, EVALUATION)]
+    found = [evaluation or {} for evaluation in results["evaluations"]]
+    return [(*_header("", results)[:3], "difference"), *_rows(found, EVALUATION)]
 
 
 def dictionary_table(results: Results) -> Rows:
     """How many latents are shared, by how alike they must be."""
     a, b = results["settings"]["arms"]
     shared = results["shared_latents"]
-    alive = shared["alive"]
-    counts = list(shared["thresholds"].values())
+    alive_a, alive_b = shared["alive"]
+    wanted = {
+        f"{a}'s with a match in {b}": ("a_in_b", alive_a),
+        f"{b}'s with a match in {a}": ("b_in_a", alive_b),
+        "one-to-one (each other's nearest)": ("one_to_one", min(alive_a, alive_b)),
+        "matched at the same index": ("same_index", shared.get("alive_in_both", 0)),
+        f"{a}'s like their own initial value": (0, alive_a),
+        f"{b}'s like their own initial value": (1, alive_b),
+    }
     rows = [("of the latents that are alive", *(f"cosine >= {t}" for t in shared["thresholds"]))]
-    for label, found, total in (
-        (f"{a}'s with a match in {b}", [c["a_in_b"] for c in counts], alive[0]),
-        (f"{b}'s with a match in {a}", [c["b_in_a"] for c in counts], alive[1]),
-        ("one-to-one (each other's nearest)", [c["one_to_one"] for c in counts], min(alive)),
-        (
-            "matched at the same index",
-            [c["same_index"] for c in counts],
-            shared.get("alive_in_both", 0),
-        ),
-        (f"{a}'s like their own initial value", [c["near_start"][0] for c in counts], alive[0]),
-        (f"{b}'s like their own initial value", [c["near_start"][1] for c in counts], alive[1]),
-    ):
-        if found:
+    for label, (key, total) in wanted.items():
+        found = [
+            {**c, **dict(enumerate(c["near_start"]))}[key] for c in shared["thresholds"].values()
+        ]
+        if found and None not in found:
             rows.append((label, *(f"{n:,} ({n / max(1, total):.1%})" for n in found)))
     return rows
 
 
 def headline(results: Results) -> str:
     """One sentence on how the sides compare, from what was measured."""
-    a, b = results["arms"]
-    apart, config = results["mse_deviation"], config_of(results)
+    (a, b), apart = results["arms"], results["mse_deviation"]
     if not apart["same_batches"]:
         return "The sides were given different batches: they cannot be compared"
+    config = next(iter(results["settings"]["arms"].values()))
     n_steps = -(-config["training_tokens"] // config["train_batch_size_tokens"])
     so_far = "" if a["steps"] >= n_steps else f"After {a['steps']} of {n_steps} steps: "
     source, (first, second) = list(end_to_end(results).items())[-1]
@@ -149,9 +141,7 @@ def _header(label: str, results: Results) -> tuple[str, ...]:
     return (label, a, b, f"{b} is")
 
 
-def _rows(
-    sides: Sequence[Mapping[str, Any]], wanted: Sequence[tuple[str, str, str, str]]
-) -> list[tuple[str, ...]]:
+def _rows(sides: Sequence[Results], wanted: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """A row for each of the wanted that both sides have."""
     rows: list[tuple[str, ...]] = []
     for label, name, pattern, how in wanted:
@@ -166,9 +156,8 @@ def _compared(how: str, a: Any, b: Any) -> str:
     if how.startswith("{"):
         return how.format(round(b - a, 4) + 0)  # adding 0 leaves no negative zero
     if how == "percent":
-        if a == b:
-            return percent(0.0)
-        return percent(b / a - 1, "+") if a and math.isfinite(a) else ""
+        relative = 0.0 if a == b else b / a - 1 if a and math.isfinite(a) else None
+        return "" if relative is None else percent(relative, "+")
     if how in ("time", "pace"):
         return f"{a / b if how == 'time' else b / a:.2f}x as fast"
     return f"{b / a:.0%} of it" if how == "share" and a else ""

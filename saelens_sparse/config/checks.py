@@ -78,6 +78,7 @@ RANGES: dict[str, Any] = {
                 "n_checkpoints",
                 "n_eval_batches",
                 "prefetch_llm_batches",
+                "sae.l0_coefficient",
                 "sae.l0_warm_up_steps",
                 "sae.l1_warm_up_steps",
             ],

@@ -59,8 +59,9 @@ def main(args: Sequence[str]) -> int:
         "steps": options.steps or command_line.DEFAULT_STEPS[options.device],
         "warmup_train": options.warmup_train,
     }
-    with usage_errors(), ExitStack() as lock:
+    with usage_errors():
         check_writable("--output", folder, 0)
+    with ExitStack() as lock:
         try:
             results = _results_to_continue(settings, folder)
             lock.enter_context(enter_output_folder(folder, report.RESULTS_FILE))

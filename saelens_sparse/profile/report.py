@@ -64,11 +64,9 @@ def write_report(results: Record, folder: Path) -> None:
 
 def terminal_text(results: Record) -> str:
     """All tables, for a terminal."""
-    parts = [
-        "\n".join([*section.text, section.heading, *map(plain_table, section.tables)]).strip()
-        for section in _sections(results, {}, kernels=14)
-    ]
-    return "\n\n".join(parts)
+    sections = _sections(results, {}, kernels=14)
+    parts = [[s.heading, *s.text, *map(plain_table, s.tables)] for s in sections]
+    return "\n\n".join(part for of_section in parts for part in of_section if part)
 
 
 def _sections(results: Record, images: dict[str, dict[str, Path]], kernels: int) -> list[Section]:

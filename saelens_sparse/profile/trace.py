@@ -79,8 +79,9 @@ class StepTrace:
         forward: Frame = operations[operations.forward_thread == 0]
         made_in = dict(zip(forward.node, _names_at(forward.start, phases), strict=True))
         nodes = _named(operations, _NODE)
-        nodes = nodes.assign(name=nodes.node.map(made_in).fillna("other"))
-        parts = _names_at(items.launched, _intervals(nodes))
+        nodes = nodes.assign(name=nodes.node.map(made_in).astype(object).fillna("other"))
+        between = [("other", start, end) for _, start, end in _intervals(steps)]
+        parts = _names_at(items.launched, between + _intervals(nodes))
         items["part"] = np.where(items.phase == "backward", parts, "")
         declared = _names_at(items.launched, _intervals(_named(ranges, WORK_PREFIX)))
         self.items = _with_work(items, declared)
@@ -133,8 +134,8 @@ def _phases(operations: Frame, ranges: Frame, steps: Frame) -> list[Interval]:
     has_node = (operations.forward_thread == 0) & operations.node.isin(nodes.node)
     with_node = operations[has_node]
     product = _named(ranges, PREFIX)
-    product = product[~product.name.str.startswith((WORK_PREFIX, f"{PREFIX}step"))]
     product = product.assign(name=product.name.str.removeprefix(PREFIX))
+    product = product[product.name.isin(PHASES)]
     found: list[Interval] = []
     for _, start, end in _intervals(steps):
         (_, decoded), (_, lost), (backward, after), (update, updated) = (

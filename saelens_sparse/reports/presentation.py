@@ -31,6 +31,8 @@ PALETTE = (SPARSE_COLOR, STOCK_COLOR, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 """Colours of the lines or bars of a figure that compares more than stock and sparse."""
 NOTE_COLOR = "0.35"
 """Of remarks and marks inside a figure."""
+STYLE = Path(__file__).with_name("report.mplstyle")
+"""Matplotlib's style sheet of all figures."""
 PANEL_WIDTH, PANEL_HEIGHT = 5.4, 4.0
 """Inches of one panel: its text is legible across the width of a telephone."""
 
@@ -94,13 +96,12 @@ def new_figure(
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib import rc_context
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    size = (width or PANEL_WIDTH * columns, height or PANEL_HEIGHT * rows)
-    with rc_context(fname=Path(__file__).with_name("report.mplstyle")):
-        figure = Figure(figsize=size)
-        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    style.use(STYLE)  # from now on: some of it counts where things are drawn later
+    figure = Figure(figsize=(width or PANEL_WIDTH * columns, height or PANEL_HEIGHT * rows))
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def caption(figure: Figure, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -117,7 +118,7 @@ def caption(figure: Figure, rows: Iterable[Mapping[str, Any]]) -> None:
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG, which appears only once it is whole."""
     png = io.BytesIO()
-    figure.savefig(png, dpi=150, format="png", facecolor="white")
+    figure.savefig(png, format="png")
     write_whole(path, png.getvalue())
 
 
@@ -178,6 +179,10 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     """Write a page that needs no other file, for screens of any width."""
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, trim_blocks=True)
-    pages.filters["base64"] = lambda png: base64.b64encode(png.read_bytes()).decode()
+    pages.filters["png"] = _as_url
     page = pages.get_template("page.html.jinja").render(title=title, sections=sections)
     write_whole(path, page + "\n")
+
+
+def _as_url(png: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"

@@ -138,6 +138,10 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.Capt
     assert "none.jsonl" in capsys.readouterr().err
     assert main(["step", "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "--out" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").touch()
+    for command_name in ("report", "figures"):
+        assert main([command_name, str(tmp_path / "empty.jsonl")]) == 2
+        assert "no rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,18 @@
 import json
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import pytest
-from saelens_sparse.compare.records import ArmFolder, load_steps
 
 from saelens_sparse import cli
 from saelens_sparse.compare import command, report
 from saelens_sparse.compare.options import parse_comparison
 from saelens_sparse.compare.state import State, open_output
+from saelens_sparse.compare.steps import load_steps
 from saelens_sparse.config.files import UsageError
 from tests.support.compare import contents, make_config
 
@@ -23,7 +24,7 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Finished:
-    """A comparison that is complete, with checkpoints of both arms after steps 3 and 6."""
+    """A comparison that is complete, with checkpoints of both sides after steps 3 and 6."""
 
     args: list[str]
     output: Path
@@ -36,12 +37,12 @@ class Finished:
         path = self.output / "state.json"
         state = json.loads(path.read_text())
         path.write_text(json.dumps({**state, "trained": False}))
-        for name in ("topk", "topk_sparse"):
+        for name in ("jumprelu", "jumprelu_sparse"):
             steps = self.output / name / "steps.jsonl"
             steps.write_text("".join(steps.read_text().splitlines(keepends=True)[:7]))
 
     def checkpoint(self, architecture: str, step: int) -> Path:
-        return ArmFolder(self.output / architecture).checkpoints / str(step * BATCH)
+        return self.output / architecture / "checkpoints" / str(step * BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("compare")
     output = folder / "output"
     options = [f"--steps={N_STEPS}", "--checkpoints=2", f"--output={output}", "--eval-batches=0"]
-    args = [str(make_config(folder)), *options]
+    sae = {"architecture": "jumprelu_sparse", "d_in": 16, "d_sae": 64}
+    sae["normalize_activations"] = "expected_average_only_in"
+    args = [str(make_config(folder, sae=sae)), *options]
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
@@ -57,7 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         assert command.main(args) == 0
     signal.signal(signal.SIGTERM, handler)
     state = json.loads((output / "state.json").read_text())
-    assert (state["trained"], state["checkpoint_step"]) == (True, 6)
+    assert (state["trained"], state["checkpoint_step"]) == (True, 0)
     return Finished(args, output)
 
 
@@ -93,21 +96,28 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "of another kind": lambda path: path.write_text("[1, 2, 3]"),
     "a folder": replace_by_a_folder,
 }
+
+
+def each_with_several(files: Sequence[str]) -> list[tuple[str, str]]:
+    """Each file with three kinds of damage, and all kinds among them."""
+    kinds = cycle(DAMAGES)
+    return [(file, next(kinds)) for file in files for _ in range(3)]
+
+
 NEEDED = (
-    "topk/steps.jsonl",
-    "topk_sparse/steps.jsonl",
-    "topk_sparse/evaluation.json",
-    "topk/sae/sae_weights.safetensors",
-    "topk_sparse/sae/cfg.json",
-    "topk_sparse/sae/sae_weights.safetensors",
-    "topk/sae/sparsity.safetensors",
-    "topk/initial_decoder.safetensors",
-    "topk_sparse/final.safetensors",
+    "jumprelu/steps.jsonl",
+    "jumprelu_sparse/steps.jsonl",
+    "jumprelu_sparse/evaluation.json",
+    "jumprelu/sae/sae_weights.safetensors",
+    "jumprelu_sparse/sae/cfg.json",
+    "jumprelu_sparse/sae/sae_weights.safetensors",
+    "jumprelu/sae/sparsity.safetensors",
+    "jumprelu/initial_decoder.safetensors",
+    "jumprelu_sparse/final.safetensors",
 )
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize(("name", "damage"), each_with_several(NEEDED))
 def test_a_damaged_result_is_named_and_everything_is_kept(
     name: str, damage: str, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,22 +141,22 @@ def test_what_can_be_computed_again_is(
     monkeypatch.setattr(report, "can_draw", lambda: False)
     output = finished.output
     expected = json.loads((output / "results.json").read_text())
-    config = (output / "topk" / "config.json").read_text()
+    config = (output / "jumprelu" / "config.json").read_text()
     (output / "results.json").write_text('{"headline": ')
     (output / "report.html").unlink()
     (output / "dictionaries.json").write_text("{")
-    (output / "topk" / "config.json").write_text(config[:100])
-    (finished.checkpoint("topk", 6) / "trainer_state.pt").write_bytes(b"")
+    (output / "jumprelu" / "config.json").write_text(config[:100])
+    (finished.checkpoint("jumprelu", 6) / "trainer_state.pt").write_bytes(b"")
     handler = signal.getsignal(signal.SIGTERM)
     assert cli.main(["compare", *finished.args]) == 0
     signal.signal(signal.SIGTERM, handler)
     said = capsys.readouterr()
     assert "Traceback" not in said.out + said.err
-    assert f"Written again: {output / 'topk' / 'config.json'}" in said.out
+    assert f"Written again: {output / 'jumprelu' / 'config.json'}" in said.out
     results = json.loads((output / "results.json").read_text())
     for part in ("headline", "status", "arms", "mse_deviation", "evaluations", "shared_latents"):
         assert results[part] == expected[part]
-    assert (output / "topk" / "config.json").read_text() == config
+    assert (output / "jumprelu" / "config.json").read_text() == config
     assert "After" not in results["headline"]
 
 
@@ -154,7 +164,7 @@ def test_a_report_that_fails_leaves_the_one_before(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(finished.output)
-    cfg = finished.output / "topk_sparse" / "sae" / "cfg.json"
+    cfg = finished.output / "jumprelu_sparse" / "sae" / "cfg.json"
     cfg.write_text('{"architecture": "nothing that can be opened"}')
     handler = signal.getsignal(signal.SIGTERM)
     assert cli.main(["compare", *finished.args]) == 1
@@ -166,7 +176,9 @@ def test_a_report_that_fails_leaves_the_one_before(
         assert contents(finished.output)[name] == before[name]
 
 
-@pytest.mark.parametrize("name", ["state.json", "topk/evaluation.json", "topk_sparse/steps.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["state.json", "jumprelu/evaluation.json", "jumprelu_sparse/steps.jsonl"]
+)
 def test_no_damage_of_a_text_file_ends_in_a_traceback(name: str, finished: Finished) -> None:
     """Bytes changed at random places: what was read is what was written, or the file is refused."""
     path = finished.output / name
@@ -185,25 +197,25 @@ def test_no_damage_of_a_text_file_ends_in_a_traceback(name: str, finished: Finis
         else:
             assert state.trained
             for folder in parse_comparison(finished.args).folders:
-                steps = load_steps(folder.steps)
+                steps = load_steps(folder / "steps.jsonl")
                 assert [step.step for step in steps] == list(range(1, N_STEPS + 1))
-                assert all(isinstance(step.mse, float | int) for step in steps)
+                assert all(isinstance(step.losses["mse_loss"], float) for step in steps)
     assert refused > 20
 
 
 def test_overwriting_a_damaged_comparison_trains_it_anew(finished: Finished) -> None:
-    DAMAGES["cut"](finished.output / "topk" / "steps.jsonl")
+    DAMAGES["cut"](finished.output / "jumprelu" / "steps.jsonl")
     state, message = finished.open("--overwrite")
     assert message.startswith("Starting anew: ")
-    assert str(finished.output / "topk" / "steps.jsonl") in message
+    assert str(finished.output / "jumprelu" / "steps.jsonl") in message
     assert not state.trained
-    assert not (finished.output / "topk_sparse" / "sae" / "cfg.json").exists()
+    assert not (finished.output / "jumprelu_sparse" / "sae" / "cfg.json").exists()
 
 
 def test_a_whole_comparison_is_not_trained_again_by_overwriting(finished: Finished) -> None:
     state, message = finished.open("--overwrite")
     assert state.trained
-    assert message.startswith("Both arms are already trained")
+    assert message.startswith("Both sides are already trained")
 
 
 def test_whole_checkpoints_are_resumed_from(finished: Finished) -> None:
@@ -211,7 +223,7 @@ def test_whole_checkpoints_are_resumed_from(finished: Finished) -> None:
     run = json.loads((finished.output / "state.json").read_text())["run"]
     state, message = finished.open()
     assert message == (
-        "Resuming both arms from their checkpoints after step 6 of the 7 that they had taken"
+        "Resuming both sides from their checkpoints after step 6 of the 7 that they had taken"
     )
     assert (state.run, state.resumed_at) == (run, [6])
 
@@ -224,24 +236,23 @@ CHECKPOINT_FILES = (
 )
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+@pytest.mark.parametrize(("name", "damage"), each_with_several(CHECKPOINT_FILES))
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     name: str, damage: str, finished: Finished
 ) -> None:
     finished.unfinish()
-    path = finished.checkpoint("topk_sparse", 6) / name
+    path = finished.checkpoint("jumprelu_sparse", 6) / name
     DAMAGES[damage](path)
     state, message = finished.open()
     assert (state.checkpoint_step, state.resumed_at) == (3, [3])
     assert str(path) in message
-    assert message.endswith("Resuming both arms from their checkpoints after step 3 of the 7 that "
+    assert message.endswith("Resuming both sides from their checkpoints after step 3 of the 7 that "
                             "they had taken")  # fmt: skip
 
 
-def test_a_checkpoint_that_one_arm_lacks_is_passed_over(finished: Finished) -> None:
+def test_a_checkpoint_that_one_side_lacks_is_passed_over(finished: Finished) -> None:
     finished.unfinish()
-    path = finished.checkpoint("topk", 6)
+    path = finished.checkpoint("jumprelu", 6)
     path.rename(path.with_name("moved"))
     state, message = finished.open()
     path.with_name("moved").rename(path)
@@ -253,12 +264,12 @@ def test_without_a_whole_checkpoint_nothing_is_discarded(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finished.unfinish()
-    for architecture, step in (("topk", 6), ("topk_sparse", 3)):
+    for architecture, step in (("jumprelu", 6), ("jumprelu_sparse", 3)):
         DAMAGES["cut"](finished.checkpoint(architecture, step) / "trainer_state.pt")
     before = contents(finished.output)
     assert cli.main(["compare", *finished.args]) == 2
     error = capsys.readouterr().err
-    assert str(finished.checkpoint("topk", 6) / "trainer_state.pt") in error
+    assert str(finished.checkpoint("jumprelu", 6) / "trainer_state.pt") in error
     assert "--overwrite to train anew" in error
     after = contents(finished.output)
     assert {name: after[name] for name in before} == before
@@ -270,12 +281,12 @@ def test_without_a_whole_checkpoint_nothing_is_discarded(
 def test_steps_that_a_checkpoint_counts_must_be_there(finished: Finished) -> None:
     """A resumed training would else end complete, with fewer steps than were trained."""
     finished.unfinish()
-    steps = finished.output / "topk" / "steps.jsonl"
+    steps = finished.output / "jumprelu" / "steps.jsonl"
     lines = steps.read_text().splitlines(keepends=True)
     steps.write_text("".join([*lines[:4], lines[4][:30]]))
     state, message = finished.open()
     assert state.checkpoint_step == 3
     assert str(steps) in message
     steps.write_text("".join([*lines[:1], *lines[2:]]))
-    with pytest.raises(UsageError, match=r"steps\.jsonl has 1 of the 3 steps"):
+    with pytest.raises(UsageError, match=r"steps\.jsonl has 1 of the 6 steps"):
         finished.open()

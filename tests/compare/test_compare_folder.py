@@ -1,28 +1,28 @@
 """The folder of a comparison: what is another's is left alone, and one run at a time is in it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from saelens_sparse.compare.driver import ComparisonError
 from safetensors.torch import save_file
 
 from saelens_sparse import cli
-from saelens_sparse.compare import embedded_inputs
-from saelens_sparse.compare.command import prepare_inputs
+from saelens_sparse.compare import command, embedded_inputs
+from saelens_sparse.compare.command import ComparisonError, prepare_inputs
 from saelens_sparse.compare.options import parse_comparison
 from saelens_sparse.compare.state import State, open_output
 from saelens_sparse.config.files import UsageError
 from tests.support.compare import contents, make_config
 
-ARMS = ("topk", "topk_sparse")
+SIDES = ("topk", "topk_sparse")
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,11 @@ def test_a_folder_in_place_of_the_state_is_refused(
     assert "state.json" in refusal(capsys, config, tmp_path)
 
 
-@pytest.mark.parametrize("arm", ["{victim}", "../victim", ".", "..", "topk/../../victim", "victim"])
-def test_arms_of_a_state_are_architectures_and_nothing_else(
-    arm: str, tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "side", ["{victim}", "../victim", ".", "..", "topk/../../victim", "victim"]
+)
+def test_sides_of_a_state_are_architectures_and_nothing_else(
+    side: str, tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work_of_someone(tmp_path / "victim")
     for name in ("sae", "checkpoints"):
@@ -109,7 +111,7 @@ def test_arms_of_a_state_are_architectures_and_nothing_else(
     output = tmp_path / "output"
     settle(output, config)
     state = json.loads((output / "state.json").read_text())
-    state["settings"]["arms"][arm.format(victim=tmp_path / "victim")] = {}
+    state["settings"]["arms"][side.format(victim=tmp_path / "victim")] = {}
     (output / "state.json").write_text(json.dumps(state))
     before = contents(tmp_path)
     assert "not an architecture" in refusal(capsys, config, output, "--overwrite", "--k=3")
@@ -153,7 +155,7 @@ def test_overwriting_removes_what_the_command_made_and_nothing_beside(
     assert left == {*mine, *(tmp_path / name for name in made)}
 
 
-def test_the_folder_of_an_arm_that_the_state_does_not_name_is_another_s(
+def test_the_folder_of_a_side_that_the_state_does_not_name_is_another_s(
     tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settle(tmp_path, config, "--architecture=jumprelu")
@@ -195,7 +197,7 @@ def test_a_state_of_an_earlier_version_opens_and_is_marked(tmp_path: Path, confi
 
 
 def pretend_step(output: Path) -> None:
-    for name in ARMS:
+    for name in SIDES:
         (output / name / "steps.jsonl").write_text("{}\n")
 
 
@@ -257,8 +259,10 @@ def test_a_folder_that_cannot_be_made_is_named(
 def another_process_in(folder: Path) -> Generator[subprocess.Popen[str]]:
     """A process that holds the folder, as a comparison does."""
     script = (
-        "import sys, pathlib; from saelens_sparse.reports.output_folder import lock_folder\n"
-        "with lock_folder(pathlib.Path(sys.argv[1])):\n"
+        "import os, pathlib, sys; from filelock import FileLock\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with FileLock(folder / '.lock').acquire(timeout=0):\n"
+        "    (folder / '.lock-holder').write_text(f'process {os.getpid()} on this machine')\n"
         "    print('in', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -291,36 +295,38 @@ def test_a_second_comparison_in_the_folder_is_refused_until_the_first_has_ended(
             pass
 
 
-def test_an_arm_that_outlives_its_comparison_keeps_another_out(tmp_path: Path, config: str) -> None:
+def test_a_side_that_outlives_its_comparison_keeps_another_out(
+    tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which shows, too, how a side that fails is reported."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     settle(tmp_path, config)
-    command = [sys.executable, "-m", "saelens_sparse.compare.arm"]
+    handler = signal.getsignal(signal.SIGTERM)
     with another_process_in(tmp_path / "topk") as process:
-        arm = subprocess.run(
-            [*command, str(tmp_path / "topk")],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        )
-        assert arm.returncode
-        assert f"in use by process {process.pid} " in arm.stderr.splitlines()[-1]
+        assert cli.main(["compare", config, f"--output={tmp_path}"]) == 1
+        signal.signal(signal.SIGTERM, handler)
+    error = capsys.readouterr().err
+    assert "compare: training topk failed: UsageError: " in error
+    assert f"in use by process {process.pid} " in error
+    assert str(tmp_path / "topk" / "log.txt") in error
+    assert json.loads((tmp_path / "results.json").read_text())["status"] == "failed"
 
 
 # The embedded inputs.
 
 
 def test_two_runs_make_the_inputs_once(tmp_path: Path) -> None:
-    script = (
-        "import sys, time, pathlib; from saelens_sparse.compare import embedded_inputs\n"
-        "def make(folder):\n"
-        "    (folder / 'half').touch(); time.sleep(1); (folder / 'whole').touch(); print('made')\n"
-        "embedded_inputs.make_once(pathlib.Path(sys.argv[1]), make)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "inputs")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sorted(said) == ["", "made\n"]
+    made: list[str] = []
+
+    def make(folder: Path) -> None:
+        (folder / "half").touch()
+        time.sleep(0.3)
+        (folder / "whole").touch()
+        made.append(folder.name)
+
+    with ThreadPoolExecutor() as runs:
+        list(runs.map(embedded_inputs.make_once, [tmp_path / "inputs"] * 2, [make] * 2))
+    assert len(made) == 1
     assert {path.name for path in (tmp_path / "inputs").iterdir()} == {"half", "whole"}
 
 
@@ -335,7 +341,8 @@ def test_making_the_inputs_leaves_a_folder_of_the_users_alone(tmp_path: Path) ->
 def test_inputs_that_are_not_whole_are_named(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be made"))
+    monkeypatch.setattr(command, "PROCESSES", None)  # nothing is to be made
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     model = tmp_path / "smollm2-135m" / "model.safetensors"
     files = (
         model,
@@ -364,9 +371,9 @@ def test_a_training_that_ended_without_a_report_is_not_discarded(
 ) -> None:
     """Both SAEs are saved, and what follows has failed."""
     settle(tmp_path, config)
-    for arm in ("topk", "topk_sparse"):
-        (tmp_path / arm / "sae").mkdir()
-        (tmp_path / arm / "sae" / "sae_weights.safetensors").write_bytes(b"of weeks")
+    for side in SIDES:
+        (tmp_path / side / "sae").mkdir()
+        (tmp_path / side / "sae" / "sae_weights.safetensors").write_bytes(b"of weeks")
     assert "--overwrite" in refusal(capsys, config, tmp_path)
     assert (tmp_path / "topk" / "sae" / "sae_weights.safetensors").exists()
     settle(tmp_path, config, "--overwrite")

@@ -9,7 +9,7 @@ import pytest
 from sae_lens import LanguageModelSAERunnerConfig
 
 from saelens_sparse import cli
-from saelens_sparse.compare.embedded_inputs import EMBEDDED_CONFIGS
+from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.options import parse_comparison
 from saelens_sparse.compare.state import State, first_difference, open_output
 from saelens_sparse.config.files import UsageError
@@ -29,16 +29,16 @@ def config(inputs: Path) -> MakeConfig:
 
 
 def test_embedded_default_loads_as_it_stands(tmp_path: Path) -> None:
-    for name in EMBEDDED_CONFIGS:
+    for name in ARCHITECTURES:
         comparison = parse_comparison(["--device=cpu", f"--architecture={name}"])
-        assert list(comparison.configs) == [name.removesuffix("_sparse"), name]
+        assert list(comparison.settings.arms) == [name.removesuffix("_sparse"), name]
         assert comparison.n_steps == 160
-        for architecture, arm in comparison.configs.items():
-            loaded = LanguageModelSAERunnerConfig.from_dict(arm)
+        for architecture, side in comparison.settings.arms.items():
+            loaded = LanguageModelSAERunnerConfig.from_dict(side)
             assert loaded.sae.architecture() == architecture
             assert loaded.total_training_steps == 160
             assert loaded.sae.d_sae == 8192
-    moved = parse_comparison(["--device=cpu", f"--cache={tmp_path}", "--text-tokens=512"]).shared
+    moved = parse_comparison(["--device=cpu", f"--cache={tmp_path}", "--text-tokens=512"]).config
     assert moved["model_name"] == str(tmp_path / "smollm2-135m")
     assert moved["cached_activations_path"] == str(tmp_path / "activations-512-tokens")
 
@@ -48,46 +48,47 @@ def test_options_go_into_both_configs(config: MakeConfig) -> None:
     options += ["--set=lr=0.5", "--set=logger.run_name=night", "--set=sae.aux_loss_coefficient=0"]
     comparison = parse_comparison([config(), *options])
     assert comparison.n_steps == 7
-    for architecture, arm in comparison.configs.items():
-        assert (arm["sae"]["d_sae"], arm["sae"]["k"], arm["sae"]["aux_loss_coefficient"]) == (
+    for architecture, side in comparison.settings.arms.items():
+        assert (side["sae"]["d_sae"], side["sae"]["k"], side["sae"]["aux_loss_coefficient"]) == (
             96,
             3,
             0,
         )
-        assert (arm["training_tokens"], arm["train_batch_size_tokens"]) == (7 * 64, 64)
-        assert (arm["seed"], arm["autocast"], arm["lr"]) == (5, True, 0.5)
-        assert arm["logger"]["run_name"] == f"night-{architecture}"
+        assert (side["training_tokens"], side["train_batch_size_tokens"]) == (7 * 64, 64)
+        assert (side["seed"], side["autocast"], side["lr"]) == (5, True, 0.5)
+        assert side["logger"]["run_name"] == f"night-{architecture}"
 
 
-def test_the_arms_differ_in_what_the_architecture_brings_alone(config: MakeConfig) -> None:
-    stock, sparse = parse_comparison([config()]).configs.values()
+def test_the_sides_differ_in_what_the_architecture_brings_alone(config: MakeConfig) -> None:
+    stock, sparse = parse_comparison([config()]).settings.arms.values()
     own_fields = {"implementation", "screen_buffer_mib", "fused_adam"}
     assert own_fields <= set(sparse["sae"]) - set(stock["sae"])
     sparse["sae"] = {name: sparse["sae"][name] for name in stock["sae"]}
-    for arm in (stock, sparse):
-        arm["sae"].pop("architecture")
-        arm["logger"].pop("run_name")
-        assert Path(arm.pop("output_path")).name == "sae"
-        assert Path(arm.pop("checkpoint_path")).name == "checkpoints"
+    for side in (stock, sparse):
+        side["sae"].pop("architecture")
+        side["logger"].pop("run_name")
+        assert Path(side.pop("output_path")).name == "sae"
+        assert Path(side.pop("checkpoint_path")).name == "checkpoints"
     assert stock == sparse
 
 
 def test_any_two_registered_architectures(config: MakeConfig) -> None:
     comparison = parse_comparison([config(), "--architectures=jumprelu_sparse,batchtopk"])
-    assert list(comparison.configs) == ["jumprelu_sparse", "batchtopk"]
-    assert "k" not in comparison.configs["jumprelu_sparse"]["sae"]
-    assert comparison.configs["batchtopk"]["sae"]["k"] == 4
-    assert comparison.dropped == []
-    assert parse_comparison([config(), "--architecture=jumprelu"]).dropped == ["k"]
+    assert list(comparison.settings.arms) == ["jumprelu_sparse", "batchtopk"]
+    assert "k" not in comparison.settings.arms["jumprelu_sparse"]["sae"]
+    assert comparison.settings.arms["batchtopk"]["sae"]["k"] == 4
+    assert not any("Neither architecture" in note for note in comparison.notes)
+    notes = parse_comparison([config(), "--architecture=jumprelu"]).notes
+    assert "Neither architecture has the config's sae.k." in notes
 
 
 def test_own_runner_is_for_sparse_architectures(config: MakeConfig) -> None:
     comparison = parse_comparison([config(), "--runner=own"])
-    assert comparison.runners == {"topk": "stock", "topk_sparse": "own"}
+    assert comparison.settings.runners == {"topk": "stock", "topk_sparse": "own"}
 
 
 def test_prefetching_is_turned_off(config: MakeConfig) -> None:
-    shared = parse_comparison([config(prefetch_llm_batches=True)]).shared
+    shared = parse_comparison([config(prefetch_llm_batches=True)]).config
     assert shared["prefetch_llm_batches"] is False
 
 
@@ -95,15 +96,21 @@ def test_prefetching_is_turned_off(config: MakeConfig) -> None:
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps: must be 1 or more; got 0"),
-        (["--d-sae", "many"], "--d-sae: 'many' is not a whole number"),
-        (["--device", "abacus"], "--device: 'abacus' cannot be used here"),
-        (["--implementation", "fast"], "--implementation: invalid choice: 'fast'"),
+        (["--d-sae", "many"], "sae.d_sae: 'many' cannot be used; allowed: a valid integer"),
+        (["--device", "abacus"], "device: 'abacus' cannot be used here"),
+        (
+            ["--implementation", "fast"],
+            "sae.implementation: 'fast' cannot be used; allowed: 'auto', ",
+        ),
         (["--output", __file__], "--output: "),
-        (["--l0-coefficient", "2"], "--l0-coefficient: topk and topk_sparse have no such setting"),
-        (["--l0-coefficient", "-1"], "--l0-coefficient: '-1' is not a positive number"),
+        (["--l0-coefficient", "2"], "sae.l0_coefficient: there is no such field"),
+        (
+            ["--architecture=jumprelu_sparse", "--l0-coefficient=-1"],
+            "sae.l0_coefficient: -1 cannot be used; allowed: 0 or more",
+        ),
         (
             ["--architecture", "jumprelu_sparse", "--k", "3"],
-            "--k: jumprelu and jumprelu_sparse have no such setting",
+            "sae.k: there is no such field",
         ),
     ],
 )
@@ -115,14 +122,14 @@ def test_a_bad_option_is_named(
 
 
 def test_inputs_of_the_embedded_default_do_not_go_with_a_config(config: MakeConfig) -> None:
-    with pytest.raises(UsageError, match="--text-tokens: CONFIG brings its own inputs"):
+    with pytest.raises(UsageError, match="--text-tokens, --cache: CONFIG brings its own inputs"):
         parse_comparison([config(), "--text-tokens=5"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--k=65"], "cannot be used for topk_sparse: k must be at most d_sae=64; got 65"),
+        (["--k=65"], "sae.k: 65 cannot be used; allowed: at most sae.d_sae, 64"),
         (
             ["--k=65", "--architectures=topk,batchtopk"],
             "sae.k: 65 cannot be used; allowed: at most sae.d_sae, 64",
@@ -190,7 +197,7 @@ def settle(output: Path, config: str, *options: str) -> tuple[State, str]:
 
 
 def pretend_steps(output: Path, n_steps: int) -> None:
-    """Steps of both arms, as if they had been taken."""
+    """Steps of both sides, as if they had been taken."""
     step: dict[str, Any] = {
         "step": 1,
         "seconds": 1.0,
@@ -218,7 +225,7 @@ def test_results_of_other_settings_are_kept(tmp_path: Path, config: MakeConfig) 
         settle(tmp_path, config(), "--k=2")
     assert (tmp_path / "topk" / "steps.jsonl").exists()
     _, message = settle(tmp_path, config(), "--k=2", "--overwrite")
-    assert message == ""
+    assert message.startswith("Starting anew: ")
     assert not (tmp_path / "topk" / "steps.jsonl").exists()
 
 

@@ -110,6 +110,7 @@ def test_demo_from_beginning_to_end(folder: Path) -> None:
 
 
 @needs_language_model
+@pytest.mark.exhaustive
 def test_demo_of_jumprelu(folder: Path) -> None:
     output = folder / "jumprelu"
     process = run_demo(folder, output, "--architecture=jumprelu_sparse", "--eval-batches=0")

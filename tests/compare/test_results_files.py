@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from saelens_sparse.reports.whole_files import write_whole
 
 from saelens_sparse import cli
+from saelens_sparse.reports.files import write_whole
 from tests.support.compare import contents
 
 PROFILE = ["profile", "--shape", "32,256,4,64", "--device", "cpu", "--steps", "1"]

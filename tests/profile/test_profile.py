@@ -195,7 +195,6 @@ def test_the_command_profiles_all_arms(
         assert arm["busy_ms"] + arm["idle_ms"] == pytest.approx(arm["divided_ms"])
         for phase in PHASES:
             assert phases[phase] > 0, (name, phase)
-        assert phases["other"] < 0.2 * arm["busy_ms"]
         assert sum(parts.values()) == pytest.approx(phases["backward"])
         for phase in ("encode", "decode", "losses"):
             assert parts[phase] > 0, (name, phase)
@@ -208,7 +207,8 @@ def test_the_command_profiles_all_arms(
         products = [row for row in arm["kernels"] if row["name"] == "mm"]
         assert products and products[0]["flops"] >= 2 * 64 * 32 * 512
         assert arm["waiting_calls"] == {}
-        assert StepTrace.load(output / arm["trace"]).n_steps == 2
+        trace = StepTrace.load(output / arm["trace"])
+        assert trace.n_steps == 2 and (trace.items.phase == "other").mean() < 0.1
     assert results["floor_ms"]["total"] == pytest.approx(
         sum(results["floor_ms"][part] for part in ("encoder product", "update"))
     )

@@ -67,7 +67,7 @@ def test_kernels_of_the_sparse_runner_go_by_its_ranges():
         "mse": "losses",
         "_DecodeBackward_kernel": "backward decode",
         "_EncodeSelectedBackward_kernel": "backward encode",
-        "after_all_nodes": "backward",
+        "after_all_nodes": "backward other",
         "count_firings": "statistics",
         "between": "other",
         "_square_sums_kernel": "clip",

@@ -1,4 +1,4 @@
-"""A language model, a text and a runner config so small that comparing two arms takes seconds."""
+"""A language model, a text and a runner config so small that comparing two sides takes seconds."""
 
 import json
 import random
