@@ -275,7 +275,7 @@ class SparseTrainingSAEMixin(_Base):
             found = self.search(x, norms, step)
         found, order = step.settled(found, self.cfg.d_sae)
         if found.totals is not None:
-            step.pair_totals = PairTotals(found.totals, x.shape[0], self.cfg.d_sae)
+            step.count_pairs(PairTotals(found.totals, x.shape[0], self.cfg.d_sae))
         dead = step.dead_latents()
         acts, l0, dead_W_enc = encode_pairs(
             x,
