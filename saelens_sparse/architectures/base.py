@@ -236,11 +236,13 @@ class SparseTrainingSAEMixin(_Base):
             ValueError: x has another width than d_in or is on another device.
         """
         self.check_input(x)
-        step = current_step(self)
-        choice = self.implementation if step is None else step.choice
+        # Asked again within a step: what needs a dense tensor may have been attached since.
+        choice = self.implementation
         if choice.name == "dense":
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
-        step = step or StepContext(choice, asks_at_once=True, offer=offer_to(self))
+        step = current_step(self)
+        if step is None or step.choice.name == "dense":
+            step = StepContext(choice, asks_at_once=True, offer=offer_to(self))
         return self._encode_sparsely(x, step)
 
     @_not_compiled
@@ -278,7 +280,7 @@ class SparseTrainingSAEMixin(_Base):
             found = self.search(x, norms, step)
         found, order = step.settled(found, self.cfg.d_sae)
         if found.totals is not None:
-            step.pair_totals = PairTotals(found.totals, x.shape[0], self.cfg.d_sae)
+            step.count_pairs(PairTotals(found.totals, x.shape[0], self.cfg.d_sae))
         dead = step.dead_latents()
         acts, l0, dead_W_enc = encode_pairs(
             x,

@@ -251,7 +251,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         )
         if dead is not None:
             dead.W_enc = dead_W_enc
-        step.pair_totals = PairTotals(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae)
+        step.count_pairs(PairTotals(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae))
         return DenseCode(
             x=x,
             input_bias=input_bias,

@@ -111,7 +111,8 @@ class Code(ABC):
         Args:
             W_dec: `[d_sae, d_in]`.
             b_dec: `[d_in]`.
-            to_step: whether the gradient of `W_dec` may go to the step instead of to its `.grad`.
+            to_step: whether the gradient of `W_dec` may go to the step instead of to its `.grad`,
+                if `W_dec` is of the SAE that encoded.
         """
 
     @property
@@ -128,7 +129,7 @@ class PairCode(Code):
         pairs: the pairs.
         order: the same by latent.
         norms: `[d_sae]` decoder norms if the reported activations are scaled by them; else None.
-        W_dec: whose norms they are.
+        W_dec: of the SAE that encoded, whose norms they are.
         norms_have_graph: whether scaling by the norms is on the graph of the decoder.
     """
 
@@ -225,6 +226,7 @@ class PairCode(Code):
             # One in value. Decoding divides by the norms, and nothing cancels their gradient.
             scale = self.norms / W_dec.norm(dim=-1)
             acts = acts * at_latents(scale, self.pairs.latents, self.order, self.backend)
+        to_step = to_step and W_dec is self.W_dec
         row_gradients = self.step.row_gradients_of("W_dec", self.order) if to_step else None
         return decode_pairs(
             acts, W_dec, b_dec, self.pairs, self.order, self.block, self.backend, row_gradients

@@ -69,8 +69,12 @@ class StepContext:
         n_training_steps: number of steps before it; None for a call that is no training step.
         checks: what it relies on and nobody has asked yet.
         was_complete: whether all that was asked at once had been found at once.
+    <<<<<<< HEAD
         pair_totals: how many pairs it had, where the next choice depends on that.
         instead_of: the step that was dropped for it because its searches had missed something.
+    =======
+        pair_totals: how many pairs its batch had, where the next choice depends on that.
+    >>>>>>> review
     """
 
     choice: Choice
@@ -101,6 +105,11 @@ class StepContext:
         self.was_complete = False
         found = found.complete()
         return found, LatentOrder.of(found.pairs, d_sae)
+
+    def count_pairs(self, totals: PairTotals) -> None:
+        """Keep how many pairs the step's batch had. What is encoded after it is something else."""
+        if self.pair_totals is None:
+            self.pair_totals = totals
 
     def dead_latents(self) -> DeadLatents | None:
         """The dead latents, if a loss asks for them. Waits for their number."""

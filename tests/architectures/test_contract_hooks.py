@@ -126,3 +126,23 @@ def test_disabled_hooks(subject: Subject, precision: Precision) -> None:
         assert sparse.implementation.name == subject.target.backend
         acts = sparse.encode(x)
     assert acts.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@every_arm
+def test_a_hook_that_is_attached_within_a_step(arm: Arm, name: str) -> None:
+    """As by an auxiliary loss that looks at pre-activations: `run_with_cache` attaches hooks."""
+    stock, x = stock_and_inputs(arm)
+    caches: list[dict[str, torch.Tensor]] = []
+    for sae in (stock, arm.sparse(stock)):
+
+        def cached(*args: Any, sae: Any = sae, **kwargs: Any) -> Any:
+            _, cache = sae.run_with_cache(x, names_filter=[name])
+            caches.append(dict(cache))
+            return type(sae).calculate_aux_loss(sae, *args, **kwargs)
+
+        sae.calculate_aux_loss = cached
+        forward_pass(sae, x, dead_mask(sae, 0))
+    expected, actual = caches
+    assert expected.keys() == {name}
+    torch.testing.assert_close(actual, expected)

@@ -218,6 +218,26 @@ class TestSwitch:
         sae.train()
         assert sae.implementation.name == "torch"
 
+    @pytest.mark.parametrize("density", [0.002, 0.9])
+    def test_an_evaluation_within_a_step_does_not_disturb_the_training(
+        self, density: float
+    ) -> None:
+        sae = self.sae()
+        own_loss = sae.calculate_aux_loss
+
+        def with_evaluation(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                with_density(sae, 0.9 - density)
+                sae.encode(torch.randn(16, D_IN))
+                with_density(sae, density)
+            return own_loss(*args, **kwargs)
+
+        sae.calculate_aux_loss = with_evaluation  # pyright: ignore[reportAttributeAccessIssue]
+        with_density(sae, density)
+        for _ in range(3):
+            forward_pass(sae, torch.randn(16, D_IN))
+        assert sae.implementation.name == ("torch" if density == 0.002 else "fused")
+
     def test_batches_of_nan_stay_dense(self) -> None:
         sae = sparse_jumprelu(make_jumprelu(d_sae=1000), "auto")
         for _ in range(4):

@@ -262,6 +262,34 @@ def test_a_frozen_weight_stays_and_counts_for_nothing(subject: Subject) -> None:
 
 
 @kernels
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_the_decoder_of_another_sae_keeps_its_gradient(target: Target, architecture: str) -> None:
+    decoders: list[torch.Tensor] = []
+    for buffers in (True, False):
+        torch.manual_seed(0)
+        (_, sparse), (_, other) = pair(architecture, target), pair(architecture, target)
+        # Counted alike, so that nothing but the decoder itself tells one from the other.
+        assert sparse.W_dec._version == other.W_dec._version
+        sparse.cfg.gradient_buffers, sparse.cfg.cuda_graph = buffers, False
+        if architecture == "topk":
+            sparse.cfg.rescale_acts_by_decoder_norm = False
+        own_loss = sparse.calculate_aux_loss
+
+        def with_other(own_loss: Any = own_loss, other: Any = other, **of_step: Any) -> Any:
+            recons = other.decode(of_step["feature_acts"])
+            apart = (recons - of_step["step_input"].sae_in).pow(2).mean()
+            return {**own_loss(**of_step), "apart": apart}
+
+        sparse.calculate_aux_loss = with_other
+        torch.manual_seed(1)
+        train(own_trainer(sparse), [superposed_rows(sparse, target.few_rows(32))])
+        assert other.W_dec.grad is not None
+        decoders += [sparse.W_dec.detach(), other.W_dec.grad]
+    for held, summed in zip(decoders[:2], decoders[2:], strict=True):
+        assert (summed - held).norm() <= 1e-6 * held.norm()
+
+
+@kernels
 def test_activations_may_be_read_after_the_step(target: Target) -> None:
     """The update writes the norms of the next step, not over those of this one."""
     stock = make_stock(device=target.device)

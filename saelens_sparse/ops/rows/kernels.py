@@ -1,7 +1,8 @@
-"""Triton kernels of the row operations; `row_ops.py` says what they compute."""
+"""Triton kernels of the row operations; `operations.py` says what they compute."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -79,7 +80,17 @@ def _pairs_of_row(rows, n):
     return first, n_pairs
 
 
-@kernel
+def _gathers(arguments: Mapping[str, Any]) -> tuple[float, float]:
+    """Work of a kernel that reads a row of a weight for each pair: bytes and flops."""
+    weight, latents = arguments["weight_ptr"], arguments["latents_ptr"]
+    names = ("out_ptr", "batch_ptr", "coefficients_ptr", "latents_ptr")
+    others = sum(arguments[name].nbytes for name in names if name in arguments)
+    row_bytes = weight.shape[1] * weight.element_size()
+    n_pairs = latents.numel()
+    return float(n_pairs * row_bytes + others), 2.0 * n_pairs * weight.shape[1]
+
+
+@kernel.asking(_gathers)
 def _gather_sum_kernel(
     out_ptr,  # [N, D]
     coefficients_ptr,  # [P]
@@ -120,7 +131,7 @@ def _gather_sum_kernel(
     tl.store(out_ptr + n * D + cols, out, mask=col_mask)
 
 
-@kernel
+@kernel.asking(_gathers)
 def _gather_dot_kernel(
     out_ptr,  # [P]
     batch_ptr,  # [N, D]

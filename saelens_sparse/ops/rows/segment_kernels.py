@@ -1,7 +1,8 @@
 """Triton kernels that sum over the pairs of each latent; `operations.py` says what they compute."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -96,6 +97,21 @@ class SegmentSums(NamedTuple):
                 **vars(launch),
             )
         return cls(pairs, partials, totals)
+
+
+def work_of_sums(arguments: Mapping[str, Any]) -> tuple[float, float]:
+    """Work of a kernel that sums over the pairs of each latent, and reads and writes what else it
+    is given: bytes and flops.
+    """
+    sums, width = arguments["sums"].list, arguments["D"]
+    others = sum(
+        (2 if "moment" in name or name == "weight_ptr" else 1) * value.nbytes
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor)
+    )
+    pair_bytes = width * sums.batch.element_size() + sums.pairs.element_size()
+    n_pairs = sums.pairs.numel()
+    return float(n_pairs * pair_bytes + sums.coefficients.nbytes + others), 2.0 * n_pairs * width
 
 
 @triton.jit
@@ -203,7 +219,7 @@ def sum_segment(
     return acc, total
 
 
-@kernel
+@kernel.asking(work_of_sums)
 def _segment_sum_kernel(
     out_ptr,  # [L, D]
     totals_ptr,  # [L]

@@ -20,7 +20,12 @@ from saelens_sparse.ops.rows.kernels import (
     norms_of,
     store_square_sum,
 )
-from saelens_sparse.ops.rows.segment_kernels import SEGMENT_SUM, SegmentSums, sum_segment
+from saelens_sparse.ops.rows.segment_kernels import (
+    SEGMENT_SUM,
+    SegmentSums,
+    sum_segment,
+    work_of_sums,
+)
 from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_rule
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCopy
@@ -70,7 +75,7 @@ def _gradient_row(
     return gradient
 
 
-@kernel
+@kernel.asking(work_of_sums)
 def _square_sums_kernel(
     out_ptr,  # [L, T]
     sums,  # SegmentSums
@@ -91,7 +96,7 @@ def _square_sums_kernel(
     tl.store(out_ptr + out, tl.sum(gradient * gradient, axis=0))
 
 
-@kernel
+@kernel.asking(work_of_sums)
 def _update_kernel(
     weight_ptr,  # [L, D], as the moments
     first_moment_ptr,
