@@ -69,12 +69,8 @@ class StepContext:
         n_training_steps: number of steps before it; None for a call that is no training step.
         checks: what it relies on and nobody has asked yet.
         was_complete: whether all that was asked at once had been found at once.
-    <<<<<<< HEAD
-        pair_totals: how many pairs it had, where the next choice depends on that.
-        instead_of: the step that was dropped for it because its searches had missed something.
-    =======
         pair_totals: how many pairs its batch had, where the next choice depends on that.
-    >>>>>>> review
+        instead_of: the step that was dropped for it because its searches had missed something.
     """
 
     choice: Choice
