@@ -35,8 +35,9 @@ OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 # Autograd's count of in-place changes; what makes a tensor whose values come later.
 TENSOR = ("_version", "_make_wrapper_subclass")
 TENSOR_SUBCLASSES = ("DisableTorchFunctionSubclass",)
-# Whether a profiler runs.
+# Whether a profiler runs, and what an operator takes.
 PROFILER = ("_is_profiler_enabled",)
+OPERATOR = ("_schema",)
 # Arguments of `torch.optim.adam.adam`, the functional form of Adam.
 FUNCTIONAL_ADAM = ("fused", "grad_scale")
 
@@ -73,6 +74,7 @@ def _check() -> None:
         ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),
         ("torch", "_C", TENSOR_SUBCLASSES, dir(torch._C)),  # pyright: ignore[reportPrivateUsage]
         ("torch", "autograd.profiler", PROFILER, dir(profiler)),
+        ("torch", "ops.aten.mm.default", OPERATOR, dir(torch.ops.aten.mm.default)),
         ("torch", "optim.adam.adam()", FUNCTIONAL_ADAM, inspect.signature(adam).parameters),
     ):
         require(distribution, owner, names, found)
