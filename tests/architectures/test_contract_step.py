@@ -210,7 +210,7 @@ def test_the_same_step_gives_the_same_bits(
         traits = subject.traits
         sizes = traits.screened if subject.target.interpreted else traits.large
         stock = subject.stock(precision, **sizes, **options)
-        x, dead = superposed_rows(stock, subject.target.few_rows(160)), dead_mask(stock, 30)
+        x, dead = superposed_rows(stock, subject.target.few_rows(96)), dead_mask(stock, 30)
         repeats = [
             step_values(
                 subject.sparse(stock), x, dead, autocast=precision.autocast, input_gradient=True
