@@ -29,3 +29,19 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_functions(name: str) -> None:
     compare_changed(SUBJECTS["topk_sparse"], ACTIVATIONS[name])
+
+
+def test_an_activation_function_that_is_replaced_within_a_step() -> None:
+    def change(sae: Any) -> None:
+        own_loss = sae.calculate_aux_loss
+
+        def with_sparsity(step_input: Any, *args: Any, **kwargs: Any) -> Any:
+            losses = own_loss(step_input, *args, **kwargs)
+            top_k, sae.activation_fn = sae.activation_fn, torch.nn.ReLU()
+            losses["sparsity"] = sae.encode(step_input.sae_in).mean()
+            sae.activation_fn = top_k
+            return losses
+
+        sae.calculate_aux_loss = with_sparsity
+
+    compare_changed(SUBJECTS["topk_sparse"], change)

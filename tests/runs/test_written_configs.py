@@ -56,7 +56,7 @@ def assert_taken(path: Path, architecture: str) -> None:
     assert json.loads(json.dumps(loaded.to_dict())) == written
     other = "topk" if architecture != "topk" else "gated"
     comparison = parse_comparison([str(path), f"--architectures={architecture},{other}"])
-    arm = comparison.configs[architecture]
+    arm = comparison.settings.arms[architecture]
     for values in (written, arm):
         for name in ("output_path", "checkpoint_path"):
             values.pop(name)

@@ -261,17 +261,16 @@ def test_a_frozen_weight_stays_and_counts_for_nothing(subject: Subject) -> None:
         assert (states[1][name] - value).norm() <= 1e-6 * value.norm() + 1e-9, name
 
 
-@kernels
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_the_decoder_of_another_sae_keeps_its_gradient(target: Target, architecture: str) -> None:
+@subjects(KERNELS)
+def test_the_decoder_of_another_sae_keeps_its_gradient(subject: Subject) -> None:
     decoders: list[torch.Tensor] = []
     for buffers in (True, False):
         torch.manual_seed(0)
-        (_, sparse), (_, other) = pair(architecture, target), pair(architecture, target)
+        sparse, other = (subject.sparse(subject.stock()) for _ in range(2))
         # Counted alike, so that nothing but the decoder itself tells one from the other.
         assert sparse.W_dec._version == other.W_dec._version
         sparse.cfg.gradient_buffers, sparse.cfg.cuda_graph = buffers, False
-        if architecture == "topk":
+        if reads_decoder_norms(sparse):
             sparse.cfg.rescale_acts_by_decoder_norm = False
         own_loss = sparse.calculate_aux_loss
 
@@ -282,7 +281,8 @@ def test_the_decoder_of_another_sae_keeps_its_gradient(target: Target, architect
 
         sparse.calculate_aux_loss = with_other
         torch.manual_seed(1)
-        train(own_trainer(sparse), [superposed_rows(sparse, target.few_rows(32))])
+        rows = superposed_rows(sparse, subject.target.few_rows(32))
+        train(own_trainer(sparse), [rows])
         assert other.W_dec.grad is not None
         decoders += [sparse.W_dec.detach(), other.W_dec.grad]
     for held, summed in zip(decoders[:2], decoders[2:], strict=True):
