@@ -129,12 +129,14 @@ def test_disabled_hooks(subject: Subject, precision: Precision) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@every_arm
-def test_a_hook_that_is_attached_within_a_step(arm: Arm, name: str) -> None:
+@every_subject
+def test_a_hook_that_is_attached_within_a_step(
+    subject: Subject, precision: Precision, name: str
+) -> None:
     """As by an auxiliary loss that looks at pre-activations: `run_with_cache` attaches hooks."""
-    stock, x = stock_and_inputs(arm)
+    stock, x = subject.case(precision, n_rows=6)
     caches: list[dict[str, torch.Tensor]] = []
-    for sae in (stock, arm.sparse(stock)):
+    for sae in (stock, subject.sparse(stock)):
 
         def cached(*args: Any, sae: Any = sae, **kwargs: Any) -> Any:
             _, cache = sae.run_with_cache(x, names_filter=[name])
