@@ -240,15 +240,15 @@ class SparseTrainingSAEMixin(_Base):
         choice = self.implementation
         if choice.name == "dense":
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
-        step = current_step(self)
-        if step is None or step.choice.name == "dense":
-            step = StepContext(choice, asks_at_once=True, offer=offer_to(self))
-        return self._encode_sparsely(x, step)
+        return self._encode_sparsely(x, choice)
 
     @_not_compiled
     def _encode_sparsely(
-        self, x: torch.Tensor, step: StepContext
+        self, x: torch.Tensor, choice: Choice
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        step = current_step(self)
+        if step is None or step.choice.name == "dense":
+            step = StepContext(choice, asks_at_once=True, offer=offer_to(self))
         self.prepare_weights()
         sae_in, input_bias = self._sae_in_and_bias(x)
         leading_shape = sae_in.shape[:-1]
