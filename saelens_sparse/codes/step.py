@@ -29,7 +29,8 @@ class RowGradients:
 
     Attributes:
         parts: the sums, by name of the parameter.
-        is_open: whether the step is still being taken. Later gradients go to `.grad`.
+        is_open: whether the step is still being taken. What is encoded or decoded later sends its
+            gradients to `.grad`.
     """
 
     parts: dict[str, list[RowGradient]] = field(default_factory=dict[str, list[RowGradient]])

@@ -40,13 +40,6 @@ class Rows:
         return cls(offsets.numel() - 1, None, offsets, of_pairs)
 
     @classmethod
-    def of_lengths(cls, lengths: torch.Tensor) -> Self:
-        """Rows of these lengths (`[n_rows]` integer), with no pairs beyond the last."""
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        rows = torch.arange(lengths.numel(), device=lengths.device, dtype=torch.int32)
-        return cls.ragged(offsets, rows.repeat_interleave(lengths))
-
-    @classmethod
     def of_ascending(cls, rows: torch.Tensor, n_rows: int) -> Self:
         """The row of each pair (`[n_pairs]` int64, ascending), with no pairs beyond the last."""
         lengths = torch.bincount(rows, minlength=n_rows)

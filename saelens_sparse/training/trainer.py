@@ -113,6 +113,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         sae.train()
         batch = batch.to(sae.device)
         taken = self._take_passes(sae, self.activation_scaler(batch))
+        if taken.step is not None:
+            sae.commit(taken.step)
         if self._graphs.can_replay_followups(taken, lambda: self._followups_depend_on(sae)):
             self._replay_followups(sae, taken)
         else:
@@ -123,7 +125,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             if taken.graph is None and taken.row_gradients is not None:
                 taken.row_gradients.clear()
         if taken.step is not None:
-            sae.commit(taken.step)
+            taken.step.offer = Offer()  # an output that is kept holds no copies of weights
         self.n_training_samples += batch.shape[0]
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
         self.optimizer.zero_grad()

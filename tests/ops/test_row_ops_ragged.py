@@ -14,7 +14,13 @@ from saelens_sparse.ops.rows.operations import (
     segment_sum,
     segment_totals,
 )
-from tests.support.ops import assert_within_budget, order_of, random_latents, within
+from tests.support.ops import (
+    assert_within_budget,
+    order_of,
+    random_latents,
+    rows_of_lengths,
+    within,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def ragged_pairs(
     lengths: str, n_spare: int, device: torch.device, dtype: torch.dtype, d_sae: int = 33
 ) -> Pairs:
     counts = torch.tensor(LENGTHS[lengths], dtype=torch.int64)
-    rows = Rows.of_lengths(counts)
+    rows = rows_of_lengths(counts)
     assert rows.offsets is not None and rows.of_pairs is not None
     frequency = 1 / torch.arange(1.0, d_sae + 1)
     if lengths == "a latent on 300 rows":
@@ -99,7 +105,7 @@ def torch_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("lengths", [[], [0], [4], [0, 3, 0, 0, 2, 1, 0]], ids=str)
 def test_ragged_rows_of_lengths_and_of_ascending(lengths: list[int], device: torch.device) -> None:
-    of_lengths = Rows.of_lengths(torch.tensor(lengths, dtype=torch.int64, device=device))
+    of_lengths = rows_of_lengths(torch.tensor(lengths, dtype=torch.int64, device=device))
     expected = [row for row, n in enumerate(lengths) for _ in range(n)]
     ascending = torch.tensor(expected, dtype=torch.int64, device=device)
     for rows in (of_lengths, Rows.of_ascending(ascending, len(lengths))):
@@ -115,7 +121,7 @@ def test_ragged_rows_of_lengths_and_of_ascending(lengths: list[int], device: tor
 def test_rows_of_k_are_as_ragged_rows_of_that_length(device: torch.device) -> None:
     for n_rows, k in ((4, 3), (1, 1), (0, 5)):
         regular, pairs = Rows.regular(n_rows, k), torch.arange(n_rows * k, device=device)
-        ragged = Rows.of_lengths(torch.full((n_rows,), k, device=device))
+        ragged = rows_of_lengths(torch.full((n_rows,), k, device=device))
         assert regular.count() == ragged.count() == n_rows * k
         assert torch.equal(regular.starts(device), ragged.starts(device))
         assert torch.equal(regular.of(pairs), ragged.of(pairs))

@@ -126,3 +126,10 @@ def require_gpu_memory(gib: float) -> None:
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gib:
         pytest.skip(f"needs {gib} GiB of free GPU memory; {free:.0f} GiB are free")
+
+
+def rows_of_lengths(lengths: torch.Tensor) -> Rows:
+    """Rows of these lengths (`[n_rows]` integer), with no pairs beyond the last."""
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    rows = torch.arange(lengths.numel(), device=lengths.device, dtype=torch.int32)
+    return Rows.ragged(offsets, rows.repeat_interleave(lengths))
