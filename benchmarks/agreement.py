@@ -1,8 +1,8 @@
 """
-The check made before anything is timed: do two arms train the same model?
+The check made before anything is timed: do two contenders train the same model?
 
-Each arm takes the same few steps from the same weights and optimizer state. Its distance from a
-reference (stock in a higher precision) may be at most twice that of stock in the measured
+Each contender takes the same few steps from the same weights and optimizer state. Its distance from
+a reference (stock in a higher precision) may be at most twice that of stock in the measured
 precision, plus a floor. The floor allows for a few rows in which two latents tie at the boundary
 of the top k up to rounding, so that either may be selected, or in which one is that close to its
 threshold: losses hardly move then, one latent's gradient may come or go, and Adam, which gives any
@@ -14,14 +14,9 @@ first step computes before its update: loss, reconstruction and gradients.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from functools import partial
-
 import torch
 
-from saelens_sparse.profile.cases import Case
-from saelens_sparse.profile.trainers import Inputs, Trainer, hold_dead, train_step
-from saelens_sparse.reports.results import DisagreementError
+from benchmarks.rows import DisagreementError
 
 CHECK_STEPS = 3
 """More than one, for a sparse SAE that has yet to measure its density takes a dense step first."""
@@ -38,50 +33,6 @@ FLOORS = {
 
 Trajectory = dict[str, torch.Tensor]
 Differences = dict[str, float]
-
-
-def rehearse(trainer: Trainer, case: Case, inputs: Inputs) -> Trajectory:
-    """
-    Take the checked steps and record what they did, on the CPU: every loss term by step, the first
-    and the last reconstruction, how often each latent fired, each parameter's gradient of the first
-    step and its change by all (see `sample_latents`). The later steps are taken as timed ones are:
-    without hooks on parameters, for which `SparseSAETrainer` would hold gradients in buffers.
-    """
-
-    def checked_part(value: torch.Tensor) -> torch.Tensor:
-        return sample_latents(value, case.d_sae)
-
-    parameters = dict(trainer.sae.named_parameters())
-    before = {name: checked_part(parameter) for name, parameter in parameters.items()}
-    gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
-
-    def record_gradient(name: str, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            gradients[name].append(checked_part(parameter.grad))
-
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(partial(record_gradient, name))
-        for name, parameter in parameters.items()
-    ]
-    losses: dict[str, list[torch.Tensor]] = defaultdict(list)
-    trajectory: Trajectory = {}
-    for batch in inputs.batches[:CHECK_STEPS]:
-        hold_dead(trainer, inputs.dead_latents)
-        output = train_step(trainer, batch[: case.check_rows])
-        while hooks:
-            hooks.pop().remove()
-        for name, loss in {"loss": output.loss, **output.losses}.items():
-            losses[name].append(loss.detach())
-        trajectory["reconstruction"] = output.sae_out.detach()
-        trajectory.setdefault("reconstruction of the first step", trajectory["reconstruction"])
-
-    trajectory |= {name: torch.stack(values) for name, values in losses.items()}
-    trajectory["firing counts"] = trainer.act_freq_scores
-    for name, parameter in parameters.items():
-        if gradients[name]:
-            trajectory[f"gradient of {name}"] = torch.stack(gradients[name])
-        trajectory[f"change of {name}"] = checked_part(parameter) - before[name]
-    return {name: value.cpu() for name, value in trajectory.items()}
 
 
 def sample_latents(value: torch.Tensor, d_sae: int) -> torch.Tensor:
@@ -108,12 +59,12 @@ def differences(trajectory: Trajectory, reference: Trajectory, device: str = "cp
     By quantity, the norm of the difference over the norm of the reference.
 
     Args:
-        trajectory: An arm's. Gradients that it lacks are passed over, nothing else is.
+        trajectory: A contender's. Gradients that it lacks are passed over, nothing else is.
         reference: What it is compared with.
         device: Where to compute them.
 
     Raises:
-        DisagreementError: The arm has other quantities than the reference.
+        DisagreementError: The contender has other quantities than the reference.
     """
     lacking = {n for n in reference.keys() - trajectory.keys() if kind_of(n) != "gradient"}
     if lacking or trajectory.keys() - reference.keys():
@@ -131,10 +82,10 @@ def kind_of(name: str) -> str:
     return "loss" if name.endswith("loss") else name.split(" of ", maxsplit=1)[0]
 
 
-def require_agreement(arm: Differences, stock: Differences) -> None:
+def require_agreement(found: Differences, stock: Differences) -> None:
     """
     Args:
-        arm: Its differences from the reference, of the quantities that it has.
+        found: A contender's differences from the reference, of the quantities that it has.
         stock: Those of stock.
 
     Raises:
@@ -142,9 +93,9 @@ def require_agreement(arm: Differences, stock: Differences) -> None:
             explains, or is NaN.
     """
     excess = [
-        f"{name} is off by {arm[name]:.1e} (stock by {stock[name]:.1e}, allowed {bound:.1e})"
-        for name, bound in ((name, 2 * stock[name] + FLOORS[kind_of(name)]) for name in arm)
-        if not arm[name] <= bound
+        f"{name} is off by {found[name]:.1e} (stock by {stock[name]:.1e}, allowed {bound:.1e})"
+        for name, bound in ((name, 2 * stock[name] + FLOORS[kind_of(name)]) for name in found)
+        if not found[name] <= bound
     ]
     if excess:
         raise DisagreementError("; ".join(excess))

@@ -10,69 +10,54 @@ gradients are SAELens's up to these norms.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
+import itertools
 import os
-import sys
-from abc import ABC, abstractmethod
-from functools import partial
+from abc import abstractmethod
 from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from typing_extensions import override
 
 from benchmarks.agreement import Trajectory, sample_latents
-from saelens_sparse.profile.cases import (
-    DICTIONARY_LEARNING,
-    SPARSIFY,
-    Arm,
-    Case,
-    Precision,
-)
+from benchmarks.cases import NamedCase
+from benchmarks.models import Model
+from saelens_sparse.profile.cases import Precision
 from saelens_sparse.profile.trainers import Inputs
 
 AUXK_COEFFICIENT = 1 / 32
 """dictionary_learning's default. sparsify's is to leave AuxK out, which SAELens never does."""
 
 
-class Peer(ABC):
-    """
-    A Top-K SAE of another library and its training step.
+class Peer(Model):
+    """A Top-K SAE of another library and its training step."""
 
-    Args:
-        case: Sizes.
-        precision: Weights and inputs have its dtype.
-        device: "cuda" or "cpu".
-        inputs: Its weights are stock's.
-    """
-
+    architecture = "topk"
+    """SAELens's name of what it trains."""
+    distribution: ClassVar[str]
+    """Where it is from, as `pip` names it."""
     names: ClassVar[dict[str, tuple[str, bool]]]
     """By SAELens's name of a parameter, the peer's, and whether that one is transposed."""
-    note: ClassVar[str]
-    """What differs from stock in a training step; recorded with its rows."""
-    module: torch.nn.Module
 
-    def __init__(self, case: Case, precision: Precision, device: str, inputs: Inputs):
-        self.case = case
-        self.precision = precision
-        self.device = device
-        self.dead_latents = inputs.dead_latents
-        self.module = self.build()
-        parameters = dict(self.module.named_parameters())
+    def __init__(self, case: NamedCase, precision: Precision, device: str, inputs: Inputs):
+        super().__init__(case, precision, device, inputs)
+        self.batches = itertools.cycle(inputs.batches)
+        parameters = dict(self.make_sae().named_parameters())
         self.parameters = {name: parameters[peers] for name, (peers, _) in self.names.items()}
-
         weights = {name: value.to(device, copy=True) for name, value in inputs.weights.items()}
         self.norms = weights["W_dec"].norm(dim=-1)
         weights["W_dec"] /= self.norms[:, None]
         weights["W_enc"] *= self.norms
         weights["b_enc"] *= self.norms
         for name, parameter in self.parameters.items():
-            self._in_stock_layout(name, parameter.detach()).copy_(weights[name])
+            value = weights[name].T if self.names[name][1] else weights[name]
+            parameter.detach().copy_(value)
 
     @classmethod
     @abstractmethod
     def load(cls, device: str) -> Any:
-        """The peer's class or module that `build` needs; imports it."""
+        """The peer's class or module that `make_sae` needs; imports it."""
 
     @classmethod
     def trains_in(cls, precision: Precision, device: str) -> bool:
@@ -81,75 +66,83 @@ class Peer(ABC):
         return True
 
     @abstractmethod
-    def build(self) -> torch.nn.Module:
+    def make_sae(self) -> nn.Module:
         """The SAE, in the precision's dtype; made together with what trains it."""
-
-    @abstractmethod
-    def encode(self, x: torch.Tensor) -> Any:
-        """Activations, in the form that `decode` takes."""
-
-    @abstractmethod
-    def decode(self, activations: Any) -> torch.Tensor:
-        """The reconstruction `[batch, d_in]`."""
 
     @abstractmethod
     def train_step(self, x: torch.Tensor) -> torch.Tensor:
         """One step of the peer's trainer on `x`, `[batch, d_in]`; gives its loss."""
 
     @abstractmethod
-    def hold_dead(self) -> None:
-        """Make the trainer see the case's dead latents, if any, as dead in the next step."""
+    def hold_dead(self, latents: torch.Tensor) -> None:
+        """Make the trainer see these latents as dead in the next step."""
 
     def loss_scale(self, x: torch.Tensor) -> torch.Tensor | float:
         """What its loss on `x`, AuxK aside, is to be multiplied by to be SAELens's `mse_loss`."""
         del x
         return 1.0
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision.autocast)
+    @override
+    def step(self) -> object:
+        if self.inputs.dead_latents is not None:
+            self.hold_dead(self.inputs.dead_latents)
+        return self.train_step(next(self.batches))
 
-    def rehearse(self, x: torch.Tensor) -> Trajectory:
+    @override
+    def rehearse(self) -> Trajectory:
         """
-        What the first step on `x` computes before it updates, in the form of
-        `agreement.first_step`; without gradients where AuxK, which each library does differently,
-        would be part of them.
+        What the first step computes before it updates, in the form of `agreement.first_step`;
+        without gradients where AuxK, which each library does differently, would be part of them.
         """
-        with torch.no_grad(), self.autocast():
-            trajectory = {"reconstruction": self.decode(self.encode(x))}
-        gradients: Trajectory = {}
-
-        def record(name: str, parameter: torch.nn.Parameter) -> None:
-            gradients[name] = self.stock_gradient(name, parameter)
-
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(record, name))
-            for name, parameter in self.parameters.items()
-        ]
+        x = self.inputs.batches[0][: self.case.check_rows]
         scale = self.loss_scale(x)
+        trajectory: Trajectory = {}
+        with torch.no_grad(), self.autocast():
+            trajectory["reconstruction"] = self.forward(x)
+
+        def record(name: str) -> None:
+            trajectory[f"gradient of {name}"] = scale * self.gradient(name)[None]
+
+        hooks = self.hook_gradients(record) if self.inputs.dead_latents is None else []
         trajectory["mse_loss"] = scale * self.train_step(x)[None]
         for hook in hooks:
             hook.remove()
-        if self.dead_latents is None:
-            trajectory |= {f"gradient of {n}": scale * g[None] for n, g in gradients.items()}
         return {name: value.detach().cpu() for name, value in trajectory.items()}
 
-    def stock_gradient(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The gradient of SAELens's parameter of that name, at the latents of `sample_latents`."""
+    @override
+    def gradient(self, name: str) -> torch.Tensor:
+        parameter = self.parameters[name]
         assert parameter.grad is not None
-        gradient = self._in_stock_layout(name, parameter.grad)
+        gradient = parameter.grad.T if self.names[name][1] else parameter.grad
         if name == "W_dec":
             gradient = gradient / self.norms[:, None]
         elif name != "b_dec":
             gradient = gradient * self.norms
         return sample_latents(gradient, self.case.d_sae)
 
-    def _in_stock_layout(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        return value.T if self.names[name][1] else value
+    @classmethod
+    def problem(cls, device: str) -> str | None:
+        """Why the peer cannot take part here at all, or None where it can."""
+        try:
+            importlib.metadata.version(cls.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{cls.distribution} is not installed"
+        try:
+            cls.load(device)
+        except Exception as error:
+            return f"{cls.distribution} cannot be imported ({type(error).__name__}: {error})"
+        return None
+
+    @classmethod
+    def version(cls) -> str:
+        """The installed peer and its version, as a row records it."""
+        return f"{cls.distribution} {importlib.metadata.version(cls.distribution)}"
 
 
 class Sparsify(Peer):
     """`SparseCoder` of eai-sparsify, and the step of its `Trainer.fit` with Adam."""
 
+    distribution = "eai-sparsify"
     names: ClassVar[dict[str, tuple[str, bool]]] = {
         "W_enc": ("encoder.weight", True),
         "b_enc": ("encoder.bias", False),
@@ -176,9 +169,9 @@ class Sparsify(Peer):
         return device == "cpu" or precision.autocast
 
     @override
-    def build(self) -> torch.nn.Module:
+    def make_sae(self) -> nn.Module:
         case, sparsify = self.case, self.load(self.device)
-        config = sparsify.SparseCoderConfig(num_latents=case.d_sae, k=case.k)
+        config = sparsify.SparseCoderConfig(num_latents=case.d_sae, k=int(case.sparsity))
         self.sae = sparsify.SparseCoder(case.d_in, config, self.device, self.precision.dtype)
         lr = 2e-4 / (case.d_sae / 2**14) ** 0.5
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=lr)
@@ -201,9 +194,8 @@ class Sparsify(Peer):
         return (x - x.mean(0)).pow(2).sum() / len(x)
 
     @override
-    def hold_dead(self) -> None:
-        if self.dead_latents is not None:
-            self.tokens_since_fired[self.dead_latents] = self.dead_threshold + 1
+    def hold_dead(self, latents: torch.Tensor) -> None:
+        self.tokens_since_fired[latents] = self.dead_threshold + 1
 
     @override
     def train_step(self, x: torch.Tensor) -> torch.Tensor:
@@ -229,6 +221,7 @@ class Sparsify(Peer):
 class DictionaryLearning(Peer):
     """`AutoEncoderTopK` of dictionary-learning, and its `TopKTrainer.update`."""
 
+    distribution = "dictionary-learning"
     names: ClassVar[dict[str, tuple[str, bool]]] = {
         "W_enc": ("encoder.weight", True),
         "b_enc": ("encoder.bias", False),
@@ -241,34 +234,23 @@ class DictionaryLearning(Peer):
     @classmethod
     def load(cls, device: str) -> Any:
         del device
-        name = "dictionary_learning"
-        try:
-            trainers = import_module(f"{name}.trainers.top_k")
-        except ModuleNotFoundError:
-            # The package's own __init__ wants nnsight, which reads activations from language models
-            # and which none of its trainers uses: enter the package without it.
-            spec = importlib.util.find_spec(name)
-            if spec is None:
-                raise
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            trainers = import_module(f"{name}.trainers.top_k")
-        return trainers.TopKTrainer
+        return import_module("dictionary_learning.trainers.top_k").TopKTrainer
 
     @override
-    def build(self) -> torch.nn.Module:
+    def make_sae(self) -> nn.Module:
         case = self.case
         with torch.device(self.device):
             self.trainer = self.load(self.device)(
                 steps=1_000_000,
                 activation_dim=case.d_in,
                 dict_size=case.d_sae,
-                k=case.k,
+                k=int(case.sparsity),
                 layer=0,
                 lm_name="",
                 auxk_alpha=AUXK_COEFFICIENT,
                 device=self.device,
             )
-        self.step = 0
+        self.n_steps = 0
         return self.trainer.ae.to(self.precision.dtype)
 
     @override
@@ -280,44 +262,11 @@ class DictionaryLearning(Peer):
         return self.trainer.ae.decode(activations)
 
     @override
-    def hold_dead(self) -> None:
-        if self.dead_latents is not None:
-            threshold = self.trainer.dead_feature_threshold
-            self.trainer.num_tokens_since_fired[self.dead_latents] = threshold
+    def hold_dead(self, latents: torch.Tensor) -> None:
+        self.trainer.num_tokens_since_fired[latents] = self.trainer.dead_feature_threshold
 
     @override
     def train_step(self, x: torch.Tensor) -> torch.Tensor:
-        self.step += 1  # not from 0, where it would start b_dec anew
+        self.n_steps += 1  # not from 0, where it would start b_dec anew
         with self.autocast():
-            return torch.tensor(self.trainer.update(self.step, x))
-
-
-PEERS: dict[str, type[Peer]] = {
-    SPARSIFY.name: Sparsify,
-    DICTIONARY_LEARNING.name: DictionaryLearning,
-}
-
-
-def build_peer(arm: Arm, case: Case, precision: Precision, device: str, inputs: Inputs) -> Peer:
-    """The peer that the arm stands for."""
-    return PEERS[arm.name](case, precision, device, inputs)
-
-
-def peer_problem(arm: Arm, device: str) -> str | None:
-    """Why a peer cannot take part here at all, or None where it can."""
-    assert arm.peer is not None
-    try:
-        importlib.metadata.version(arm.peer)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{arm.peer} is not installed"
-    try:
-        PEERS[arm.name].load(device)
-    except Exception as error:
-        return f"{arm.peer} cannot be imported ({type(error).__name__}: {error})"
-    return None
-
-
-def peer_version(arm: Arm) -> str:
-    """The installed peer and its version, as a row records it."""
-    assert arm.peer is not None
-    return f"{arm.peer} {importlib.metadata.version(arm.peer)}"
+            return torch.tensor(self.trainer.update(self.n_steps, x))

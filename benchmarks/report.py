@@ -1,203 +1,165 @@
-"""
-Tables from the rows that the benchmarks have appended.
-
-    saelens-sparse bench report [FILE.jsonl ...]
-
-Ratios are taken between arms of one run only; of several runs the latest counts.
-"""
+"""Tables from the rows that the benchmarks have appended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from benchmarks.agreement import Differences, kind_of
-from benchmarks.selection import (
-    devices_of,
-    latest,
-    memory_share,
-    of_contests,
-    pairs,
-    speedup,
-)
-from saelens_sparse.config.files import UsageError
-from saelens_sparse.reports.command_line import Parser
-from saelens_sparse.reports.presentation import Rows, markdown_table, plain_table
-from saelens_sparse.reports.results import RESULTS, Row, load_rows
+import pandas as pd
 
+from benchmarks.agreement import kind_of
+from benchmarks.rows import Frame, latest, of_contenders, ratios
+
+WHO: dict[str, Callable[[Any], str]] = {
+    "case": lambda row: row["case"],
+    "precision": lambda row: row["precision"],
+    "contender": lambda row: row["arm"],
+}
 KINDS = ("loss", "reconstruction", "firing counts", "gradient", "change")
+Render = Callable[[Frame], str]
 
 
-def tables(rows: Sequence[Row], render: Callable[[Rows], str] = plain_table) -> str:
+def tables(frame: Frame, render: Render | None = None) -> str:
     """
-    For each device what the arms trained, the phases of a step, single kernels and, last, what is
-    gained; each table only where there are rows for it.
+    For each device what the contenders trained, the phases of a step, single kernels and, last,
+    what is gained; each table only where there are rows for it.
+
+    Args:
+        frame: Of `rows.frame_of`.
+        render: Writes a table; by default `plain`.
     """
     sections: list[str] = []
-    for device in devices_of(rows):
-        of_device = [row for row in rows if row["device"] == device]
-        contests = of_contests(of_device)
+    for device, rows in frame.groupby("device", sort=False):
         sections.append(f"### {device}")
+        measured = of_contenders(rows)
         found = (
-            agreement_table(contests),
-            phase_table(contests),
-            kernel_table([row for row in of_device if "kernel" in row]),
-            speed_table(contests),
+            agreement_table(measured),
+            phase_table(measured),
+            kernel_table(rows[rows["kernel"].notna()]),
+            speed_table(measured),
         )
-        sections += [render(table) for table in found if len(table) > 1]
+        sections += [(render or plain)(table) for table in found if len(table)]
     return "\n\n".join(sections)
 
 
-def speed_table(rows: Sequence[Row]) -> Rows:
-    """Time and peak memory of each sparse arm beside each other arm's in the same run."""
-    header = [
-        "case", "d_in -> d_sae, active, batch", "precision", "operation", "against", "its ms",
-        "arm", "ms", "faster", "its GiB", "GiB", "memory",
-    ]  # fmt: skip
-    return [
-        header,
-        *(
-            [
-                sparse["case"],
-                f"{sparse['d_in']} -> {sparse['d_sae']:,}, {active(sparse)}, {sparse['batch']}",
-                sparse["precision"],
-                sparse["operation"],
-                other["arm"],
-                _result(other),
-                sparse["arm"],
-                _result(sparse),
-                _speedup(other, sparse),
-                _gib(other),
-                _gib(sparse),
-                _memory(other, sparse),
-            ]
-            for other, sparse in pairs(rows)
-        ),
-    ]
+def plain(table: Frame) -> str:
+    """The table for a terminal: the first column to the left, everything else to the right."""
+    first = table.columns[0]
+    width = max(len(first), *table[first].str.len())
+    table = table.rename(columns={first: first.ljust(width)})
+    text = table.assign(**{first.ljust(width): table.iloc[:, 0].str.ljust(width)})
+    return text.to_string(index=False)
 
 
-def agreement_table(rows: Sequence[Row]) -> Rows:
-    """Each arm's relative differences from the reference, and how its latents fired."""
-    compared = latest(row for row in rows if row["operation"] == "step" and row.get("differences"))
-    header = ["case", "precision", "arm", *(f"{kind} off by" for kind in KINDS)]
-    return [
-        [*header, "L0", "busiest latent", "never firing"],
-        *(
-            [row["case"], row["precision"], row["arm"]]
-            + [_largest(row["differences"], kind) for kind in KINDS]
-            + _firing(row)
-            for row in compared
-        ),
-    ]
+def markdown(table: Frame) -> str:
+    """The table in Markdown."""
+    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    lines = [list(table.columns), rule, *table.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def phase_table(rows: Sequence[Row]) -> Rows:
-    """Milliseconds by phase of each arm's training steps."""
-    timed = latest(row for row in rows if row["status"] == "ok" and "phases_ms" in row)
-    phases = list(dict.fromkeys(phase for row in timed for phase in row["phases_ms"]))
-    return [
-        ["case", "precision", "arm", *(f"{phase} ms" for phase in phases), "whole step ms"],
-        *(
-            [row["case"], row["precision"], row["arm"]]
-            + [_number(row["phases_ms"].get(phase)) for phase in phases]
-            + [f"{row['ms']:.2f}"]
-            for row in timed
-        ),
-    ]
+def speed_table(rows: Frame) -> Frame:
+    """Time and peak memory of each sparse contender beside each other one's in the same run."""
+    return _table(
+        ratios(rows),
+        {
+            "case": lambda row: row["case"],
+            "d_in -> d_sae, active, batch": lambda row: (
+                f"{row['d_in']} -> {row['d_sae']:,}, {active(row)}, {row['batch']}"
+            ),
+            "precision": lambda row: row["precision"],
+            "operation": lambda row: row["operation"],
+            "against": lambda row: row["arm_other"],
+            "its ms": lambda row: _result(row, "_other"),
+            "contender": lambda row: row["arm"],
+            "ms": _result,
+            "faster": _faster,
+            "its GiB": lambda row: _number(row["peak_gib_other"]),
+            "GiB": lambda row: _number(row["peak_gib"]),
+            "memory": lambda row: "-" if pd.isna(row["memory"]) else f"{row['memory']:.0%}",
+        },
+    )
 
 
-def kernel_table(rows: Sequence[Row]) -> Rows:
+def agreement_table(rows: Frame) -> Frame:
+    """Each contender's relative differences from the reference, and how its latents fired."""
+    compared = rows[(rows["operation"] == "step") & rows["differences"].notna()]
+    columns = dict(WHO)
+    for kind in KINDS:
+        columns[f"{kind} off by"] = lambda row, kind=kind: _largest(row["differences"], kind)
+    for title, key, digits in (("L0", "l0", ".1f"), ("busiest latent", "max_fraction", ".0%"),
+                               ("never firing", "never", ".0%")):  # fmt: skip
+        columns[title] = lambda row, key=key, digits=digits: (
+            "-" if row["firing"] is None else format(row["firing"][key], digits)
+        )
+    return _table(latest(compared), columns)
+
+
+def phase_table(rows: Frame) -> Frame:
+    """Milliseconds by phase of each contender's training steps."""
+    timed = latest(rows[(rows["status"] == "ok") & rows["phases_ms"].notna()])
+    columns = dict(WHO)
+    for phase in dict.fromkeys(phase for phases in timed["phases_ms"] for phase in phases):
+        columns[f"{phase} ms"] = lambda row, phase=phase: _number(row["phases_ms"].get(phase))
+    return _table(timed, {**columns, "whole step ms": lambda row: f"{row['ms']:.2f}"})
+
+
+def kernel_table(rows: Frame) -> Frame:
     """Milliseconds of single kernels, and the rates that they reach."""
-    last = {(row["shape"], row["dtype"], row["kernel"], row["side"]): row for row in rows}
-    header = [
-        "kernel",
-        "of",
-        "d_in, d_sae, k, rows",
-        "dtype",
-        "ms",
-        "moving its bytes once takes ms",
-    ]
-    return [
-        [*header, "GB/s", "TFLOP/s"],
-        *(
-            [
-                f"- {row['kernel']}" if row.get("part_of") else row["kernel"],
-                row["side"],
-                row["shape"],
-                row["dtype"],
-                f"{row['ms']:.3f}",
-                _number(row["bytes"] and row["bytes"] / row["copy_tb_s"] / 1e9, 3),
-                _number(row["bytes"] and row["bytes"] / row["ms"] / 1e6, 0),
-                _number(row["flops"] and row["flops"] / row["ms"] / 1e9, 3),
-            ]
-            for row in last.values()
-        ),
-    ]
+    return _table(
+        rows.drop_duplicates(["shape", "dtype", "kernel", "side"], keep="last"),
+        {
+            "kernel": lambda row: "- " * bool(row["part_of"]) + row["kernel"],
+            "of": lambda row: row["side"],
+            "d_in, d_sae, k, rows": lambda row: row["shape"],
+            "dtype": lambda row: row["dtype"],
+            "ms": lambda row: f"{row['ms']:.3f}",
+            "moving its bytes once takes ms": lambda row: _rate(
+                row["bytes"], row["copy_tb_s"] * 1e9, 3
+            ),
+            "GB/s": lambda row: _rate(row["bytes"], row["ms"] * 1e6, 0),
+            "TFLOP/s": lambda row: _rate(row["flops"], row["ms"] * 1e9, 3),
+        },
+    )
 
 
-def active(row: Row) -> str:
+def active(row: Mapping[str, Any]) -> str:
     """How many latents are active on a row of the inputs, and whether always or on average."""
-    return f"k {row['k']}" if row["architecture"] == "topk" else f"L0 {row['l0']:g}"
+    return f"k {row['k']}" if row["k"] is not None else f"L0 {row['l0']:g}"
 
 
-def _result(row: Row) -> str:
-    return f"{row['ms']:.2f}" if row["status"] == "ok" else row["status"]
+def title_of(row: Mapping[str, Any]) -> str:
+    """What people call the row's architecture."""
+    name: str = row["architecture"]
+    return {"topk": "Top-K", "jumprelu": "JumpReLU"}.get(name, name)
 
 
-def _speedup(other: Row, sparse: Row) -> str:
-    ratio = speedup(other, sparse)
-    if ratio is None:
+def _table(rows: Frame, columns: Mapping[str, Callable[[Any], str]]) -> Frame:
+    """A column of text for each title, made from each row."""
+    records = rows.to_dict("records")
+    return pd.DataFrame({title: [cell(row) for row in records] for title, cell in columns.items()})
+
+
+def _result(row: Mapping[str, Any], suffix: str = "") -> str:
+    status = row[f"status{suffix}"]
+    return f"{row[f'ms{suffix}']:.2f}" if status == "ok" else status
+
+
+def _faster(row: Mapping[str, Any]) -> str:
+    if pd.isna(row["faster"]):
         return "-"
-    checked = sparse["checked"] and (other.get("peer") is None or other["checked"])
-    return f"{ratio:.2f}x{'' if checked else ', unchecked'}"
+    checked = row["checked"] and (row["peer_other"] is None or row["checked_other"])
+    return f"{row['faster']:.2f}x{'' if checked else ', unchecked'}"
 
 
-def _memory(other: Row, sparse: Row) -> str:
-    share = memory_share(other, sparse)
-    return "-" if share is None else f"{share:.0%}"
-
-
-def _largest(differences: Differences, kind: str) -> str:
+def _largest(differences: Mapping[str, float], kind: str) -> str:
     values = [value for name, value in differences.items() if kind_of(name) == kind]
     return f"{max(values):.1e}" if values else "-"
 
 
-def _firing(row: Row) -> list[str]:
-    if "firing" not in row:
-        return ["-"] * 3
-    firing = row["firing"]
-    return [f"{firing['l0']:.1f}", f"{firing['max_fraction']:.0%}", f"{firing['never']:.0%}"]
-
-
-def _gib(row: Row) -> str:
-    return f"{row['peak_gib']:.2f}" if row.get("peak_gib") else "-"
+def _rate(amount: float | None, per: float, digits: int) -> str:
+    return "-" if amount is None else _number(amount / per, digits)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if not value and value != 0.0 else f"{value:.{digits}f}"
-
-
-def rows_of_files(files: Sequence[Path]) -> list[Row]:
-    """
-    The rows of these files, or of all in the results folder.
-
-    Raises:
-        UsageError: A file cannot be read, or there is none.
-    """
-    files = files or sorted(RESULTS.glob("*.jsonl"))
-    if not files:
-        raise UsageError(f"there are no rows in {RESULTS}; saelens-sparse bench measures some")
-    try:
-        return load_rows(files)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the rows: {error}") from error
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = Parser("bench report", __doc__)
-    parser.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
-    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
-    args = parser.parse_args(argv)
-    rows = rows_of_files(args.files)
-    print(tables(rows, markdown_table if args.markdown else plain_table))
-    return 0
+    return "-" if value is None or pd.isna(value) else f"{value:.{digits}f}"

@@ -142,7 +142,7 @@ def main() -> int:
             file = Path(folder) / f"{len(found)}.json"
             path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
             subprocess.run(
-                [sys.executable, __file__, str(checkout), "--device", options.device,
+                [sys.executable, "-P", __file__, str(checkout), "--device", options.device,
                  "--steps", str(options.steps), "--record", str(file)],
                 env={**os.environ, "PYTHONPATH": path}, check=True,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`saelens-sparse`: one command line for training, comparing, profiling and benchmarking."""
+"""`saelens-sparse`: one command line for training, comparing and profiling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...]
        saelens-sparse train --config FILE.json
        saelens-sparse compare [FILE.json] [options]
        saelens-sparse profile FILE.json | --shape D_IN,D_SAE,K,BATCH [options]
-       saelens-sparse bench [options]
 
 train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrainingRunner with a
          faster step for sparse architectures. The flags are SAELens's own (`saelens-sparse train
@@ -34,7 +33,6 @@ train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrai
 compare  trains a stock and a sparse SAE from one config, and reports whether they are the same
          and what each costs.
 profile  takes one training step of each apart: where its time and memory go.
-bench    measures registered problem sizes against stock SAELens.
 
 `saelens-sparse COMMAND --help` lists a command's options.
 """
@@ -44,7 +42,6 @@ bench    measures registered problem sizes against stock SAELens.
 _COMMANDS = {
     "compare": "saelens_sparse.compare.command",
     "profile": "saelens_sparse.profile.command",
-    "bench": "benchmarks.command",
 }
 
 
@@ -147,6 +144,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     name = args[0]
+    if name == "bench":
+        moved = "benchmarks are run from a checkout of this project: python -m benchmarks"
+        print(f"saelens-sparse bench: {moved}", file=sys.stderr)
+        return 2
     if name != "train" and name not in _COMMANDS:
         print(f"saelens-sparse: unknown command {name!r}\n{USAGE}", file=sys.stderr, end="")
         return 2

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sae_lens import llm_sae_training_runner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from torch.autograd import profiler
 from torch.optim import Adam
 from torch.optim.adam import adam
 
@@ -34,6 +35,8 @@ OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 # Autograd's count of in-place changes; what makes a tensor whose values come later.
 TENSOR = ("_version", "_make_wrapper_subclass")
 TENSOR_SUBCLASSES = ("DisableTorchFunctionSubclass",)
+# Whether a profiler runs.
+PROFILER = ("_is_profiler_enabled",)
 # Arguments of `torch.optim.adam.adam`, the functional form of Adam.
 FUNCTIONAL_ADAM = ("fused", "grad_scale")
 
@@ -69,6 +72,7 @@ def _check() -> None:
         ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),
         ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),
         ("torch", "_C", TENSOR_SUBCLASSES, dir(torch._C)),  # pyright: ignore[reportPrivateUsage]
+        ("torch", "autograd.profiler", PROFILER, dir(profiler)),
         ("torch", "optim.adam.adam()", FUNCTIONAL_ADAM, inspect.signature(adam).parameters),
     ):
         require(distribution, owner, names, found)

@@ -7,6 +7,7 @@ kernels either on a GPU or, where there is none, in Triton's interpreter (float3
 
 import importlib.util
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,10 @@ torch.set_num_threads(int(os.environ.get("SAELENS_SPARSE_TEST_THREADS", "1")))
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"tests.{path.stem}" for path in Path(__file__).parent.glob("*_helpers.py"))
+    *(f"tests.support.{path.stem}" for path in (Path(__file__).parent / "support").glob("*.py"))
 )
+
+from tests.support.pairwise import Combination, covering
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ TARGETS = {
     "torch-cuda": Target("torch", "cuda", (torch.float32, torch.bfloat16, torch.float64)),
     "triton-cuda": Target("triton", "cuda", (torch.float32, torch.bfloat16)),
 }
+
+
+# Parameters that say where a test runs: each place sees every pair of the other options.
+PATHS = ("target", "subject")
 
 
 def marks(target: Target) -> list[pytest.MarkDecorator]:
@@ -128,6 +135,36 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def combination_of(item: pytest.Item) -> Combination:
+    """The options of a test by name, those of a configuration apart."""
+    combination: dict[str, str] = {}
+    for name, value in parameters_of(item).items():
+        if name in PATHS:
+            continue
+        options: dict[str, Any] = value if isinstance(value, dict) else {name: value}
+        combination |= {option: repr(chosen) for option, chosen in options.items()}
+    return combination
+
+
+def leave_the_rest_of_the_product(items: list[pytest.Item]) -> None:
+    """Of the tests marked `pairwise`, mark as `exhaustive` what shows no new pair of options."""
+    groups: defaultdict[tuple[str, ...], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("pairwise") is not None:
+            path = (repr(parameters_of(item).get(name)) for name in PATHS)
+            groups[item.nodeid.partition("[")[0], *path].append(item)
+    for group in groups.values():
+        covered = set(covering([combination_of(item) for item in group]))
+        for index, item in enumerate(group):
+            if index not in covered:
+                item.add_marker(pytest.mark.exhaustive)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none, and leave out those that no target has: with a
     dtype of another one, or a path of another backend.
@@ -138,7 +175,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
     def exists(item: pytest.Item) -> bool:
-        params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+        params = parameters_of(item)
         target = params.get("target")
         if not isinstance(target, Target):
             return True
@@ -150,6 +187,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if exists(item)]
+    leave_the_rest_of_the_product(items)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,11 +13,8 @@ from sae_lens.saes.sae import SAEConfig
 
 import saelens_sparse
 from saelens_sparse.sharing import in_stock_form
-from tests.conftest import TARGETS
-from tests.support.architectures import ON_CPU, Arm, arms
-from tests.support.saes import make_trainer
-
-both_on_cpu = arms(topk=ON_CPU, jumprelu=ON_CPU)
+from tests.support.architectures import SUBJECTS, Subject, architectures
+from tests.support.trainers import make_trainer
 
 OPEN_WITHOUT_PLUGIN = """
 import sys, torch
@@ -29,51 +26,51 @@ for folder in sys.argv[1:]:
 """
 
 
-def trained(arm: Arm) -> tuple[Any, torch.Tensor]:
-    stock, x = arm.case(n_rows=16)
-    sparse = arm.sparse(stock)
+def trained(subject: Subject) -> tuple[Any, torch.Tensor]:
+    stock, x = subject.case(n_rows=16)
+    sparse = subject.sparse(stock)
     trainer = make_trainer(sparse)
     trainer.step(x)
     return trainer, x
 
 
-@both_on_cpu
-def test_a_checkpoint_opens_as_an_inference_sae(arm: Arm, tmp_path: Path) -> None:
-    trainer, x = trained(arm)
+@architectures
+def test_a_checkpoint_opens_as_an_inference_sae(subject: Subject, tmp_path: Path) -> None:
+    trainer, x = trained(subject)
     trainer.save_checkpoint("16", base_path=tmp_path)
     sae = SAE.load_from_disk(tmp_path / "16")
-    assert sae.cfg.architecture() == arm.architecture
+    assert sae.cfg.architecture() == subject.architecture.stock
     torch.testing.assert_close(sae(x), trainer.sae(x))
     assert type(TrainingSAE.load_from_disk(tmp_path / "16")) is type(trainer.sae)
 
 
-@both_on_cpu
-def test_a_training_config_describes_an_inference_sae(arm: Arm) -> None:
-    cfg = trained(arm)[0].sae.cfg.to_dict()
-    assert SAE.from_dict(cfg).cfg.architecture() == arm.architecture
-    assert SAEConfig.from_dict(cfg).architecture() == arm.architecture
+@architectures
+def test_a_training_config_describes_an_inference_sae(subject: Subject) -> None:
+    cfg = trained(subject)[0].sae.cfg.to_dict()
+    assert SAE.from_dict(cfg).cfg.architecture() == subject.architecture.stock
+    assert SAEConfig.from_dict(cfg).architecture() == subject.architecture.stock
 
 
 def test_what_is_shared_opens_without_the_plugin(tmp_path: Path) -> None:
     folders: list[str] = []
-    for architecture in ("topk", "jumprelu"):
-        trainer, x = trained(Arm(architecture, TARGETS["torch-cpu"]))
-        trainer.save_checkpoint(architecture, base_path=tmp_path)
-        sources = {"sae": trainer.sae, "checkpoint": str(tmp_path / architecture)}
-        form = in_stock_form(sources, tmp_path / f"{architecture} form")
+    for name, subject in SUBJECTS.items():
+        trainer, x = trained(subject)
+        trainer.save_checkpoint(name, base_path=tmp_path)
+        sources = {"sae": trainer.sae, "checkpoint": str(tmp_path / name)}
+        form = in_stock_form(sources, tmp_path / f"{name} form")
         assert (Path(str(form["checkpoint"])) / "sparsity.safetensors").exists()
         for source in sources:
             folder = Path(str(form[source]))
             cfg = json.loads((folder / "cfg.json").read_text())
-            assert cfg["architecture"] == architecture
+            assert cfg["architecture"] == subject.architecture.stock
             torch.save((x, trainer.sae(x).detach()), folder / "values.pt")
             folders.append(str(folder))
     subprocess.run([sys.executable, "-c", OPEN_WITHOUT_PLUGIN, *folders], check=True)
 
 
-@both_on_cpu
-def test_stock_saes_are_shared_as_they_are(arm: Arm, tmp_path: Path) -> None:
-    stock = arm.stock()
+@architectures
+def test_stock_saes_are_shared_as_they_are(subject: Subject, tmp_path: Path) -> None:
+    stock = subject.stock()
     stock.save_model(tmp_path / "stock")
     saes = {"object": stock, "folder": tmp_path / "stock"}
     assert in_stock_form(saes, tmp_path / "form") == saes

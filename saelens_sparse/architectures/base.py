@@ -1,129 +1,52 @@
-"""What every sparse training SAE shares: configuration, weight layout, the course of a step."""
+"""What every sparse training SAE shares: weight layout, the course of a step, encode and decode."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from sae_lens.saes.sae import SAE, TrainStepInput, TrainStepOutput
-from sae_lens.util import str_to_dtype
 from torch import nn
 from typing_extensions import override
 
+from saelens_sparse.architectures.hooks import has_hooks
 from saelens_sparse.architectures.parameters import mark_parameter
-from saelens_sparse.choice.availability import (
-    IMPLEMENTATIONS,
-    Backend,
-    Choice,
-    Implementation,
-    choose_implementation,
-)
-from saelens_sparse.codes.code import Code, DeadLatents
-from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs
-from saelens_sparse.ops import (
-    HostCount,
-    PendingPattern,
-    PendingSelection,
-    RowBlock,
-    RowGradient,
-    WeightCopy,
-    matmul_dtype,
-    row_norms,
-)
-from saelens_sparse.private_names import MODULE_HOOKS, TENSOR_HOOKS
+from saelens_sparse.choice.availability import Choice, choose_implementation
+from saelens_sparse.choice.policy import PairTotals
+from saelens_sparse.codes.code import Code, PairCode, version_of
+from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, code_of
+from saelens_sparse.codes.step import StepContext, current_step, in_progress, offer_to
+from saelens_sparse.ops.activation.pairs import PairActivation
+from saelens_sparse.ops.common.host_copy import HostCount
+from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.encode import encode_pairs
+from saelens_sparse.ops.pairs import LatentOrder
+from saelens_sparse.ops.rows.block import RowBlock
+from saelens_sparse.ops.rows.operations import row_norms
+from saelens_sparse.ops.search.found import FoundPairs
+from saelens_sparse.ops.update.row_gradient import RowGradient
+from saelens_sparse.ops.update.weight_cache import WeightCopy, WeightView
+from saelens_sparse.private_names import TENSOR_HOOKS
 from saelens_sparse.warn import warn_caller
 
 if TYPE_CHECKING:
-    from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+    from sae_lens.saes.sae import TrainingSAE
 
     _Base = TrainingSAE[Any]
-    _ConfigBase = TrainingSAEConfig
 else:
-    _Base = _ConfigBase = object
+    _Base = object
 
 DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
-# Beside the weights in a checkpoint: what `auto` has measured, where it measures.
-STATE_FILENAME = "saelens_sparse_state.json"
-# GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
-# Hopper's instructions and take 2.4 times as long.
-_DEAD_ALIGNMENT = 64
-
-# Without gradient buffers pairs are summed twice, for the norm and for the update. At
-# 2304 -> 65,536, batch 4096, float32 (H200) a step of SparseTrainingRunner then takes 2.0 ms less
-# than one of SAELens's runner with 4 pairs a latent, 0.75 less with 17 and 0.6 more with 84; with
-# buffers, which clip inside the update too, it takes 1.05 less.
-MAX_PAIRS_PER_LATENT = 12
-
-Pending = PendingSelection | PendingPattern
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-
-@dataclass
-class _TrainingPass:
-    """A training forward pass in progress.
-
-    Attributes:
-        sae: whose it is.
-        dead_count: the dead latents that its losses ask for, and their number.
-        unchecked: what it relies on and nobody has asked yet; None if that is asked at once.
-        was_complete: whether all that was asked at once had found all that is active.
-    """
-
-    sae: SparseTrainingSAEMixin
-    dead_count: HostCount | None = None
-    unchecked: list[Pending] | None = None
-    was_complete: bool = True
-
-
-# Each thread has its own, so that passes of one SAE may run at once.
-_pass_in_progress: ContextVar[_TrainingPass | None] = ContextVar("pass_in_progress", default=None)
 
 
 def _not_compiled(function: _F) -> _F:
     """`torch.compiler.disable` with its type kept."""
     return cast(_F, torch.compiler.disable(function))
-
-
-@dataclass
-class SparseTrainingSAEConfigMixin(_ConfigBase):
-    """The fields that every sparse architecture adds to its stock configuration.
-
-    Raises:
-        TypeError: a field has a value of a wrong type; the message names it.
-        ValueError: a field has a value out of range; the message names it.
-    """
-
-    implementation: Implementation = "auto"
-    screen_buffer_mib: int = 1024
-    fused_adam: bool = True
-    gradient_buffers: bool = False
-    cuda_graph: bool = True
-
-    def __post_init__(self) -> None:
-        require_int("d_in", self.d_in, 1)
-        require_int("d_sae", self.d_sae, 1)
-        require_int("screen_buffer_mib", self.screen_buffer_mib, 1)
-        if self.decoder_init_norm is not None:
-            require_number("decoder_init_norm", self.decoder_init_norm)
-            if self.decoder_init_norm <= 0:
-                raise ValueError(
-                    f"decoder_init_norm must be positive or None; got {self.decoder_init_norm}"
-                )
-        require_bool("fused_adam", self.fused_adam)
-        require_bool("gradient_buffers", self.gradient_buffers)
-        require_bool("cuda_graph", self.cuda_graph)
-        require_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
-        if not str_to_dtype(self.dtype).is_floating_point:
-            raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
-        require_choice("implementation", self.implementation, IMPLEMENTATIONS)
-        super().__post_init__()
 
 
 class SparseTrainingSAEMixin(_Base):
@@ -139,12 +62,8 @@ class SparseTrainingSAEMixin(_Base):
     """
 
     b_enc: nn.Parameter
-    # Whether a training forward pass asks at once if it found all that is active.
+    # Whether the last step found that it had missed something: then the next one asks at once.
     asks_at_once = False
-    # Set by a trainer during its step: where gradients go as sums over active pairs, and what its
-    # last update has written for this step, both by name of the parameter.
-    row_gradients: dict[str, list[RowGradient]] | None = None
-    copies: Mapping[str, WeightCopy] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -153,21 +72,26 @@ class SparseTrainingSAEMixin(_Base):
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self.lay_out_W_enc()
+        self.lay_out_weights()
 
-    def lay_out_W_enc(self) -> bool:
-        """Bring `W_enc` into latent-major layout; returns whether it had to be moved for that.
+    def lay_out_weights(self) -> list[str]:
+        """Bring weights into latent-major layout; returns the names of those that were moved.
 
-        The parameter object, and with it the optimizer's state, stays the same.
+        Parameter objects, and with them the optimizer's state, stay the same.
         """
-        W_enc = self.W_enc
-        if self.cfg.implementation == "dense" or W_enc.T.is_contiguous():
-            return False
-        with torch.inference_mode(W_enc.is_inference()), torch.no_grad():
-            W_enc.data = W_enc.data.T.contiguous().T
-            if W_enc.grad is not None:
-                W_enc.grad = torch.empty_like(W_enc).copy_(W_enc.grad)
-        return True
+        moved: list[str] = []
+        if self.cfg.implementation == "dense":
+            return moved
+        for name in ("W_enc", "W_dec"):
+            weight: nn.Parameter = getattr(self, name)
+            if (weight.T if name == "W_enc" else weight).is_contiguous():
+                continue
+            with torch.inference_mode(weight.is_inference()), torch.no_grad():
+                weight.data = _latent_major(weight.data, name)
+                if weight.grad is not None:
+                    weight.grad = torch.empty_like(weight).copy_(weight.grad)
+            moved.append(name)
+        return moved
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -181,28 +105,46 @@ class SparseTrainingSAEMixin(_Base):
     def implementation(self) -> Choice:
         """What the next call runs on, and why. Reading it changes nothing."""
 
-    def settle_implementation(self) -> Choice:
-        """What the call in progress runs on, for later choices to take into account."""
-        return self.implementation
+    @property
+    @abstractmethod
+    def activation(self) -> PairActivation:
+        """The activation function at pairs."""
 
     @abstractmethod
-    def make_code(
-        self,
-        x: torch.Tensor,
-        input_bias: torch.Tensor | None,
-        find_dead: Callable[[], DeadLatents | None],
-        choice: Choice,
-    ) -> Code:
+    def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
         """
-        Encode a batch.
+        Find the pairs of a batch.
 
         Args:
             x: `[n_rows, d_in]`, the centred encoder input.
-            input_bias: `[d_in]`, `b_dec` if it was subtracted to give `x` outside of the graph.
-            find_dead: gives the dead latents that the step asks for. It may wait for the device,
-                so that work should be queued before.
-            choice: what to run on.
+            norms: `[d_sae]`, what `reported_norms` gave.
+            step: the step that this is part of.
         """
+
+    def reported_norms(self, step: StepContext) -> torch.Tensor | None:  # noqa: ARG002
+        """Decoder norms `[d_sae]` that scale the activations as they are reported, if they do."""
+        return None
+
+    @property
+    def weight_views(self) -> Mapping[str, WeightView]:
+        """What an update should write of a weight for the next step, by name of the parameter."""
+        return {"W_enc": "rounded"}
+
+    def graph_key(self) -> object | None:
+        """What a recording of a step as a CUDA graph depends on besides shapes and weights; None
+        if a step cannot be one.
+        """
+        return None
+
+    def commit(self, step: StepContext) -> None:
+        """
+        Change what a step, or an encoding outside of one, changes besides gradients.
+
+        Called once, when the step is known to be complete.
+        """
+        if step.n_training_steps is not None:
+            # With a NaN in every batch, each pass would otherwise be taken twice.
+            self.asks_at_once = not step.was_complete
 
     def choose(self, density: float) -> Choice:
         """What runs for the next call if this share of the latents is active, and why."""
@@ -230,78 +172,45 @@ class SparseTrainingSAEMixin(_Base):
     # The kernels leave nothing for a compiler to fuse, and the lazy tensors are not for it.
     @_not_compiled
     def _sparse_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if not self.asks_at_once:
-            output, pending = self.start_training_forward_pass(step_input)
-            if all(part.holds() for part in pending):
-                return output
-        return self.checked_training_forward_pass(step_input)
-
-    def start_training_forward_pass(
-        self, step_input: TrainStepInput
-    ) -> tuple[TrainStepOutput, Sequence[Pending]]:
-        """
-        A training forward pass that does not wait for the device to say whether it found all that
-        is active.
-
-        Work queued before that is asked hides the wait.
-
-        Returns:
-            The output, and what it relies on. If one of these does not hold, which is rare, the
-            output and whatever followed from it must be dropped, and
-            `checked_training_forward_pass` called instead.
-        """
-        unchecked: list[Pending] = []
-        return self._take_forward_pass(step_input, unchecked)[0], unchecked
-
-    def checked_training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """A training forward pass that waits for the device, and finds again what was missing.
-
-        As long as something is, the next ones are of this kind too (`asks_at_once`): with a NaN
-        in every batch, each would otherwise be taken twice.
-        """
-        output, self.asks_at_once = self._take_forward_pass(step_input, unchecked=None)
+        step = self.start_step(step_input)
+        output = self.propose(step_input, step)
+        if not step.is_complete():
+            step = self.start_step(step_input, instead_of=step)
+            output = self.propose(step_input, step)
+        self.commit(step)
         return output
 
-    def _take_forward_pass(
-        self, step_input: TrainStepInput, unchecked: list[Pending] | None
-    ) -> tuple[TrainStepOutput, bool]:
-        """SAELens's training forward pass. What it relies on is left in `unchecked`, or without
-        one asked at once.
-
-        Returns:
-            The output, and whether something that was asked at once had to be found again.
+    def start_step(
+        self, step_input: TrainStepInput, instead_of: StepContext | None = None
+    ) -> StepContext:
+        """A step to `propose`; one that is taken instead of another waits for the device, and is
+        complete.
         """
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
-        dead_count = None
-        if mask is not None and self.uses_dead_latents:
-            dead_count = HostCount(mask)
-        training_pass = _TrainingPass(self, dead_count, unchecked)
-        with _in_progress(training_pass):
-            output = super().training_forward_pass(step_input)
-        if isinstance(output.feature_acts, SparseFeatureActs):
-            output.metrics.update(output.feature_acts.code.metrics)
-        return output, not training_pass.was_complete
+        counts = mask is not None and self.uses_dead_latents
+        return StepContext(
+            self.implementation,
+            asks_at_once=self.asks_at_once or instead_of is not None,
+            offer=offer_to(self),
+            dead_count=HostCount(mask) if mask is not None and counts else None,
+            n_training_steps=step_input.n_training_steps,
+            instead_of=instead_of,
+        )
 
-    @property
-    def training_pass(self) -> _TrainingPass | None:
-        """The training forward pass of this SAE that the present thread is in."""
-        training_pass = _pass_in_progress.get()
-        return training_pass if training_pass is not None and training_pass.sae is self else None
-
-    def is_complete(self, pending: Pending) -> bool:
-        """Whether a search has found all that is active, so that its result can be used as it is.
-
-        A step that asks this later goes on as if it were so.
+    def propose(self, step_input: TrainStepInput, step: StepContext) -> TrainStepOutput:
         """
-        training_pass = self.training_pass
-        if training_pass is not None and training_pass.unchecked is not None:
-            training_pass.unchecked.append(pending)
-            return True
-        holds = pending.holds()
-        if training_pass is not None and not holds:
-            training_pass.was_complete = False
-        return holds
+        SAELens's training forward pass, which changes nothing.
+
+        The output is right if `step.is_complete()`. Work that is queued before asking hides the
+        wait. Either `commit(step)` follows, or the output and all that came of it must be dropped.
+        """
+        # What is not of a range within is of the losses.
+        with in_progress(self, step), profiler_range("saelens_sparse::losses"):
+            output = super().training_forward_pass(step_input)
+        if (code := code_of(output.feature_acts)) is not None:
+            output.metrics.update(code.metrics)
+        return output
 
     @property
     def uses_dead_latents(self) -> bool:
@@ -327,14 +236,18 @@ class SparseTrainingSAEMixin(_Base):
             ValueError: x has another width than d_in or is on another device.
         """
         self.check_input(x)
-        choice = self.settle_implementation()
+        # Asked again within a step: what needs a dense tensor may have been attached since.
+        choice = self.implementation
         if choice.name == "dense":
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
-        return self._encode_sparsely(x, choice)
+        step = current_step(self)
+        if step is None or step.choice.name == "dense":
+            step = StepContext(choice, asks_at_once=True, offer=offer_to(self))
+        return self._encode_sparsely(x, step)
 
     @_not_compiled
     def _encode_sparsely(
-        self, x: torch.Tensor, choice: Choice
+        self, x: torch.Tensor, step: StepContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.prepare_weights()
         sae_in, input_bias = self._sae_in_and_bias(x)
@@ -343,10 +256,59 @@ class SparseTrainingSAEMixin(_Base):
         if rows.data_ptr() == x.data_ptr():
             # Later uses must not see what the caller puts into its buffer next.
             rows = rows.clone()
-        code = self.make_code(rows, input_bias, self._find_dead_latents, choice)
+        with profiler_range("saelens_sparse::encode"):
+            code = self.make_code(rows, input_bias, step)
+        if step.n_training_steps is None:
+            self.commit(step)
         weights = (self.W_enc, self.b_enc, self.W_dec)
         hidden_pre = DeferredPreActs(code, leading_shape, self.dense_pre_acts, weights)
         return SparseFeatureActs(code, leading_shape), hidden_pre
+
+    def make_code(
+        self, x: torch.Tensor, input_bias: torch.Tensor | None, step: StepContext
+    ) -> Code:
+        """
+        Encode a batch.
+
+        Args:
+            x: `[n_rows, d_in]`, the centred encoder input.
+            input_bias: `[d_in]`, `b_dec` if it was subtracted to give `x` outside of the graph.
+            step: the step that this is part of.
+        """
+        norms = self.reported_norms(step)
+        with profiler_range("saelens_sparse::search"):
+            found = self.search(x, norms, step)
+        found, order = step.settled(found, self.cfg.d_sae)
+        if found.totals is not None:
+            step.count_pairs(PairTotals(found.totals, x.shape[0], self.cfg.d_sae))
+        dead = step.dead_latents()
+        acts, l0, dead_W_enc = encode_pairs(
+            x,
+            self.W_enc,
+            self.b_enc,
+            input_bias,
+            found.pairs,
+            order,
+            self.activation,
+            None if dead is None else dead.block,
+            step.choice.backend,
+            self._row_gradients("W_enc", order, step),
+        )
+        if dead is not None:
+            dead.W_enc = dead_W_enc
+        return PairCode(
+            x=x,
+            input_bias=input_bias,
+            acts=acts,
+            l0=l0,
+            step=step,
+            decoder_version=version_of(self.W_dec),
+            dead=dead,
+            pairs=found.pairs,
+            order=order,
+            norms=norms,
+            W_dec=self.W_dec,
+        )
 
     def _sae_in_and_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`process_sae_in(x)`, and `b_dec` if that was subtracted outside of the graph.
@@ -377,13 +339,12 @@ class SparseTrainingSAEMixin(_Base):
         has_dense_hook = any(has_hooks(getattr(self, name)) for name in DENSE_HOOKS)
         if has_dense_hook or weights_changed or not feature_acts.is_untouched:
             return super().decode(feature_acts.materialized())
-        dead = code.dead
-        block = None if dead is None else dead.block
-        sink = self.sink_of("W_dec", code.acts.numel(), code.backend)
-        recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, block, sink)
+        to_step = not _has_gradient_hooks(self.W_dec)
+        with profiler_range("saelens_sparse::decode"):
+            recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, to_step=to_step)
         code.is_decoded = True
-        if dead is not None:
-            dead.W_dec = dead_W_dec
+        if code.dead is not None:
+            code.dead.W_dec = dead_W_dec
         sae_out_pre = recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
         sae_out_pre = self.hook_sae_recons(sae_out_pre)
         sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
@@ -395,46 +356,28 @@ class SparseTrainingSAEMixin(_Base):
             return super().forward(x)
         return self.hook_sae_output(self.decode(self.encode_with_hidden_pre(x)[0]))
 
-    def sink_of(self, name: str, n_pairs: int, backend: Backend) -> list[RowGradient] | None:
-        """Where the step's gradient of a weight goes instead of its `.grad`; None if it does not.
+    def _row_gradients(
+        self, name: str, order: LatentOrder, step: StepContext
+    ) -> list[RowGradient] | None:
+        """Where the gradient of a weight over such pairs goes instead of to its `.grad`."""
+        if _has_gradient_hooks(getattr(self, name)):
+            return None
+        return step.row_gradients_of(name, order)
 
-        Hooks on a parameter expect a gradient that is a tensor.
-        """
-        if self.row_gradients is None or backend != "triton":
-            return None
-        if n_pairs > MAX_PAIRS_PER_LATENT * self.cfg.d_sae:
-            return None
-        parameter = getattr(self, name)
-        if any(getattr(parameter, hooks) for hooks in TENSOR_HOOKS):
-            return None
-        return self.row_gradients.setdefault(name, [])
-
-    def rounded_W_enc(self) -> WeightCopy | None:
+    def rounded_W_enc(self, step: StepContext) -> WeightCopy | None:
         """The low-precision `W_enc` that the last update has written, if it still is that."""
-        copy = (self.copies or {}).get("W_enc")
-        return copy if copy is not None and copy.is_of(self.W_enc.T) else None
+        weights = step.offer.weights
+        return None if weights is None else weights.rounded(self.W_enc.T)
 
-    def decoder_norms(self, backend: Backend) -> torch.Tensor:
+    def decoder_norms(self, step: StepContext) -> torch.Tensor:
         """Norms of the rows of `W_dec`, `[d_sae]`, without a graph."""
-        if self.copies is None or backend != "triton":
+        backend, weights = step.choice.backend, step.offer.weights
+        if weights is None or backend != "triton":
             return self.W_dec.detach().norm(dim=-1)
-        copy = self.copies.get("W_dec")
-        if copy is not None and copy.is_of(self.W_dec):
+        if (copy := weights.norms(self.W_dec)) is not None:
             return copy.values.to(self.W_dec.dtype, copy=True)  # the update writes it anew
         # Slower, but what an update would have written, so that a resumed run goes on as it was.
         return row_norms(self.W_dec, backend).to(self.W_dec.dtype)
-
-    def _find_dead_latents(self) -> DeadLatents | None:
-        """The dead latents of the training step in progress, if one asks for them."""
-        training_pass = self.training_pass
-        if training_pass is None or training_pass.dead_count is None:
-            return None
-        mask, n_dead = training_pass.dead_count.mask, training_pass.dead_count.wait()
-        if n_dead == 0:
-            return DeadLatents(mask, None)
-        latents = torch.nonzero_static(mask, size=n_dead).squeeze(1)
-        width = -(-n_dead // _DEAD_ALIGNMENT) * _DEAD_ALIGNMENT
-        return DeadLatents(mask, RowBlock(latents, width))
 
     def dead_products(
         self, code: Code, dead: RowBlock, W_enc: torch.Tensor
@@ -455,12 +398,12 @@ class SparseTrainingSAEMixin(_Base):
         return x @ self.W_enc + self.b_enc
 
     def prepare_weights(self) -> None:
-        """Bring `W_enc` into latent-major layout if something replaced its storage, and say to
+        """Bring weights into latent-major layout if something replaced their storage, and say to
         the optimizer whose parameters these are.
         """
-        if self.lay_out_W_enc():
+        for name in self.lay_out_weights():
             warn_caller(
-                "W_enc was given memory of another layout than this SAE computes with, and has "
+                f"{name} was given memory of another layout than this SAE computes with, and has "
                 "been moved. Whatever held on to that memory no longer follows the weight: "
                 "DistributedDataParallel, shared memory, views. Set weights in place or by "
                 "load_state_dict."
@@ -484,58 +427,16 @@ class SparseTrainingSAEMixin(_Base):
             )
 
 
-@contextmanager
-def _in_progress(training_pass: _TrainingPass) -> Generator[None]:
-    token = _pass_in_progress.set(training_pass)
-    try:
-        yield
-    finally:
-        _pass_in_progress.reset(token)
+def _latent_major(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """A weight whose rows, one a latent, are contiguous."""
+    return weight.T.contiguous().T if name == "W_enc" else weight.contiguous()
 
 
 def _lay_out_after_loading(sae: SparseTrainingSAEMixin, *_: Any) -> None:
     """A state dict may be assigned, in any layout."""
-    sae.lay_out_W_enc()
+    sae.lay_out_weights()
 
 
-def has_hooks(hook_point: nn.Module) -> bool:
-    """Whether any hook is attached to a hook point, or to what stands in for it.
-
-    `HookPoint.has_hooks()` does not see hooks that were registered past it.
-    """
-    return any(getattr(hook_point, hooks) for hooks in MODULE_HOOKS)
-
-
-def any_hooks(sae: nn.Module) -> bool:
-    """Whether any hook is attached to a module or a parameter of an SAE."""
-    return any(has_hooks(module) for module in sae.modules()) or any(
-        getattr(parameter, hooks) for parameter in sae.parameters() for hooks in TENSOR_HOOKS
-    )
-
-
-def require_number(name: str, value: object) -> None:
-    """Raise unless a configuration value is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}")
-
-
-def require_int(name: str, value: object, minimum: int) -> None:
-    """Raise unless a configuration value is an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}; got {value}")
-
-
-def require_bool(name: str, value: object) -> None:
-    """Raise unless a configuration value is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool; got {value!r}")
-
-
-def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise unless a configuration value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+def _has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether somebody hooks into a parameter's gradient, and expects a tensor there."""
+    return any(getattr(parameter, hooks) for hooks in TENSOR_HOOKS)

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from sae_lens.saes.jumprelu_sae import (
@@ -18,49 +16,31 @@ from sae_lens.saes.jumprelu_sae import (
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
 )
-from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAEConfig, TrainStepInput
 from typing_extensions import override
 
-from saelens_sparse.architectures.base import (
-    STATE_FILENAME,
-    Pending,
-    SparseTrainingSAEConfigMixin,
-    SparseTrainingSAEMixin,
-    require_bool,
-    require_choice,
-    require_int,
-    require_number,
-)
+from saelens_sparse.architectures.base import SparseTrainingSAEMixin
+from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.registry import Architecture, add
-from saelens_sparse.choice.availability import Backend, Choice
-from saelens_sparse.codes.code import Code, DeadLatents, DenselyGatedCode, GatedCode, version_of
-from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, ordinary
-from saelens_sparse.ops import (
-    Gate,
-    HostCopy,
-    LatentOrder,
-    at_latents,
-    encode_gated,
-    encode_gated_densely,
-    matmul_dtype,
-    start_find_pattern,
-)
+from saelens_sparse.choice.availability import Choice
+from saelens_sparse.choice.policy import STATE_FILENAME, DensityPolicy, PairTotals
+from saelens_sparse.codes.code import Code, DenseCode, PairCode, version_of
+from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, materialize
+from saelens_sparse.codes.step import StepContext
+from saelens_sparse.config.require import require_bool, require_choice, require_int, require_number
+from saelens_sparse.measured import MAX_MEASURED_DENSITY
+from saelens_sparse.ops.activation.pairs import JumpReLU
+from saelens_sparse.ops.common.backend import Backend
+from saelens_sparse.ops.common.host_copy import HostCopy
+from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.dense import encode_densely
+from saelens_sparse.ops.rows.at_latents import at_latents
+from saelens_sparse.ops.search.found import FoundPairs
+from saelens_sparse.ops.search.threshold import search_above_threshold
 from saelens_sparse.warn import warn_caller
 
 LOSS_MODES = ("step", "tanh", "quadratic")
 
-# Shares of pairs in the pattern above which dense products are faster, by backend ("cpu" for
-# PyTorch on a CPU) and by whether the products run in full precision.
-MAX_SPARSE_SHARE = {
-    ("triton", True): 0.09,
-    ("triton", False): 0.0038,
-    ("torch", True): 0.03,
-    ("torch", False): 0.03,
-    ("cpu", True): 0.12,
-    ("cpu", False): 0.03,
-}
-# A path is left for the other only when that one is faster by this much.
-HYSTERESIS = 0.8
 # Room in the list of pairs, over what the last batch needed.
 _ROOM = 1.25
 
@@ -142,67 +122,6 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
                 )
 
 
-class DensityPolicy:
-    """How many pairs recent batches had, and whether a step computes sparsely for that.
-
-    Numbers that are still on their way from the device are read when they are asked for. A step
-    `settle`s what it runs on; asking what the next one would run on changes nothing.
-    """
-
-    def __init__(self) -> None:
-        self._goes_sparse = False
-        self._mean_l0: float | None = None
-        self._share: float | None = None
-        self._coming: tuple[HostCopy, int, int] | None = None
-
-    def __deepcopy__(self, _: dict[int, Any]) -> DensityPolicy:
-        return DensityPolicy()
-
-    __copy__ = __deepcopy__
-
-    def expect(self, totals: HostCopy, n_rows: int, d_sae: int) -> None:
-        """The number of pairs of a batch and of active ones, when they arrive."""
-        if n_rows > 0:
-            self._coming = (totals, n_rows, d_sae)
-
-    @property
-    def share(self) -> float | None:
-        """Share of all pairs that the last batch's pattern had; None before the first batch."""
-        self._read()
-        return self._share
-
-    @property
-    def mean_l0(self) -> float | None:
-        """Mean number of active latents of the last batch's rows; None before the first batch."""
-        self._read()
-        return self._mean_l0
-
-    def prefers_sparse(self, limit: float) -> bool:
-        """Whether the next step computes sparsely where that is faster up to a share of `limit`."""
-        share = self.share
-        return share is not None and share < (limit if self._goes_sparse else HYSTERESIS * limit)
-
-    def settle(self, limit: float) -> None:
-        """Take the next step as `prefers_sparse` says."""
-        self._goes_sparse = self.prefers_sparse(limit)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to go on with the same choices, for JSON."""
-        return {"goes_sparse": self._goes_sparse, "share": self.share, "mean_l0": self.mean_l0}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        self._goes_sparse, self._coming = bool(state["goes_sparse"]), None
-        self._share, self._mean_l0 = state["share"], state["mean_l0"]
-
-    def _read(self) -> None:
-        coming, self._coming = self._coming, None
-        if coming is not None:
-            totals, n_rows, d_sae = coming
-            n_pairs, n_active = (int(total) for total in totals.values())
-            self._share, self._mean_l0 = n_pairs / (n_rows * d_sae), n_active / n_rows
-
-
 class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
     """
     JumpReLU SAE that trains the same model as SAELens's JumpReLUTrainingSAE, computing only what
@@ -232,27 +151,20 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         choice = self.choose(density=0.0)
         if choice.name == "dense" or self.cfg.implementation != "auto":
             return choice
-        limit = self._max_sparse_share(choice.backend)
+        limit = self._max_density(choice.backend)
         if self._policy.prefers_sparse(limit):
             return choice
-        share = self._policy.share
+        density = self._policy.density
         seen = "how many latents are active is not known yet"
-        if share is not None:
-            seen = f"{share:.2%} of the latents are active or near their threshold"
+        if density is not None:
+            seen = f"{density:.2%} of the latents are active or near their threshold"
         return Choice("fused", f"{seen}; dense products are faster above {limit:.1%}",
                       choice.backend)  # fmt: skip
 
-    def _max_sparse_share(self, backend: Backend) -> float:
-        """The share of pairs up to which sparse products are faster, here and now."""
+    def _max_density(self, backend: Backend) -> float:
+        """The density up to which sparse products are faster, here and now."""
         key = "cpu" if self.W_enc.device.type == "cpu" else backend
-        return MAX_SPARSE_SHARE[key, self.computes_in_full_precision]
-
-    @override
-    def settle_implementation(self) -> Choice:
-        choice = self.implementation
-        if choice.name != "dense" and self.cfg.implementation == "auto":
-            self._policy.settle(self._max_sparse_share(choice.backend))
-        return choice
+        return MAX_MEASURED_DENSITY[key, self.computes_in_full_precision]
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -280,11 +192,14 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         return self.cfg.pre_act_loss_coefficient is not None
 
     @override
-    def _take_forward_pass(
-        self, step_input: TrainStepInput, unchecked: list[Pending] | None
-    ) -> tuple[TrainStepOutput, bool]:
-        self._check_l0(step_input.n_training_steps)
-        return super()._take_forward_pass(step_input, unchecked)
+    def commit(self, step: StepContext) -> None:
+        super().commit(step)
+        if step.n_training_steps is not None:
+            self._check_l0(step.n_training_steps)
+        if self.cfg.implementation == "auto" and step.choice.name != "dense":
+            self._policy.settle(step.choice.name != "fused")
+        if step.pair_totals is not None:
+            self._policy.expect(step.pair_totals)
 
     def _check_l0(self, n_training_steps: int) -> None:
         settled = self.cfg.l0_warm_up_steps + L0_CHECK_STEPS
@@ -294,115 +209,69 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             self._l0_was_checked = True
             warn_of_l0(mean_l0, n_training_steps, self.cfg)
 
+    @property
     @override
-    def make_code(
-        self,
-        x: torch.Tensor,
-        input_bias: torch.Tensor | None,
-        find_dead: Callable[[], DeadLatents | None],
-        choice: Choice,
-    ) -> Code:
-        gate = Gate(self.bandwidth, self.cfg.jumprelu_ste_to_input)
-        make = self._make_dense_code if choice.name == "fused" else self._make_sparse_code
-        return make(x, input_bias, find_dead, gate, choice)
+    def activation(self) -> JumpReLU:
+        return JumpReLU(self.threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
 
-    def _make_dense_code(
-        self,
-        x: torch.Tensor,
-        input_bias: torch.Tensor | None,
-        find_dead: Callable[[], DeadLatents | None],
-        gate: Gate,
-        choice: Choice,
-    ) -> DenselyGatedCode:
-        dead = find_dead()
-        pre_acts_dtype = torch.promote_types(matmul_dtype(x), self.b_enc.dtype)
-        # Where nothing but the decoder reads the activations, they are rounded as it does.
-        is_read = self.training_pass is None or self.cfg.jumprelu_sparsity_loss_mode == "tanh"
-        acts, l0, dead_W_enc, counts = encode_gated_densely(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.threshold,
-            input_bias,
-            gate,
-            None if dead is None else dead.block,
-            choice.backend,
-            pre_acts_dtype if is_read else None,
-        )
-        if dead is not None:
-            dead.W_enc = dead_W_enc
-        self._policy.expect(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae)
-        return DenselyGatedCode(
-            x=x,
-            input_bias=input_bias,
-            acts=acts,
-            decoder_version=version_of(self.W_dec),
-            backend=choice.backend,
-            dead=dead,
-            counts=counts,
-            l0=l0,
-            pre_acts_dtype=pre_acts_dtype,
-        )
-
-    def _make_sparse_code(
-        self,
-        x: torch.Tensor,
-        input_bias: torch.Tensor | None,
-        find_dead: Callable[[], DeadLatents | None],
-        gate: Gate,
-        choice: Choice,
-    ) -> GatedCode:
-        d_sae = self.cfg.d_sae
-        pending = start_find_pattern(
+    @override
+    def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
+        return search_above_threshold(
             x,
             self.W_enc.T,
             self.b_enc,
             self.threshold,
-            gate.bandwidth,
-            self._capacity(x.shape[0]),
-            choice.backend,
+            self.bandwidth,
+            self._capacity(x.shape[0], step.instead_of),
+            step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
-            self.rounded_W_enc(),
+            self.rounded_W_enc(step),
         )
-        pattern = pending.pattern
-        # Sorting keeps the device busy if the host waits for the number of pairs.
-        order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
-        if not self.is_complete(pending):
-            pattern = pending.result()
-            order = LatentOrder.of_keys(pattern.keys, d_sae, pattern.ragged)
-        self._policy.expect(pending.totals, x.shape[0], d_sae)
-        dead = find_dead()
-        acts, l0, dead_W_enc = encode_gated(
+
+    @override
+    def make_code(
+        self, x: torch.Tensor, input_bias: torch.Tensor | None, step: StepContext
+    ) -> Code:
+        if step.choice.name != "fused":
+            return super().make_code(x, input_bias, step)
+        dead = step.dead_latents()
+        pre_acts_dtype = torch.promote_types(matmul_dtype(x), self.b_enc.dtype)
+        # Where nothing but the decoder reads the activations, they are rounded as it does.
+        is_training_step = step.n_training_steps is not None
+        is_read = not is_training_step or self.cfg.jumprelu_sparsity_loss_mode == "tanh"
+        acts, l0, dead_W_enc, counts = encode_densely(
             x,
             self.W_enc,
             self.b_enc,
-            self.threshold,
             input_bias,
-            pattern,
-            order,
-            gate,
+            self.activation,
             None if dead is None else dead.block,
-            choice.backend,
-            self.sink_of("W_enc", pattern.latents.numel(), choice.backend),
+            step.choice.backend,
+            pre_acts_dtype if is_read else None,
         )
         if dead is not None:
             dead.W_enc = dead_W_enc
-        return GatedCode(
+        step.count_pairs(PairTotals(HostCopy(counts.totals), x.shape[0], self.cfg.d_sae))
+        return DenseCode(
             x=x,
             input_bias=input_bias,
             acts=acts,
-            decoder_version=version_of(self.W_dec),
-            backend=choice.backend,
-            dead=dead,
-            pattern=pattern,
-            order=order,
             l0=l0,
+            step=step,
+            decoder_version=version_of(self.W_dec),
+            dead=dead,
+            counts=counts,
+            pre_acts_dtype=pre_acts_dtype,
         )
 
-    def _capacity(self, n_rows: int) -> int:
-        """Room for the pairs of a batch: what the last one needed and more, in coarse steps."""
-        share = self._policy.share
-        expected = 64 * n_rows if share is None else _ROOM * share * n_rows * self.cfg.d_sae
+    def _capacity(self, n_rows: int, dropped: StepContext | None) -> int:
+        """Room for the pairs of a batch, in coarse steps: what the last one needed and more, or
+        what the step needed that was dropped for want of room.
+        """
+        density = self._policy.density
+        if dropped is not None and dropped.pair_totals is not None:
+            density = dropped.pair_totals.density
+        expected = 64 * n_rows if density is None else _ROOM * density * n_rows * self.cfg.d_sae
         step = max(1024, 2 ** max(0, math.ceil(math.log2(max(expected, 1))) - 3))
         return min(math.ceil((expected + 1) / step) * step, n_rows * self.cfg.d_sae)
 
@@ -415,10 +284,11 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         sae_out: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """SAELens's sparsity and pre-activation losses, from what is active and what is dead."""
-        code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
+        code = code_of(hidden_pre)
         mode, target_l0 = self.cfg.jumprelu_sparsity_loss_mode, self.cfg.target_l0
         if (
-            not isinstance(code, GatedCode | DenselyGatedCode)
+            code is None
+            or code.l0 is None
             or not isinstance(feature_acts, SparseFeatureActs)
             or not feature_acts.is_untouched
             # Made without a graph, L0 has none of the thresholds.
@@ -428,7 +298,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             or (mode == "quadratic" and target_l0 is None)
         ):
             # SAELens's autograd functions do not see through tensors that are made on demand.
-            feature_acts, hidden_pre = ordinary(feature_acts), ordinary(hidden_pre)
+            feature_acts, hidden_pre = materialize(feature_acts), materialize(hidden_pre)
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         if mode == "tanh":
             mean = self._mean_tanh(code)
@@ -452,15 +322,15 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             and (dead.block is None or dead.W_dec is not None)
         )
 
-    def _mean_tanh(self, code: GatedCode | DenselyGatedCode) -> torch.Tensor:
+    def _mean_tanh(self, code: Code) -> torch.Tensor:
         """Mean over rows of the sum over latents of `tanh(scale * acts * norms)`."""
         scale, norms = self.cfg.jumprelu_tanh_scale, self.W_dec.norm(dim=1)
-        if isinstance(code, DenselyGatedCode):
+        if not isinstance(code, PairCode):
             return torch.tanh(scale * code.acts * norms).sum(dim=-1).mean()
-        norms = at_latents(norms, code.pattern.latents, code.order, code.backend)
+        norms = at_latents(norms, code.pairs.latents, code.order, code.backend)
         values = torch.tanh(scale * code.acts * norms)
         sum_dtype = torch.promote_types(values.dtype, torch.float32)
-        return (values.sum(dtype=sum_dtype) / code.pattern.ragged.n_rows).to(values.dtype)
+        return (values.sum(dtype=sum_dtype) / code.pairs.rows.n_rows).to(values.dtype)
 
     def _pre_act_loss(self, code: Code) -> torch.Tensor:
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,24 +18,21 @@ from sae_lens.saes.topk_sae import (
 )
 from typing_extensions import override
 
-from saelens_sparse.architectures.base import (
-    SparseTrainingSAEConfigMixin,
-    SparseTrainingSAEMixin,
-    has_hooks,
-    require_int,
-    require_number,
-)
+from saelens_sparse.architectures.base import SparseTrainingSAEMixin
+from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
+from saelens_sparse.architectures.hooks import has_hooks
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.choice.availability import Choice
-from saelens_sparse.codes.code import Code, DeadLatents, SelectedCode, version_of
-from saelens_sparse.codes.on_demand import DeferredPreActs
-from saelens_sparse.ops import (
-    LatentOrder,
-    RowBlock,
-    encode_selected,
-    keep_topk,
-    start_select_topk,
-)
+from saelens_sparse.codes.code import Code, PairCode
+from saelens_sparse.codes.on_demand import code_of
+from saelens_sparse.codes.step import StepContext
+from saelens_sparse.config.require import require_int, require_number
+from saelens_sparse.ops.activation.pairs import ReLU
+from saelens_sparse.ops.activation.topk import keep_topk
+from saelens_sparse.ops.rows.block import RowBlock
+from saelens_sparse.ops.search.found import FoundPairs
+from saelens_sparse.ops.search.topk import search_topk
+from saelens_sparse.ops.update.weight_cache import WeightView
 from saelens_sparse.warn import warn_caller
 
 
@@ -132,62 +129,40 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
         return TopK(self.cfg.k, use_sparse_activations=False)
 
+    @property
     @override
-    def make_code(
-        self,
-        x: torch.Tensor,
-        input_bias: torch.Tensor | None,
-        find_dead: Callable[[], DeadLatents | None],
-        choice: Choice,
-    ) -> Code:
+    def activation(self) -> ReLU:
+        return ReLU()
+
+    @override
+    def reported_norms(self, step: StepContext) -> torch.Tensor | None:
+        return self.decoder_norms(step) if self.cfg.rescale_acts_by_decoder_norm else None
+
+    @override
+    def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
         assert self._topk is not None
-        W_enc, b_enc, d_sae = self.W_enc, self.b_enc, self.cfg.d_sae
-        norms = None
-        if self.cfg.rescale_acts_by_decoder_norm:
-            norms = self.decoder_norms(choice.backend)
-        buffer_bytes = self.cfg.screen_buffer_mib * 2**20
-        pending = start_select_topk(
+        return search_topk(
             x,
-            W_enc.T,
-            b_enc,
+            self.W_enc.T,
+            self.b_enc,
             norms,
             self._topk.k,
-            choice.backend,
-            buffer_bytes,
-            self.rounded_W_enc(),
+            step.choice.backend,
+            self.cfg.screen_buffer_mib * 2**20,
+            self.rounded_W_enc(step),
         )
-        selection = pending.selection
-        # Sorting keeps the device busy if the host waits for the selection's check.
-        order = LatentOrder.of_keys(selection.keys, d_sae)
-        if not self.is_complete(pending):
-            selection = pending.result()
-            order = LatentOrder.of_keys(selection.keys, d_sae)
-        dead = find_dead()
-        acts, dead_W_enc = encode_selected(
-            x,
-            W_enc,
-            b_enc,
-            input_bias,
-            selection,
-            order,
-            None if dead is None else dead.block,
-            choice.backend,
-            self.sink_of("W_enc", selection.latents.numel(), choice.backend),
-        )
-        if dead is not None:
-            dead.W_enc = dead_W_enc
-        return SelectedCode(
-            x=x,
-            input_bias=input_bias,
-            acts=acts,
-            decoder_version=version_of(self.W_dec),
-            backend=choice.backend,
-            dead=dead,
-            selection=selection,
-            order=order,
-            norms=norms,
-            W_dec=self.W_dec,
-        )
+
+    @property
+    @override
+    def weight_views(self) -> Mapping[str, WeightView]:
+        scaled: dict[str, WeightView] = {"W_dec": "norms"}
+        return {**super().weight_views, **(scaled if self.cfg.rescale_acts_by_decoder_norm else {})}
+
+    @override
+    def graph_key(self) -> object | None:
+        if self._topk is None:
+            return None
+        return self._topk.k, self.cfg.rescale_acts_by_decoder_norm
 
     @override
     def calculate_topk_aux_loss(
@@ -204,9 +179,9 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         """
         if dead_neuron_mask is None:
             return sae_out.new_zeros(())
-        code = hidden_pre.code if isinstance(hidden_pre, DeferredPreActs) else None
+        code = code_of(hidden_pre)
         if (
-            not isinstance(code, SelectedCode)
+            not isinstance(code, PairCode)
             or code.dead is None
             or code.dead.mask is not dead_neuron_mask
         ):
@@ -236,7 +211,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         return self.cfg.aux_loss_coefficient * scale * auxk_loss
 
     def _dead_acts(
-        self, code: SelectedCode, block: RowBlock, W_enc: torch.Tensor, k_aux: int
+        self, code: PairCode, block: RowBlock, W_enc: torch.Tensor, k_aux: int
     ) -> torch.Tensor:
         """Values `[n_rows, width]` of the dead latents, without a ReLU, zero for all but the top
         `k_aux` of a row.

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from saelens_sparse.measured import MAX_SPARSE_DENSITY
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.warn import warn_caller
 
@@ -15,11 +16,6 @@ Implementation = Literal["auto", "triton", "torch", "dense"]
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 NO_TRITON_ENV = "SAELENS_SPARSE_NO_TRITON"
-
-# Shares of active latents above which SAELens's dense step is faster, by whether its products run
-# in full precision. In lower precision it takes a quarter of the time, on an H100 at
-# 2304 -> 65,536 42 ms, and a sparse step 6.3 and 0.021 more for each k: as much at k 1,700.
-MAX_SPARSE_DENSITY = {True: 1 / 8, False: 1 / 40}
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16)
 

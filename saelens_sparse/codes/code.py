@@ -9,41 +9,20 @@ from functools import cached_property
 import torch
 from typing_extensions import override
 
-from saelens_sparse.ops import (
-    FiringCounts,
-    GatePattern,
-    LatentOrder,
-    RowBlock,
-    RowGradient,
-    Selection,
-    at_latents,
-    decode_densely,
-    decode_selected,
-    segment_totals,
-)
+from saelens_sparse.codes.dead import DeadLatents
+from saelens_sparse.codes.step import StepContext
 from saelens_sparse.ops.common.backend import Backend
+from saelens_sparse.ops.decode import decode_pairs
+from saelens_sparse.ops.dense import FiringCounts, decode_densely
+from saelens_sparse.ops.pairs import ActivePairs, LatentOrder
+from saelens_sparse.ops.rows.at_latents import at_latents
+from saelens_sparse.ops.rows.block import RowBlock
+from saelens_sparse.ops.rows.operations import segment_totals
 
 
 def version_of(tensor: torch.Tensor) -> int:
     """Autograd's count of in-place changes; tensors made in inference mode have none."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-@dataclass
-class DeadLatents:
-    """The dead latents of a training step and their weights.
-
-    Attributes:
-        mask: `[d_sae]` bool, as the trainer gave it.
-        block: the latents, and their number rounded up; None if there are none.
-        W_enc: `[width, d_in]`, on the graph of the encoder.
-        W_dec: `[width, d_in]`, on the graph of the decoder, once it has run.
-    """
-
-    mask: torch.Tensor
-    block: RowBlock | None
-    W_enc: torch.Tensor | None = None
-    W_dec: torch.Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -54,8 +33,9 @@ class Code(ABC):
         x: `[n_rows, d_in]`, the centred encoder input.
         input_bias: `[d_in]`, `b_dec` if it was subtracted to give `x` outside of the graph.
         acts: activations, on the graph, in the layout of the subclass.
+        l0: `[n_rows]`, number of active latents, on the graph of the thresholds; None without.
+        step: the step that it is of.
         decoder_version: `version_of(W_dec)` when the code was made.
-        backend: what computes with it.
         dead: the dead latents if a training step asked for them.
         is_decoded: whether a sparse decode has read it, which gives no dense gradient.
         has_graph: whether the code was made with gradients enabled.
@@ -64,14 +44,20 @@ class Code(ABC):
     x: torch.Tensor
     input_bias: torch.Tensor | None
     acts: torch.Tensor
+    l0: torch.Tensor | None
+    step: StepContext
     decoder_version: int
-    backend: Backend
     dead: DeadLatents | None = None
     is_decoded: bool = False
     has_graph: bool = field(default_factory=torch.is_grad_enabled)
 
     def __post_init__(self) -> None:
         self._acts_version = version_of(self.acts)
+
+    @property
+    def backend(self) -> Backend:
+        """What computes with it."""
+        return self.step.choice.backend
 
     def is_made_with(self, W_dec: torch.Tensor) -> bool:
         """Whether a decoder is what it was when the code was made."""
@@ -118,31 +104,36 @@ class Code(ABC):
 
     @abstractmethod
     def decode(
-        self,
-        W_dec: torch.Tensor,
-        b_dec: torch.Tensor,
-        block: RowBlock | None,
-        sink: list[RowGradient] | None,
+        self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`acts @ W_dec + b_dec`, `[n_rows, d_in]`, and a block of rows of `W_dec` or None.
+        """`acts @ W_dec + b_dec`, `[n_rows, d_in]`, and the dead latents' rows of `W_dec` or None.
 
-        `sink` gets the gradient of `W_dec` where it is a sum over active pairs.
+        Args:
+            W_dec: `[d_sae, d_in]`.
+            b_dec: `[d_in]`.
+            to_step: whether the gradient of `W_dec` may go to the step instead of to its `.grad`,
+                if `W_dec` is of the SAE that encoded.
         """
+
+    @property
+    def block(self) -> RowBlock | None:
+        """The dead latents, if there are any and a loss asks for them."""
+        return None if self.dead is None else self.dead.block
 
 
 @dataclass(kw_only=True)
-class SelectedCode(Code):
-    """k latents of each row, activations `[n_rows, k]`.
+class PairCode(Code):
+    """Pairs, activations `[n_pairs]`.
 
     Attributes:
-        selection: the latents.
-        order: the active pairs by latent.
+        pairs: the pairs.
+        order: the same by latent.
         norms: `[d_sae]` decoder norms if the reported activations are scaled by them; else None.
-        W_dec: whose norms they are.
+        W_dec: of the SAE that encoded, whose norms they are.
         norms_have_graph: whether scaling by the norms is on the graph of the decoder.
     """
 
-    selection: Selection
+    pairs: ActivePairs
     order: LatentOrder
     norms: torch.Tensor | None
     W_dec: torch.Tensor
@@ -172,89 +163,53 @@ class SelectedCode(Code):
     @property
     @override
     def metrics(self) -> dict[str, float]:
-        return {"rows_recomputed": self.selection.rows_recomputed}
+        return {} if self.pairs.rows.k is None else {"rows_recomputed": self.pairs.rows_recomputed}
 
     @override
     def dense_acts(self) -> torch.Tensor:
-        latents = self.selection.latents
         values = self.acts
         if self.norms is not None:
             norms = self.norms
             if self.norms_have_graph and version_of(self.W_dec) == self.decoder_version:
                 norms = self.W_dec.norm(dim=-1)  # on the graph
-            values = values * norms[latents]
-        return values.new_zeros(values.shape[0], self.d_sae).scatter(1, latents, values)
+            values = values * norms[self.pairs.latents]
+        rows, latents = self.pairs.rows, self.pairs.latents
+        if rows.k is not None:
+            by_row = (rows.n_rows, rows.k)
+            dense = values.new_zeros(rows.n_rows, self.d_sae)
+            return dense.scatter(1, latents.view(by_row), values.view(by_row))
+        return self._with_a_column_for_no_sum(values)
 
     @override
     def firing(self) -> torch.Tensor:
-        # Inactive pairs have the key d_sae: they land in a column of their own.
-        keys = self.selection.keys
-        dense = torch.zeros(keys.shape[0], self.d_sae + 1, dtype=torch.bool, device=keys.device)
-        return dense.scatter_(1, keys.long(), True)[:, :-1]
+        active = (
+            self.acts.detach().bool() if self._counts_rows else torch.ones_like(self.pairs.keys)
+        )
+        return self._with_a_column_for_no_sum(active.bool())
 
-    @override
-    def row_counts(self) -> torch.Tensor:
-        return (self.selection.keys < self.d_sae).sum(-1)
-
-    @override
-    def latent_counts(self) -> torch.Tensor:
-        return self.order.counts
-
-    @override
-    def decode(
-        self,
-        W_dec: torch.Tensor,
-        b_dec: torch.Tensor,
-        block: RowBlock | None,
-        sink: list[RowGradient] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        latents, acts = self.selection.latents, self.acts
-        norms_vary = torch.is_grad_enabled() and W_dec.requires_grad and not self.norms_have_graph
-        if self.norms is not None and norms_vary:
-            # One in value. Decoding divides by the norms, and nothing cancels their gradient.
-            scale = self.norms / W_dec.norm(dim=-1)
-            acts = acts * at_latents(scale, latents, self.order, self.backend)
-        return decode_selected(acts, W_dec, latents, self.order, block, self.backend, sink, b_dec)
-
-
-@dataclass(kw_only=True)
-class GatedCode(Code):
-    """The pairs of a JumpReLU's pattern, activations `[n_pairs]`.
-
-    Attributes:
-        pattern: the pairs.
-        order: the same by latent.
-        l0: `[n_rows]`, number of active latents, on the graph of the thresholds.
-    """
-
-    pattern: GatePattern
-    order: LatentOrder
-    l0: torch.Tensor
+    def _with_a_column_for_no_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Values at their pairs, `[n_rows, d_sae]`, zero elsewhere."""
+        rows, keys = self.pairs.rows, self.pairs.keys.long()
+        # Pairs that take part in no sum have the key d_sae, a column of their own.
+        dense = values.new_zeros(rows.n_rows, self.d_sae + 1)
+        places = torch.arange(keys.numel(), device=keys.device)
+        return dense.index_put((rows.of(places), keys), values)[:, :-1].contiguous()
 
     @property
-    @override
-    def d_sae(self) -> int:
-        return self.order.d_sae
-
-    @override
-    def dense_acts(self) -> torch.Tensor:
-        n_rows = self.pattern.ragged.n_rows
-        dense = self.acts.new_zeros(n_rows, self.d_sae + 1)
-        # Pairs that are not of the pattern have the key d_sae, a column of their own.
-        place = (self.pattern.ragged.rows.long(), self.pattern.keys.long())
-        return dense.index_put(place, self.acts)[:, :-1].contiguous()
-
-    @override
-    def firing(self) -> torch.Tensor:
-        return self.dense_acts().bool()
+    def _counts_rows(self) -> bool:
+        return self.pairs.row_counts is not None
 
     @override
     def row_counts(self) -> torch.Tensor:
-        return self.pattern.row_counts
+        if self.pairs.row_counts is not None:
+            return self.pairs.row_counts
+        rows = self.pairs.rows
+        assert rows.k is not None
+        return (self.pairs.keys.view(rows.n_rows, rows.k) < self.d_sae).sum(-1)
 
     @override
     def latent_counts(self) -> torch.Tensor:
-        return self._latent_counts
+        return self._latent_counts if self._counts_rows else self.order.counts
 
     @cached_property
     def _latent_counts(self) -> torch.Tensor:
@@ -263,30 +218,31 @@ class GatedCode(Code):
 
     @override
     def decode(
-        self,
-        W_dec: torch.Tensor,
-        b_dec: torch.Tensor,
-        block: RowBlock | None,
-        sink: list[RowGradient] | None,
+        self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        latents = self.pattern.latents
-        return decode_selected(
-            self.acts, W_dec, latents, self.order, block, self.backend, sink, b_dec
+        acts = self.acts
+        norms_vary = torch.is_grad_enabled() and W_dec.requires_grad and not self.norms_have_graph
+        if self.norms is not None and norms_vary:
+            # One in value. Decoding divides by the norms, and nothing cancels their gradient.
+            scale = self.norms / W_dec.norm(dim=-1)
+            acts = acts * at_latents(scale, self.pairs.latents, self.order, self.backend)
+        to_step = to_step and W_dec is self.W_dec
+        row_gradients = self.step.row_gradients_of("W_dec", self.order) if to_step else None
+        return decode_pairs(
+            acts, W_dec, b_dec, self.pairs, self.order, self.block, self.backend, row_gradients
         )
 
 
 @dataclass(kw_only=True)
-class DenselyGatedCode(Code):
+class DenseCode(Code):
     """All latents of each row, activations `[n_rows, d_sae]`.
 
     Attributes:
         counts: what fired.
-        l0: `[n_rows]`, number of active latents, on the graph of the thresholds.
         pre_acts_dtype: dtype that the dense encoder would give, and thus the activations.
     """
 
     counts: FiringCounts
-    l0: torch.Tensor
     pre_acts_dtype: torch.dtype
 
     @property
@@ -317,11 +273,7 @@ class DenselyGatedCode(Code):
 
     @override
     def decode(
-        self,
-        W_dec: torch.Tensor,
-        b_dec: torch.Tensor,
-        block: RowBlock | None,
-        sink: list[RowGradient] | None,
+        self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        product, rows = decode_densely(self.acts, W_dec, block, self.backend)
+        product, rows = decode_densely(self.acts, W_dec, self.block, self.backend)
         return product + b_dec, rows

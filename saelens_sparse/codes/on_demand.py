@@ -125,7 +125,7 @@ class OnDemandTensor(torch.Tensor):
                 result = args[0].answer(func, args, kwargs)
                 if result is not NotImplemented:
                     return result
-        return func(*ordinary(args), **ordinary(kwargs))
+        return func(*materialize(args), **materialize(kwargs))
 
     @classmethod
     def __torch_dispatch__(
@@ -136,10 +136,10 @@ class OnDemandTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # Reached only by callers that bypass __torch_function__.
-        return func(*ordinary(args), **ordinary(kwargs or {}))
+        return func(*materialize(args), **materialize(kwargs or {}))
 
 
-def ordinary(tree: Any) -> Any:
+def materialize(tree: Any) -> Any:
     """A tensor, or a structure of them, with those that are made on demand made."""
     return tree_map(lambda x: x.materialized() if isinstance(x, OnDemandTensor) else x, tree)
 
@@ -204,6 +204,11 @@ class SparseFeatureActs(OnDemandTensor):
             self.code.require_current()
             return FiringPattern(self.code, self.size(), torch.bool)
         return NotImplemented
+
+
+def code_of(tensor: torch.Tensor) -> Code | None:
+    """The code that a tensor stands for, if it stands for one."""
+    return tensor.code if isinstance(tensor, SparseFeatureActs | DeferredPreActs) else None
 
 
 class FiringPattern(OnDemandTensor):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sae_lens import constants
 
-from saelens_sparse.architectures.base import STATE_FILENAME
+from saelens_sparse.choice.policy import STATE_FILENAME
 from saelens_sparse.compare.comparison import (
     CHECKPOINTS,
     CONFIG,

@@ -8,61 +8,32 @@ real training: time by phase, kernels against what the device can do, memory, id
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import saelens_sparse
+from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.config.files import UsageError, load_config, usage_errors
 from saelens_sparse.config.outputs import check_writable
-from saelens_sparse.profile.arm import (
-    Measurement,
-    measure_arm,
-    pieces_of,
-    problem_of,
-)
-from saelens_sparse.profile.cases import FLOAT32, PRECISIONS, SPARSE_SUFFIX, Arm
-from saelens_sparse.profile.ceilings import Ceilings, measure_ceilings
-from saelens_sparse.profile.counters import why_not
-from saelens_sparse.profile.report import (
-    REPORT_FILE,
-    RESULTS_FILE,
-    read_results,
-    terminal_text,
-    write_report,
-    write_results,
-)
-from saelens_sparse.profile.settings import (
-    ARMS,
-    Settings,
-    architectures,
-    case_of_config,
-    case_of_shape,
-    parse_arms,
-    precision_of_config,
-)
-from saelens_sparse.profile.tables import Record
+from saelens_sparse.profile import report
+from saelens_sparse.profile.cases import FLOAT32, PRECISIONS, Case
+from saelens_sparse.profile.ceilings import measure_ceilings
+from saelens_sparse.profile.contender import CONTENDERS, Record, measure_contender
 from saelens_sparse.profile.trainers import prepare_inputs
-from saelens_sparse.reports.command_line import (
-    DEFAULT_STEPS,
-    Parser,
-    add_measuring_options,
-    parse_shape,
-    writable_folder,
-)
-from saelens_sparse.reports.output_folder import enter_output_folder
+from saelens_sparse.reports import command_line
+from saelens_sparse.reports.files import enter_output_folder
 from saelens_sparse.reports.presentation import label_of
-from saelens_sparse.reports.results import (
-    describe_failure,
-    environment,
-    same_source,
-)
+from saelens_sparse.reports.results import describe_failure, environment, same_source
 
+DEFAULT_ARCHITECTURE, DEFAULT_L0 = "topk_sparse", 64.0
+# Fields of an SAE's config that the case states itself, or that say nothing about a step.
+_NOT_OPTIONS = {"d_in", "d_sae", "dtype", "device", "metadata"}
 _BAR = "{desc:20} {percentage:3.0f}% |{bar:30}| {elapsed}"
 
 
@@ -70,172 +41,160 @@ def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     saelens_sparse.register()
     options = _parser().parse_args(args)
-    settings, arms = _settings(options), parse_arms(options.arms)
-    folder = options.output or Path(_folder_name(settings, options.config))
+    case = case_of(options)
+    asked = {name.strip() for name in options.arms.split(",")}
+    if unknown := asked - {*CONTENDERS}:
+        allowed = ", ".join(CONTENDERS)
+        raise UsageError(f"--arms: unknown {', '.join(sorted(unknown))}; allowed: {allowed}")
+    names = [name for name in CONTENDERS if name in asked]
+    precision = case.precisions[0].name
+    folder = options.output or Path("profile_output", f"{case.name}_{precision}")
+    settings: Record = {
+        "architecture": case.registered.stock,
+        **{name: getattr(case, name) for name in ("d_in", "d_sae", "batch", "dead_fraction")},
+        "sparsity": case.label,
+        "options": dict(case.options),
+        "precision": precision,
+        "device": options.device,
+        "steps": options.steps or command_line.DEFAULT_STEPS[options.device],
+        "warmup_train": options.warmup_train,
+    }
     with usage_errors():
         check_writable("--output", folder, 0)
     with ExitStack() as lock:
         try:
             results = _results_to_continue(settings, folder)
-            lock.enter_context(enter_output_folder(folder, RESULTS_FILE))
+            lock.enter_context(enter_output_folder(folder, report.RESULTS_FILE))
         except OSError as error:
             raise UsageError(f"--output: {folder} cannot be used: {error}") from error
-        return _profile(arms, settings, results, folder)
+        return _profile(names, case, results, folder)
 
 
-def _profile(arms: Sequence[Arm], settings: Settings, results: Record, folder: Path) -> int:
-    """Measure the arms that the results lack, and report; returns the exit status."""
-    missing = [arm for arm in arms if results["arms"].get(arm.name, {}).get("status") != "ok"]
-    interrupted = False
-    if missing:
-        try:
-            _measure(missing, settings, results, folder)
-        except KeyboardInterrupt:
-            interrupted = True
-    wanted = [arm.name for arm in arms if arm.name in results["arms"]]
-    shown = {**results, "arms": {name: results["arms"][name] for name in wanted}}
-    if wanted:
-        write_report(shown, folder)
-        print(f"\n{terminal_text(shown)}\n\nThe report is {folder / REPORT_FILE}.")
+def _profile(names: Sequence[str], case: Case, results: Record, folder: Path) -> int:
+    """Measure the contenders that the results lack, and report; returns the exit status."""
+    arms, interrupted = results["arms"], False
+    try:
+        if missing := [n for n in names if arms.get(n, {}).get("status") != "ok"]:
+            _measure(missing, case, results, folder)
+    except KeyboardInterrupt:
+        interrupted = True
+    shown = {**results, "arms": {name: arms[name] for name in names if name in arms}}
+    if shown["arms"]:
+        report.write_report(shown, folder)
+        page = folder / report.REPORT_FILE
+        print(f"\n{report.terminal_text(shown)}\n\nThe report is {page}.")
     if interrupted:
-        print(
-            "Interrupted. Arms that were finished are kept; the same command measures the others.",
-            file=sys.stderr,
-        )
+        print("Interrupted. What is finished is kept; the same command goes on.", file=sys.stderr)
         return 130
-    return 0 if all(shown["arms"][name]["status"] == "ok" for name in wanted) else 1
+    return int(any(record["status"] != "ok" for record in shown["arms"].values()))
 
 
-def _parser() -> Parser:
-    parser = Parser("profile", __doc__)
-    parser.add_argument(
-        "config", nargs="?", help="runner config (JSON) whose SAE, batch size and precision to take"
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser("profile", __doc__)
+    add, sizes, folder = parser.add_argument, command_line.parse_shape, command_line.writable_folder
+    names = ", ".join(ARCHITECTURES)
+    without_k = (
+        "mean L0 of an architecture without k; by default the config's target_l0 or 64, or K"
     )
-    parser.add_argument(
-        "--shape",
-        type=parse_shape,
-        metavar="D_IN,D_SAE,K,BATCH",
-        help="these instead of a config",
-    )
-    parser.add_argument(
-        "--architecture",
-        help=f"{', '.join(name + SPARSE_SUFFIX for name in architectures())}; "
-        "by default the config's, with --shape topk_sparse",
-    )
-    parser.add_argument(
-        "--l0",
-        type=float,
-        help="mean number of active latents where the architecture has no k; by default the "
-        "config's target_l0 or 64, with --shape its K",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=list(PRECISIONS),
-        help="by default the config's, with --shape float32",
-    )
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"by default all: {', '.join(ARMS)}")
-    parser.add_argument(
-        "--dead-fraction", type=float, default=0.0, help="share of latents held dead; default 0"
-    )
-    add_measuring_options(parser)
-    parser.add_argument(
-        "--output",
-        type=writable_folder,
-        help="folder of the results; by default named by the problem",
-    )
-    parser.add_argument(
-        "--ncu",
-        choices=("auto", "never"),
-        default="auto",
-        help="whether to read hardware counters with Nsight Compute where it is installed",
-    )
+    add("config", nargs="?", help="runner config (JSON) whose SAE, batch and precision to take")
+    add("--shape", type=sizes, metavar="D_IN,D_SAE,K,BATCH", help="these instead of a config")
+    add("--architecture", help=f"{names}; by default the config's or {DEFAULT_ARCHITECTURE}")
+    add("--l0", type=float, help=without_k)
+    add("--precision", choices=list(PRECISIONS), help="by default the config's or float32")
+    add("--arms", default=",".join(CONTENDERS), help="what is measured; default %(default)s")
+    add("--dead-fraction", type=float, default=0.0, help="share of latents held dead; default 0")
+    command_line.add_measuring_options(parser)
+    add("--output", type=folder, help="folder of the results; by default named by the problem")
     return parser
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def case_of(options: argparse.Namespace) -> Case:
     """
-    What the options ask for.
+    The problem that the options ask for, with its precision.
 
     Raises:
         UsageError: they cannot be used; the message names the option, its value and what can.
     """
     if (options.config is None) == (options.shape is None):
         raise UsageError("profile: give either a config file or --shape D_IN,D_SAE,K,BATCH")
-    if options.shape is not None:
-        architecture = options.architecture or "topk_sparse"
-        case = case_of_shape(options.shape, architecture, options.l0, options.dead_fraction)
-        precision = PRECISIONS[options.precision or FLOAT32.name]
+    cfg = None if options.config is None else load_config(options.config)
+    name = options.architecture or (cfg.sae.architecture() if cfg else DEFAULT_ARCHITECTURE)
+    found = next((a for a in ARCHITECTURES.values() if name in (a.name, a.stock)), None)
+    if found is None:
+        option = "--architecture" if options.architecture else "sae.architecture"
+        allowed = ", ".join(ARCHITECTURES)
+        raise UsageError(f"{option}: {name!r} has no sparse counterpart; allowed: {allowed}")
+    field = found.sparsity_field
+    if field and options.l0 is not None:
+        raise UsageError(f"--l0: {options.l0:g} has no use here, for this architecture has {field}")
+    precision, given = options.precision or FLOAT32.name, dict[str, Any]()
+    if cfg is None:
+        d_in, d_sae, sparsity, batch = options.shape
+        option, name = "--shape", f"{found.stock}_{d_in}_{d_sae}"
     else:
-        cfg = load_config(options.config)
-        case = case_of_config(cfg, options.architecture, options.l0, options.dead_fraction)
-        asked = options.precision
-        precision = precision_of_config(cfg) if asked is None else PRECISIONS[asked]
-    device = options.device
-    steps = options.steps or DEFAULT_STEPS[device]
-    counters = options.ncu == "auto" and why_not(device, wanted=True) is None
-    return Settings(case, precision, device, steps, options.warmup_train, counters)
+        option, name = "the config", Path(str(options.config)).stem
+        precision = options.precision or _precision_of(cfg)
+        values = cfg.sae.to_dict()
+        stock = {part.name for part in dataclasses.fields(found.stock_config)}
+        given = {n: v for n, v in values.items() if n in stock - {*_NOT_OPTIONS, field}}
+        d_in, d_sae, batch = cfg.sae.d_in, cfg.sae.d_sae, cfg.train_batch_size_tokens
+        sparsity = values.get(field or "target_l0") or DEFAULT_L0
+    sparsity = sparsity if options.l0 is None else options.l0
+    precisions, dead = (PRECISIONS[precision],), options.dead_fraction
+    case = Case(name, found.name, d_in, d_sae, sparsity, batch, precisions, dead, given)
+    with usage_errors(f"{option}: "):
+        found.config(d_in=d_in, d_sae=d_sae, **case.sae_options)
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1; got {batch}")
+    if not 0 < sparsity <= d_sae:
+        raise UsageError(f"--l0: must be above 0 and at most d_sae={d_sae}; got {sparsity:g}")
+    if not 0 <= dead < 1:
+        raise UsageError(f"--dead-fraction: must be at least 0 and below 1; got {dead:g}")
+    return case
 
 
-def _folder_name(settings: Settings, config: str | None) -> str:
-    case = settings.case
-    name = f"{case.architecture}_{case.d_in}_{case.d_sae}" if config is None else Path(config).stem
-    return f"profile_output/{name}_{settings.precision.name}"
+def _precision_of(cfg: Any) -> str:
+    """The precision that a runner config trains in; autocast leaves bfloat16 as it is."""
+    name = str(cfg.sae.dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16"):
+        raise UsageError(f"sae.dtype: {name!r} is not measured; allowed: float32, bfloat16")
+    return "autocast" if cfg.autocast and name == "float32" else name
 
 
-def _results_to_continue(settings: Settings, folder: Path) -> Record:
+def _results_to_continue(settings: Record, folder: Path) -> Record:
     """The folder's results if they are of the same settings, code and machine; else new ones."""
-    here: Record = {
-        "settings": settings.to_json(),
-        "environment": environment(settings.device, None),
-        "arms": {},
-    }
-    earlier = read_results(folder)
+    here = {"settings": settings, "environment": environment(settings["device"], None), "arms": {}}
+    earlier = report.read_results(folder)
     if earlier is None:
         return here
-    differing = [
-        name for name, value in here["settings"].items() if earlier["settings"].get(name) != value
-    ]
+    differing = [name for name in settings if earlier["settings"].get(name) != settings[name]]
     if not same_source(earlier["environment"], here["environment"]):
         differing.append("device, code or versions")
     if differing:
         print(f"{folder} has results of other settings ({', '.join(differing)}): measured again")
         return here
-    kept = [label_of(name) for name, arm in earlier["arms"].items() if arm["status"] == "ok"]
-    if kept:
+    if kept := [label_of(n) for n, record in earlier["arms"].items() if record["status"] == "ok"]:
         print(f"kept from {earlier['environment']['date']}: {'; '.join(kept)} (in {folder})")
     return earlier
 
 
-def _measure(arms: Sequence[Arm], settings: Settings, results: Record, folder: Path) -> None:
-    """Measure the arms one after the other; `results` has and keeps each as soon as it is done."""
-    total = len(arms) * pieces_of(settings) + 2
-    with tqdm(total=total, desc="inputs", bar_format=_BAR) as bar:
-        inputs = prepare_inputs(
-            settings.case, settings.precision, settings.device, settings.warmup_train
-        )
-        bar.update()
-        problem = problem_of(settings)
+def _measure(names: Sequence[str], case: Case, results: Record, folder: Path) -> None:
+    """Measure contenders one after the other; `results` has and keeps each once it is done."""
+    settings = results["settings"]
+    device, steps = settings["device"], settings["steps"]
+    with tqdm(total=len(names) * steps, desc="inputs", bar_format=_BAR) as bar:
+        inputs = prepare_inputs(case, case.precisions[0], device, settings["warmup_train"])
         if "ceilings" not in results:
             bar.set_description("ceilings")
-            found = measure_ceilings(problem, settings.device)
-            results["ceilings"] = asdict(found)
-            results["floor_ms"] = found.floor_ms(problem)
-        write_results(results, folder)  # before traces: the folder is known by it
-        ceilings = Ceilings(**results["ceilings"])
-        bar.update()
-        measurement = Measurement(settings, inputs, folder)
-        for arm in arms:
-            bar.set_description(label_of(arm.name))
-            results["arms"][arm.name] = _record_of(arm, measurement, ceilings, bar)
-            write_results(results, folder)
-
-
-def _record_of(arm: Arm, measurement: Measurement, ceilings: Ceilings, bar: Any) -> dict[str, Any]:
-    begun = bar.n
-    try:
-        record = measure_arm(arm, measurement, ceilings, bar.update)
-    except Exception as error:
-        # The other arms go on: what fails may be memory that only this one needs.
-        record = describe_failure(error)
-    bar.update(begun + pieces_of(measurement.settings) - bar.n)
-    return record
+            results |= measure_ceilings(case, inputs, device)
+        report.write_results(results, folder)  # before traces: the folder is known by it
+        for index, name in enumerate(names):
+            bar.set_description(label_of(name))
+            try:
+                record = measure_contender(name, case, device, inputs, steps, folder, bar.update)
+            except Exception as error:
+                # The others go on: what fails may be memory that only this one needs.
+                record = describe_failure(error)
+            bar.update((index + 1) * steps - bar.n)
+            results["arms"][name] = record
+            report.write_results(results, folder)

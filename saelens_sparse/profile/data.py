@@ -24,12 +24,7 @@ class ActivationStream:
 
     `codes`, `[rows, n_features]`, is never made: beyond the common features it is as good as empty.
 
-    Args:
-        d_in: Width of a row.
-        n_features: Number of features in superposition.
-        features_per_row: Expected number of features present in a row.
-        device: Where batches are made; the same seed gives the same batches on one kind of device.
-        seed: Seed of the directions, and with its index of each batch.
+    On one kind of device, the same `seed` gives the same directions and batches.
     """
 
     def __init__(

@@ -6,33 +6,32 @@ import json
 from pathlib import Path
 
 from saelens_sparse.config.files import UsageError
-from saelens_sparse.profile.pictures import draw
-from saelens_sparse.profile.settings import Settings
-from saelens_sparse.profile.tables import (
-    ALL_KERNELS,
-    MANY_KERNELS,
-    Record,
-    ceilings_table,
-    kernel_table,
-    measured,
-    memory_table,
-    phase_table,
-    sources,
-    summary_table,
-    waits_table,
-)
-from saelens_sparse.reports.presentation import (
-    Section,
-    html_image,
-    html_page,
-    html_table,
-    html_text,
-    label_of,
-    plain_table,
-)
-from saelens_sparse.reports.whole_files import damage, write_whole
+from saelens_sparse.profile import pictures, tables
+from saelens_sparse.profile.contender import Record
+from saelens_sparse.reports.files import damage, write_whole
+from saelens_sparse.reports.presentation import Section, label_of, plain_table, write_page
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
+_SOURCES = {
+    "cuda": "Phases and kernels: PyTorch's profiler (CUPTI), mean of the traced steps; a kernel is "
+    "of the phase that launched it. Idle is what they leave of the step. Steps are traced without "
+    "CUDA graphs, which launch the same kernels. Occupancy is the profiler's estimate from "
+    "launches; use of tensor cores follows from types.",
+    "cpu": "Phases: operations under PyTorch's profiler, mean of the traced steps, without the "
+    "Python between them, which is idle here. The profiler itself makes small operations slower. "
+    "Not measurable on a CPU: SM occupancy, tensor cores, waits. Memory is what PyTorch's "
+    "allocator holds at the peak of a traced step, weights and moments included, not the "
+    "process's resident set.",
+}
+_FLOOR = (
+    "Step: the median of the timed steps, without a profiler. Floor: {:.3g} ms for one dense "
+    "product with the encoder at the fastest GEMM's rate, and {:.3g} ms for reading and writing "
+    "parameters and two moments once at a copy's."
+)
+_BYTES = (
+    "Bytes asked: inputs and outputs of PyTorch's operations from recorded shapes, and what this "
+    "package's kernels declare. Caches serve part of them: the rate can exceed a copy's."
+)
 
 
 def write_results(results: Record, folder: Path) -> None:
@@ -51,82 +50,59 @@ def read_results(folder: Path) -> Record | None:
     if not path.exists():
         return None
     # Results of a comparison have no ceilings.
-    if (problem := damage(path, "settings", "environment", "ceilings", "arms")) is not None:
-        raise UsageError(f"--output: {path} {problem}; name another folder")
+    if problem := damage(path, "settings", "environment", "ceilings", "arms"):
+        raise UsageError(f"--output: {problem}; name another folder")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_report(results: Record, folder: Path) -> None:
     """Draw the pictures and write `report.html`, which holds all of them."""
-    pictures = draw(results, folder)
-    sections = [Section("", html_text(_heading(results)) + html_table(summary_table(results)))]
-    failed = _failures(results)
-    if failed:
-        sections.append(Section("Not measured", html_text(*failed)))
-    arms = measured(results)
-    if arms:
-        breakdown = pictures.get("breakdown")
-        picture = html_image(breakdown, "Milliseconds of each arm's step by phase.") if breakdown \
-            else ""  # fmt: skip
-        sections.append(Section("Where a step goes", picture + html_table(phase_table(results))))
-        if memory := memory_table(results):
-            sections.append(Section("What holds the memory", html_table(memory)))
-        if waits := waits_table(results):
-            sections.append(Section("Where the host waits", html_table(waits)))
-        roofline = pictures.get("roofline")
-        picture = html_image(roofline, "Rate of each kernel over its operations per byte.") \
-            if roofline else ""  # fmt: skip
-        sections.append(Section("Ceilings", picture + html_table(ceilings_table(results))))
-        what = "Kernels" if results["settings"]["device"] == "cuda" else "Operations"
-        sections += [
-            Section(
-                f"{what}: {label_of(name)}", html_table(kernel_table(results, arm, ALL_KERNELS))
-            )
-            for name, arm in arms.items()
-        ]
-        traces = ", ".join(arm["trace"] for arm in arms.values())
-        sections.append(
-            Section(
-                "Where the numbers are from",
-                html_text(
-                    *sources(results),
-                    f"Traces for https://ui.perfetto.dev, in the folder of this page: {traces}.",
-                    _environment(results),
-                ),
-            )
-        )
-    page = html_page("One training step, taken apart", sections)
-    write_whole(folder / REPORT_FILE, page)
+    images = pictures.draw(results, folder) if tables.measured(results) else {}
+    sections = _sections(results, images, kernels=60)
+    write_page(folder / REPORT_FILE, "One training step, taken apart", sections)
 
 
 def terminal_text(results: Record) -> str:
     """All tables, for a terminal."""
-    parts = [_heading(results), plain_table(summary_table(results)), *_failures(results)]
-    arms = measured(results)
-    if arms:
-        parts += [plain_table(phase_table(results))]
-        parts += [plain_table(table) for table in (memory_table(results),) if table]
-        for name, arm in arms.items():
-            table = plain_table(kernel_table(results, arm, MANY_KERNELS, brief=True))
-            parts.append(f"{label_of(name)}\n{table}")
-        parts += [plain_table(ceilings_table(results)), "\n".join(sources(results))]
-    return "\n\n".join(parts)
+    sections = _sections(results, {}, kernels=14)
+    parts = [[s.heading, *s.text, *map(plain_table, s.tables)] for s in sections]
+    return "\n\n".join(part for of_section in parts for part in of_section if part)
 
 
-def _heading(results: Record) -> str:
-    described = Settings.from_json(results["settings"]).describe()
-    return f"{described}, on {results['environment']['device']}"
-
-
-def _failures(results: Record) -> list[str]:
-    return [
-        f"{label_of(name)}: {arm['status']}: {arm['message']}"
-        for name, arm in results["arms"].items()
-        if arm["status"] != "ok"
+def _sections(results: Record, images: dict[str, dict[str, Path]], kernels: int) -> list[Section]:
+    arms, s = tables.measured(results), results["settings"]
+    # Older results have the number under its name.
+    active = s.get("sparsity") or (f"L0 {s['l0']:g}" if s["k"] is None else f"k {s['k']}")
+    dead = f", {s['dead_fraction']:.0%} dead" if s["dead_fraction"] else ""
+    sizes = f"{s['d_in']} -> {s['d_sae']:,}, {active}, batch {s['batch']}{dead}, {s['precision']}"
+    heading = [f"{s['architecture']}, {sizes}, on {results['environment']['device']}"]
+    for name, record in results["arms"].items():
+        if record["status"] != "ok":
+            heading.append(f"{label_of(name)}: {record['status']}: {record['message']}")
+    if not arms:
+        return [Section("", heading)]
+    parts = {
+        "Where a step goes": tables.phase_table(results),
+        "What holds the memory": tables.memory_table(results),
+        "Where the host waits": tables.waits_table(results),
+        "Ceilings": tables.ceilings_table(results),
+    }
+    for name, record in arms.items():
+        parts[f"Kernels: {label_of(name)}"] = tables.kernel_table(results, record, kernels)
+    names = ("torch", "triton", "sae_lens", "python", "commit", "date")
+    sources = [
+        _FLOOR.format(results["floor_ms"]["encoder product"], results["floor_ms"]["update"]),
+        _SOURCES[s["device"]],
+        _BYTES,
+        f"Traces for https://ui.perfetto.dev: {', '.join(r['trace'] for r in arms.values())}.",
+        ", ".join(f"{name} {results['environment'].get(name)}" for name in names) + ".",
     ]
-
-
-def _environment(results: Record) -> str:
-    environment = results["environment"]
-    versions = ("torch", "triton", "sae_lens", "python", "commit", "date")
-    return ", ".join(f"{name} {environment.get(name)}" for name in versions) + "."
+    return [
+        Section("", heading, tables=[tables.summary_table(results)]),
+        *(
+            Section(title, images=images.get(title, {}), tables=[table])
+            for title, table in parts.items()
+            if len(table) > 1
+        ),
+        Section("Where the numbers are from", sources),
+    ]

@@ -1,250 +1,224 @@
-"""Reading the trace that `torch.profiler` exports: what the host did and what that started.
+"""Training steps in a profiler's trace: what ran in which phase, and how memory changed.
 
-The format is Chrome's trace event format with PyTorch's categories: `cpu_op` for operations,
-`user_annotation` for ranges, `cuda_runtime` and `cuda_driver` for calls that start work,
-`kernel`, `gpu_memcpy` and `gpu_memset` for that work, `cpu_instant_event` for allocations. Times
-are microseconds.
+A trace is what `torch.profiler` exports: Chrome's trace event format with Kineto's categories,
+times in microseconds. What the host does belongs to the innermost range of the product around it,
+and a kernel to the phase of its launch. SAELens's trainer sets no ranges: the nodes of the backward
+pass and the optimizer's range tell its phases.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_HOST_KINDS = {
-    "cpu_op": "op",
-    "user_annotation": "range",
-    "cuda_runtime": "call",
-    "cuda_driver": "call",
-}
-_DEVICE_KINDS = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "fill"}
-_OCCUPANCY = "est. achieved occupancy %"
+import numpy as np
+import pandas as pd
+
+from saelens_sparse.ops.common.ranges import PREFIX, WORK_PREFIX
+from saelens_sparse.profile.work import operation_work
+
+PHASES = (
+    "encode", "search", "decode", "losses", "statistics", "backward", "clip", "optimizer", "other",
+)  # fmt: skip
+_NODE = "autograd::engine::evaluate_function: "
+_STEP, _OPTIMIZER = "ProfilerStep#", "Optimizer.step#"
+_COLUMNS = {
+    "cat": "kind", "name": "name", "tid": "thread", "ts": "start", "dur": "us", "bytes": "copied",
+    "External id": "id", "correlation": "correlation", "Sequence number": "node",
+    "Fwd thread id": "forward_thread", "Input Dims": "dims", "Input type": "types",
+    "Concrete Inputs": "constants", "est. achieved occupancy %": "occupancy", "Addr": "address",
+    "Bytes": "change", "Total Allocated": "total", "Device Type": "device",
+}  # fmt: skip
+_ARGUMENTS = ["dims", "types", "constants"]
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+Frame = Any  # of pandas, which has no types
+Interval = Sequence[Any]  # a name, and microseconds from and to
 
 
-@dataclass(eq=False)
-class HostEvent:
+class StepTrace:
     """
-    Something that the host did.
+    The steps in a trace.
 
     Attributes:
-        name: of the operation, the range or the call.
-        kind: "op", "range", or "call" of CUDA's runtime or driver.
-        start: microseconds.
-        end: microseconds.
-        shapes: of an operation's inputs, a list of them for a list of tensors.
-        types: of its inputs, as PyTorch's profiler names them.
-        constants: its other arguments, as text, empty where an input is a tensor.
-        sequence: number of the autograd node that it makes or runs.
-        is_backward: whether it runs a node.
-        parent: the event around it, on the same thread.
-        inside: microseconds of the operations directly within it.
+        n_steps: how many these are.
+        step_ms: milliseconds that the host takes for one, on average.
+        items: a row for each kernel, copy and fill, on a CPU for each operation: `name`, `phase`,
+            `part` (phase of the forward pass whose gradients a backward pass computes), `start`,
+            `us` (without operations within it), `bytes` and `flops` (NaN if not known),
+            `tensor_cores`, `occupancy` (percent, estimated by the profiler).
+        calls: CUDA's calls: `name`, `phase`, `us`.
+        memory: allocations: `start`, `phase`, `change` in bytes at `address`, `total`, `device`.
     """
 
-    name: str
-    kind: str
-    start: float
-    end: float
-    shapes: Sequence[Any] = ()
-    types: Sequence[str] = ()
-    constants: Sequence[str] = ()
-    sequence: int | None = None
-    is_backward: bool = False
-    parent: HostEvent | None = None
-    inside: float = 0.0
+    def __init__(self, events: Iterable[Mapping[str, Any]]) -> None:
+        rows = [{**event.get("args", {}), **event} for event in events if "ts" in event]
+        table = pd.DataFrame(rows).reindex(columns=[*_COLUMNS]).rename(columns=_COLUMNS)
+        table = table.sort_values(["start", "us"], ascending=[True, False], ignore_index=True)
+        table["end"] = table.start + table.us
+        operations = table[table.kind == "cpu_op"]
+        ranges = table[table.kind == "user_annotation"]
+        steps = _named(ranges, _STEP)
+        self.n_steps, self.step_ms = len(steps), steps.us.mean() / 1e3
+        phases = _phases(operations, ranges, steps)
+        calls = table[table.kind.isin(["cuda_runtime", "cuda_driver"])]
+        memory = table[table.name == "[memory]"]
+        self.calls, self.memory = (
+            frame.assign(phase=_names_at(frame.start, phases))[lambda rows: rows.phase != ""]
+            for frame in (calls, memory)
+        )
+
+        device = table[table.kind.isin(["kernel", "gpu_memcpy", "gpu_memset"])]
+        items = _kernels(device, calls, operations) if len(device) else _operations(operations)
+        items["phase"] = _names_at(items.launched, phases)
+        items = items[items.phase != ""].reset_index(drop=True)
+        forward: Frame = operations[operations.forward_thread == 0]
+        made_in = dict(zip(forward.node, _names_at(forward.start, phases), strict=True))
+        nodes = _named(operations, _NODE)
+        nodes = nodes.assign(name=nodes.node.map(made_in).astype(object).fillna("other"))
+        between = [("other", start, end) for _, start, end in _intervals(steps)]
+        parts = _names_at(items.launched, between + _intervals(nodes))
+        items["part"] = np.where(items.phase == "backward", parts, "")
+        declared = _names_at(items.launched, _intervals(_named(ranges, WORK_PREFIX)))
+        self.items = _with_work(items, declared)
+
+    @classmethod
+    def load(cls, path: Path) -> StepTrace:
+        """Read a file that `torch.profiler.profile.export_chrome_trace` wrote, `.json.gz`."""
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return cls(json.load(file)["traceEvents"])
+
+    def ms_by(self, column: str) -> dict[str, float]:
+        """Milliseconds of a step by the values of a column."""
+        sums = self.items.groupby(column).us.sum() / 1e3 / self.n_steps
+        return {str(name): float(ms) for name, ms in sums.items() if name}
+
+    def waits(self) -> dict[str, dict[str, float]]:
+        """CUDA's calls that wait for the device in a step: how many, and milliseconds."""
+        every: Frame = self.calls
+        calls = every[every.name.str.contains("Synchronize|Memcpy(?!.*Async)")]
+        where = calls.name + " in " + calls.phase
+        found = calls.groupby(where).us.agg(["count", "sum"]) / self.n_steps
+        return {str(name): {"count": n, "ms": us / 1e3} for name, n, us in found.itertuples()}
 
     @property
-    def self_time(self) -> float:
-        """Microseconds that are not those of an operation within it."""
-        return max(0.0, self.end - self.start - self.inside)
-
-    def chain(self) -> Iterator[HostEvent]:
-        """The event and those around it, from the inside out."""
-        event: HostEvent | None = self
-        while event is not None:
-            yield event
-            event = event.parent
+    def busy_ms(self) -> float:
+        """Milliseconds of a step in which a kernel runs; on a CPU those of all operations."""
+        if self.items.device_runs.all():
+            ends = self.items.start + self.items.us
+            begins = np.maximum(self.items.start, ends.cummax().shift(fill_value=0.0))
+            return float((ends - begins).clip(lower=0.0).sum() / 1e3 / self.n_steps)
+        return float(self.items.us.sum() / 1e3 / self.n_steps)
 
 
-@dataclass(eq=False)
-class DeviceEvent:
+def base_name(name: str) -> str:
     """
-    A kernel, copy or fill.
+    A kernel's own name, without namespaces, template arguments and parameters.
 
-    Attributes:
-        name: as the profiler gives it.
-        kind: "kernel", "copy" or "fill".
-        start: microseconds.
-        duration: microseconds.
-        launch: the call that started it, if the trace has it.
-        occupancy: percent of the warps that fit, estimated from the launch; kernels only.
-        bytes: moved by a copy or a fill.
+    `void at::native::reduce_kernel<512, 1, at::native::ReduceOp<...> >(...)` is `reduce_kernel`.
     """
-
-    name: str
-    kind: str
-    start: float
-    duration: float
-    launch: HostEvent | None = None
-    occupancy: float | None = None
-    bytes: int | None = None
+    shorter = name.replace("(anonymous namespace)::", "")
+    while (inner := re.sub(r"<[^<>]*>|\([^()]*\)", "", shorter)) != shorter:
+        shorter = inner
+    return shorter.split("::")[-1].strip().removeprefix("void ") or name
 
 
-@dataclass(eq=False)
-class Allocation:
-    """
-    A change of the memory that PyTorch's allocators hold.
-
-    Attributes:
-        time: microseconds.
-        bytes: negative when memory is given back.
-        address: of the block.
-        total: bytes held afterwards, as far as the profiler knows.
-        on_device: whether it is the GPU's memory.
-        within: the event that it happened in.
-    """
-
-    time: float
-    bytes: int
-    address: int
-    total: int
-    on_device: bool
-    within: HostEvent | None = None
-
-
-@dataclass
-class Trace:
-    """The events of a trace, each list in the order of time."""
-
-    host: list[HostEvent] = field(default_factory=list[HostEvent])
-    device: list[DeviceEvent] = field(default_factory=list[DeviceEvent])
-    allocations: list[Allocation] = field(default_factory=list[Allocation])
-
-    @classmethod
-    def load(cls, path: Path) -> Trace:
-        """Read a file that `torch.profiler.profile.export_chrome_trace` wrote."""
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            return cls.of(json.load(file)["traceEvents"])
-
-    @classmethod
-    def of(cls, events: Iterable[Mapping[str, Any]]) -> Trace:
-        """The trace of events in Chrome's format."""
-        trace = cls()
-        threads: dict[Any, list[HostEvent | Allocation]] = defaultdict(list)
-        operations: dict[int, HostEvent] = {}
-        calls: list[tuple[HostEvent, int]] = []
-        launches: dict[int, HostEvent] = {}
-        started: list[tuple[DeviceEvent, int | None]] = []
-        for event in events:
-            category, arguments = event.get("cat"), event.get("args", {})
-            if category in _HOST_KINDS and event.get("ph") == "X":
-                host = _host_event(event, arguments)
-                threads[event["tid"]].append(host)
-                trace.host.append(host)
-                external = arguments.get("External id")
-                if host.kind == "call" and "correlation" in arguments:
-                    launches[arguments["correlation"]] = host
-                    calls.append((host, external))
-                elif host.kind == "op" and external is not None:
-                    operations[external] = host
-            elif category in _DEVICE_KINDS and event.get("ph") == "X":
-                device = _device_event(event, arguments)
-                started.append((device, arguments.get("correlation")))
-                trace.device.append(device)
-            elif event.get("name") == "[memory]":
-                allocation = _allocation(event, arguments)
-                threads[event["tid"]].append(allocation)
-                trace.allocations.append(allocation)
-        for device, correlation in started:
-            device.launch = None if correlation is None else launches.get(correlation)
-        for thread in threads.values():
-            _nest(thread)
-        for call, external in calls:
-            # Clocks of calls and operations may differ: then their common number tells.
-            if all(outer.kind != "op" for outer in call.chain()) and external in operations:
-                call.parent = operations[external]
-        trace.host.sort(key=lambda event: event.start)
-        trace.device.sort(key=lambda event: event.start)
-        trace.allocations.sort(key=lambda event: event.time)
-        return trace
+def _phases(operations: Frame, ranges: Frame, steps: Frame) -> list[Interval]:
+    """The phases of all steps; where several intervals hold a moment, the last one counts."""
+    nodes, optimizer = _named(operations, _NODE), _named(ranges, _OPTIMIZER)
+    # What has no node carries the number of the next: under `no_grad`, of one that never runs.
+    has_node = (operations.forward_thread == 0) & operations.node.isin(nodes.node)
+    with_node = operations[has_node]
+    product = _named(ranges, PREFIX)
+    product = product.assign(name=product.name.str.removeprefix(PREFIX))
+    product = product[product.name.isin(PHASES)]
+    found: list[Interval] = []
+    for _, start, end in _intervals(steps):
+        (_, decoded), (_, lost), (backward, after), (update, updated) = (
+            (part.start.min(), part.end.max())
+            for frame in (product[product.name == "decode"], with_node, nodes, optimizer)
+            for part in [frame[(frame.start >= start) & (frame.start < end)]]
+        )
+        found += [("other", start, end), ("losses", decoded, backward)]
+        if "statistics" not in product.name.to_numpy():
+            found += [("statistics", max(lost, decoded), backward), ("clip", after, update)]
+        found += [("backward", backward, after), ("optimizer", update, updated)]
+    return found + _intervals(product)
 
 
-def flat_shapes(shapes: Sequence[object]) -> list[tuple[int, ...]]:
-    """The shapes of an operation's inputs, those in lists of tensors one by one."""
-    flat: list[tuple[int, ...]] = []
-    for shape in shapes:
-        if not isinstance(shape, Sequence):
-            continue
-        if any(isinstance(item, Sequence) for item in shape):
-            flat += flat_shapes([*shape])
-        else:
-            flat.append(tuple(int(str(size)) for size in shape))
-    return flat
-
-
-def _host_event(event: Mapping[str, Any], arguments: Mapping[str, Any]) -> HostEvent:
-    start = float(event["ts"])
-    return HostEvent(
-        name=event["name"],
-        kind=_HOST_KINDS[event["cat"]],
-        start=start,
-        end=start + float(event.get("dur", 0.0)),
-        shapes=arguments.get("Input Dims", ()),
-        types=arguments.get("Input type", ()),
-        constants=arguments.get("Concrete Inputs", ()),
-        sequence=arguments.get("Sequence number"),
-        is_backward=bool(arguments.get("Fwd thread id")),
+def _kernels(device: Frame, calls: Frame, operations: Frame) -> Frame:
+    """What ran on the device, with the operation of PyTorch that launched it, if any did."""
+    launches = calls.drop_duplicates("correlation")[["correlation", "id", "start"]]
+    launches = launches.rename(columns={"start": "launched"})
+    asked = _named(operations, "aten::").drop_duplicates("id")[["id", "name", "start", *_ARGUMENTS]]
+    asked = asked.rename(columns={"name": "operation", "start": "asked"})
+    items = device.drop(columns=["id", *_ARGUMENTS]).merge(launches, on="correlation")
+    items = items.merge(asked, on="id", how="left")
+    names = items.name.map(base_name)
+    of = items.operation.str.removeprefix("aten::") + ": "
+    return items.assign(
+        name=of.fillna("") + names,
+        launched=items.asked.fillna(items.launched),  # clocks of calls and operations may differ
+        device_runs=True,
+        asks=items.operation.notna(),
     )
 
 
-def _device_event(event: Mapping[str, Any], arguments: Mapping[str, Any]) -> DeviceEvent:
-    return DeviceEvent(
-        name=event["name"],
-        kind=_DEVICE_KINDS[event["cat"]],
-        start=float(event["ts"]),
-        duration=float(event.get("dur", 0.0)),
-        occupancy=arguments.get(_OCCUPANCY),
-        bytes=arguments.get("bytes"),
+def _operations(operations: Frame) -> Frame:
+    """What ran on the CPU; `us` is the time of an operation without those within it."""
+    own = operations.us.to_numpy(copy=True)
+    for _, rows in operations.assign(place=range(len(operations))).groupby("thread"):
+        around: list[tuple[float, int]] = []
+        for place, start, end, us in zip(rows.place, rows.start, rows.end, rows.us, strict=True):
+            while around and around[-1][0] <= start:
+                around.pop()
+            if around:
+                own[around[-1][1]] -= us
+            around.append((end, place))
+    return operations.assign(
+        name=operations.name.str.removeprefix(_NODE).str.removeprefix("aten::"),
+        operation=operations.name,
+        launched=operations.start,
+        us=own.clip(min=0.0),
+        device_runs=False,
+        # The work of an operation that calls others is theirs.
+        asks=operations.name.str.startswith("aten::") & (own > 0.5 * operations.us),
     )
 
 
-def _allocation(event: Mapping[str, Any], arguments: Mapping[str, Any]) -> Allocation:
-    return Allocation(
-        time=float(event["ts"]),
-        bytes=int(arguments["Bytes"]),
-        address=int(arguments["Addr"]),
-        total=int(arguments["Total Allocated"]),
-        # PyTorch's DeviceType: 0 is the CPU, 1 is CUDA.
-        on_device=arguments["Device Type"] != 0,
+def _with_work(items: Frame, declared: Any) -> Frame:
+    """Add `bytes`, `flops` and `tensor_cores`; kernels of one operation share by time."""
+    arguments = map(json.dumps, items[_ARGUMENTS].to_numpy().tolist())
+    asked = zip(items.asks, items.operation, arguments, strict=True)
+    work = [operation_work(name, given) if asks else None for asks, name, given in asked]
+    found = pd.DataFrame([each or (np.nan, np.nan) for each in work], columns=["bytes", "flops"])
+    if items.device_runs.all():
+        found = found.mul(items.us / items.groupby("id").us.transform("sum"), axis=0)
+    copied = items.copied * items.kind.map({"gpu_memcpy": 2.0, "gpu_memset": 1.0})
+    launched = pd.Series(declared, dtype=str).str.extract(r"(\d+) (\d+)$").astype(float)
+    low = items.types.astype(str).str.contains("c10::Half|c10::BFloat16")
+    return items.assign(
+        bytes=launched[0].fillna(copied).fillna(found.bytes),
+        flops=launched[1].fillna(found.flops),
+        tensor_cores=low & items.operation.isin(_PRODUCTS) & items.device_runs,
     )
 
 
-def _nest(events: list[HostEvent | Allocation]) -> None:
-    """Set the parents of one thread's events, which lie within each other or apart."""
+def _named(events: Frame, prefix: str) -> Frame:
+    return events[events.name.str.startswith(prefix)]
 
-    def order(event: HostEvent | Allocation) -> tuple[float, float]:
-        if isinstance(event, Allocation):
-            return event.time, 0.0
-        return event.start, -event.end
 
-    around: list[HostEvent] = []
-    for event in sorted(events, key=order):
-        start = event.time if isinstance(event, Allocation) else event.start
-        while around and around[-1].end <= start:
-            around.pop()
-        parent = around[-1] if around else None
-        if isinstance(event, Allocation):
-            event.within = parent
-            continue
-        event.parent = parent
-        if event.kind == "op":
-            for outer in reversed(around):
-                if outer.kind == "op":
-                    outer.inside += event.end - event.start
-                    break
-        around.append(event)
+def _intervals(events: Frame) -> list[Interval]:
+    return events[["name", "start", "end"]].to_numpy().tolist()
+
+
+def _names_at(times: Any, intervals: Iterable[Interval]) -> Any:
+    """The name of the last interval that holds each moment; empty where none does."""
+    moments, names = times.to_numpy(), np.full(len(times), "", dtype=object)
+    for name, start, end in intervals:
+        names[(moments >= start) & (moments < end)] = name
+    return names

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 
 from saelens_sparse.profile.data import ActivationStream
@@ -31,7 +30,7 @@ def plant_features(sae: TrainingSAE[Any], stream: ActivationStream) -> None:
     latents += 0.3 / math.sqrt(d_in) * torch.randn_like(latents)
     latents = torch.nn.functional.normalize(latents, dim=-1)
     sae.W_dec[chosen] = latents.to(sae.dtype)
-    if isinstance(sae, JumpReLUTrainingSAE):
+    if hasattr(sae, "threshold"):
         # With nothing to bound their number, hundreds of latents would follow the outlier
         # dimensions at once: each counts for as little as its variance makes it tell.
         latents = latents / stream.spread.square()
@@ -40,16 +39,16 @@ def plant_features(sae: TrainingSAE[Any], stream: ActivationStream) -> None:
 
 
 @torch.no_grad()
-def calibrate(sae: JumpReLUTrainingSAE, batches: Sequence[torch.Tensor], l0: float) -> None:
+def calibrate(sae: Any, batches: Sequence[torch.Tensor], l0: float) -> None:
     """
     Move all thresholds by one amount, such that `l0` latents are active on the average row, then
     scale the encoder and the thresholds by one factor, which leaves the same latents active, such
     that the reconstruction has the least squared error.
 
     Args:
-        sae: Its thresholds stay non-negative, as in training.
-        batches: Inputs `[batch, d_in]`, of which the first rows are looked at.
-        l0: Mean number of active latents per row.
+        sae: has a `threshold`, which stays non-negative, as in training.
+        batches: inputs `[batch, d_in]`, of which the first rows are looked at.
+        l0: mean number of active latents per row.
     """
     rows = torch.cat([batch[: CALIBRATION_ROWS // len(batches)] for batch in batches])
     hidden_pre = sae.process_sae_in(rows) @ sae.W_enc + sae.b_enc

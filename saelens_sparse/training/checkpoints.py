@@ -20,7 +20,7 @@ from sae_lens.constants import (
 )
 from safetensors import safe_open
 
-from saelens_sparse.architectures.base import STATE_FILENAME
+from saelens_sparse.choice.policy import STATE_FILENAME
 from saelens_sparse.training.whole_folders import WRITE_ERRORS, is_write_error, new_folder, reason
 from saelens_sparse.warn import warn_caller
 

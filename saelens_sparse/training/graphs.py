@@ -1,4 +1,4 @@
-"""A Top-K training step as CUDA graphs: the forward and backward pass, and what follows them.
+"""A training step as CUDA graphs: the forward and backward pass, and what follows them.
 
 At small sizes a GPU is faster than the host that launches its kernels. A graph is launched as one.
 It repeats the recorded kernels on the recorded memory, so it stands for a step only as long as
@@ -8,61 +8,63 @@ number sets shapes), nobody who hooks into the pass.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from saelens_sparse.architectures.base import Pending, any_hooks
-from saelens_sparse.architectures.topk import SparseTopKTrainingSAE
-from saelens_sparse.codes.code import SelectedCode
-from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs
-from saelens_sparse.ops import PendingSelection, RowGradient
+from saelens_sparse.architectures.base import SparseTrainingSAEMixin
+from saelens_sparse.architectures.hooks import any_hooks
+from saelens_sparse.architectures.registry import ARCHITECTURES
+from saelens_sparse.codes.code import PairCode
+from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, code_of
+from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
+from saelens_sparse.measured import MAX_GRAPH_ELEMENTS
+from saelens_sparse.ops.update.weight_cache import WeightCache
 from saelens_sparse.warn import warn_caller
 
 _T = TypeVar("_T")
 
-# Weights up to this size are small: see "CUDA graph" in docs/performance.md.
-MAX_WEIGHT_ELEMENTS = 2**26
 # Steps taken without a graph first, in which kernels are compiled and memory is reserved.
 STEPS_BEFORE = 3
 
 
-def conditions(sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> object:
-    """What a recording depends on, besides what `can_record` asks for; to be compared."""
-    cfg = sae.cfg
-    settings = (
-        cfg.gradient_buffers,
-        cfg.apply_b_dec_to_input,
-        cfg.rescale_acts_by_decoder_norm,
-        cfg.screen_buffer_mib,
-        getattr(sae.activation_fn, "k", None),
-    )
-    functions = {name: id(value) for name, value in vars(sae).items() if callable(value)}
-    copies = {
-        name: copy.values.data_ptr() for name, copy in (sae.copies or {}).items() if copy.is_current
-    }
-    weights = [parameter.data_ptr() for parameter in sae.parameters()]
-    return sae_in.shape, sae_in.dtype, settings, functions, weights, copies
+@dataclass
+class TakenPass:
+    """A forward and backward pass that has been taken, eagerly or as a graph.
+
+    Attributes:
+        output: SAELens's output of the forward pass.
+        row_gradients: the gradients that no parameter holds.
+        step: the step that it is of, to be committed; None if that is done.
+        graph: what was replayed; None if it was taken eagerly.
+    """
+
+    output: TrainStepOutput
+    row_gradients: RowGradients | None
+    step: StepContext | None
+    graph: GraphedPass | None = None
 
 
-def gains(sae: Any) -> bool:
+def is_faster_as_graph(sae: Any) -> bool:
     """Whether steps of this SAE are shorter as a graph."""
     return (
-        type(sae) is SparseTopKTrainingSAE
+        any(type(sae) is architecture.sae for architecture in ARCHITECTURES.values())
         and sae.cfg.cuda_graph
         and sae.W_enc.is_cuda
-        and sae.W_enc.numel() <= MAX_WEIGHT_ELEMENTS
+        and sae.W_enc.numel() <= MAX_GRAPH_ELEMENTS
+        and sae.graph_key() is not None
     )
 
 
-def can_record(sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> bool:
+def can_record(sae: SparseTrainingSAEMixin, sae_in: torch.Tensor) -> bool:
     """Whether a step of this SAE, without dead latents, can be a graph."""
     return (
         not sae_in.requires_grad
@@ -73,12 +75,101 @@ def can_record(sae: SparseTopKTrainingSAE, sae_in: torch.Tensor) -> bool:
     )
 
 
-def _is_foreign(sae: SparseTopKTrainingSAE, name: str, value: object) -> bool:
+def _is_foreign(sae: SparseTrainingSAEMixin, name: str, value: object) -> bool:
     """Whether somebody has put something of their own in the place of a method or a function."""
     if callable(getattr(type(sae), name, None)):
         return True
     package = str(getattr(value, "__module__", None)).partition(".")[0]
     return callable(value) and package not in ("sae_lens", "saelens_sparse")
+
+
+def _recording_key(
+    sae: SparseTrainingSAEMixin, sae_in: torch.Tensor, weights: WeightCache
+) -> object:
+    """What a recording depends on, besides what `can_record` asks for; to be compared."""
+    functions = {name: id(value) for name, value in vars(sae).items() if callable(value)}
+    addresses = [parameter.data_ptr() for parameter in sae.parameters()]
+    cfg = sae.cfg
+    settings = (cfg.gradient_buffers, cfg.apply_b_dec_to_input, cfg.screen_buffer_mib)
+    return (
+        sae_in.shape, sae_in.dtype, settings, sae.graph_key(), functions, addresses,
+        weights.addresses(),
+    )  # fmt: skip
+
+
+class StepGraphs:
+    """The graphs of one SAE's steps: recorded when they can be, given up when they no longer fit.
+
+    Attributes:
+        current: the recorded pass, if there is one.
+    """
+
+    def __init__(self) -> None:
+        self.current: GraphedPass | None = None
+        self._steps_before = STEPS_BEFORE
+
+    def usable(
+        self,
+        sae: SparseTrainingSAEMixin,
+        sae_in: torch.Tensor,
+        autocast: AbstractContextManager[Any],
+        weights: WeightCache,
+        none_is_dead: Callable[[], bool],
+    ) -> GraphedPass | None:
+        """The step's passes as a graph, recorded where there is none yet; None if they are not one.
+
+        Args:
+            sae: the SAE, whose training forward pass is this package's.
+            sae_in: the batch.
+            autocast: entered around the forward pass.
+            weights: what the last update has written.
+            none_is_dead: whether no latent is known to be dead. It may wait for the device.
+        """
+        if sae.asks_at_once or not is_faster_as_graph(sae):
+            return None
+        with autocast:  # what runs depends on it
+            recordable = can_record(sae, sae_in)
+        if not recordable or not none_is_dead():
+            return None
+        key = _recording_key(sae, sae_in, weights)
+        if self.current is None or self.current.key != key:
+            self.current = None
+            if self._steps_before > 0:
+                self._steps_before -= 1
+                return None
+            self.current = _try_to_record(sae, sae_in, autocast, weights, key)
+            self._steps_before = STEPS_BEFORE if self.current is not None else sys.maxsize
+        return self.current
+
+    def can_replay_followups(self, taken: TakenPass, depends_on: Callable[[], object]) -> bool:
+        """
+        Whether what follows the passes can be graphs in this step, as the passes were.
+
+        That is recorded once an eager step has left everything where it was: the optimizer puts
+        state that was loaded in order at its next step. If something takes another place in memory
+        later, all that was recorded is given up, and made anew after eager steps.
+        """
+        if taken.graph is None:
+            return False
+        followups, found = taken.graph.followups, depends_on()
+        if found is None:
+            return False
+        if followups.depends_on == found:
+            return True
+        followups.depends_on = found
+        if followups.are_recorded:
+            self.current = None
+        return False
+
+
+class _Recorded(NamedTuple):
+    """What a recorded pass has written into its memory."""
+
+    output: TrainStepOutput
+    step: StepContext
+    row_gradients: RowGradients | None
+    gradients: tuple[torch.Tensor | None, ...]
+    losses: torch.Tensor
 
 
 class GraphedPass:
@@ -88,16 +179,24 @@ class GraphedPass:
         sae: `can_record` must hold for it.
         sae_in: a batch as it will be replayed with.
         autocast: entered around the forward pass.
+        weights: what the last update has written.
+        key: what the recording depends on.
+
+    Attributes:
+        key: likewise.
+        followups: calls that follow a replay, recorded too.
     """
 
     def __init__(
         self,
-        sae: SparseTopKTrainingSAE,
+        sae: SparseTrainingSAEMixin,
         sae_in: torch.Tensor,
         autocast: AbstractContextManager[Any],
+        weights: WeightCache,
+        key: object,
     ) -> None:
-        self.conditions = conditions(sae, sae_in)
-        self._sae, self._autocast = sae, autocast
+        self.key = key
+        self._sae, self._autocast, self._weights = sae, autocast, weights
         self._sae_in = sae_in.detach().clone()
         self._device = sae_in.device
         stream = torch.cuda.Stream(self._device)
@@ -106,19 +205,10 @@ class GraphedPass:
         with torch.cuda.stream(stream):
             self._run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graph, recorded = record(self._run, stream)
-        self._output, self._pending, self.row_gradients, self._gradients, self._losses = recorded
-        self.rest = GraphedCalls(stream, self._graph.pool())
+        self._graph, self._recorded = record(self._run, stream)
+        self.followups = GraphedCalls(stream, self._graph.pool())
 
-    def _run(
-        self,
-    ) -> tuple[
-        TrainStepOutput,
-        list[PendingSelection],
-        dict[str, list[RowGradient]],
-        tuple[torch.Tensor | None, ...],
-        torch.Tensor,
-    ]:
+    def _run(self) -> _Recorded:
         sae = self._sae
         step_input = TrainStepInput(
             sae_in=self._sae_in,
@@ -127,57 +217,57 @@ class GraphedPass:
             n_training_steps=0,
             is_logging_step=False,
         )
-        sae.row_gradients = None if sae.cfg.gradient_buffers else {}
-        try:
-            with _fresh_parameters(sae) as parameters, self._autocast:
-                output, pending = sae.start_training_forward_pass(step_input)
+        offer = Offer(None if sae.cfg.gradient_buffers else RowGradients(), self._weights)
+        with _fresh_parameters(sae) as parameters, offered(sae, offer):
+            with self._autocast:
+                step = sae.start_step(step_input)
+                output = sae.propose(step_input, step)
             gradients = torch.autograd.grad(output.loss, parameters, allow_unused=True)
-            row_gradients = sae.row_gradients or {}
-        finally:
-            sae.row_gradients = None
-        assert isinstance(output.feature_acts, SparseFeatureActs)
-        output.feature_acts.code.latent_counts()  # made here, or it would be made once for all
-        selections = [part for part in pending if isinstance(part, PendingSelection)]
+        code = code_of(output.feature_acts)
+        assert code is not None
+        code.latent_counts()  # made here, or it would be made once for all
         losses = torch.stack([output.loss, *output.losses.values()]).detach()
-        return output, selections, row_gradients, gradients, losses
+        return _Recorded(output, step, offer.row_gradients, gradients, losses)
 
-    def replay(self, sae_in: torch.Tensor) -> tuple[TrainStepOutput, list[Pending]]:
+    def replay(self, sae_in: torch.Tensor, n_training_steps: int) -> TakenPass:
         """
         The pass on another batch, with the parameters' `.grad` set.
 
-        Returns:
-            The output, of which `feature_acts` can be read until the next replay, and what it
-            relies on. See `start_training_forward_pass`.
+        Of its output, `feature_acts` can be read until the next replay.
         """
         self._sae_in.copy_(sae_in)
         with torch.cuda.device(self._device):
             self._graph.replay()
-        recorded = self._output
-        assert isinstance(recorded.feature_acts, SparseFeatureActs)
-        code = recorded.feature_acts.code
-        assert isinstance(code, SelectedCode)
+        sae, recorded = self._sae, self._recorded
+        step = StepContext(
+            recorded.step.choice,
+            asks_at_once=False,
+            n_training_steps=n_training_steps,
+            checks=[check.renewed() for check in recorded.step.checks],
+        )
+        code = code_of(recorded.output.feature_acts)
+        assert isinstance(code, PairCode)
         increment_version([code.acts])
-        code = replace(code)
-        sae = self._sae
+        code = replace(code, step=step)
         weights = (sae.W_enc, sae.b_enc, sae.W_dec)
         shape = sae_in.shape[:-1]
-        loss, *losses = self._losses.clone().unbind()
+        loss, *losses = recorded.losses.clone().unbind()
         output = TrainStepOutput(
             sae_in=sae_in,
-            sae_out=recorded.sae_out.detach().clone(),
+            sae_out=recorded.output.sae_out.detach().clone(),
             feature_acts=SparseFeatureActs(code, shape),
             hidden_pre=DeferredPreActs(code, shape, sae.dense_pre_acts, weights),
             loss=loss,
-            losses=dict(zip(recorded.losses, losses, strict=True)),
-            metrics=dict(recorded.metrics),
+            losses=dict(zip(recorded.output.losses, losses, strict=True)),
+            metrics=dict(recorded.output.metrics),
         )
-        for parameter, gradient in zip(sae.parameters(), self._gradients, strict=True):
+        for parameter, gradient in zip(sae.parameters(), recorded.gradients, strict=True):
             parameter.grad = gradient
-        return output, [pending.again() for pending in self._pending]
+        return TakenPass(output, recorded.row_gradients, step, self)
 
 
 @contextmanager
-def _fresh_parameters(sae: SparseTopKTrainingSAE) -> Generator[list[nn.Parameter]]:
+def _fresh_parameters(sae: SparseTrainingSAEMixin) -> Generator[list[nn.Parameter]]:
     """Parameters that share the memory of those of the SAE and nothing else.
 
     Autograd's nodes for the SAE's own may live on from an earlier step and run on its stream.
@@ -248,12 +338,16 @@ def record(
         return graph, call()
 
 
-def try_to_record(
-    sae: SparseTopKTrainingSAE, sae_in: torch.Tensor, autocast: AbstractContextManager[Any]
+def _try_to_record(
+    sae: SparseTrainingSAEMixin,
+    sae_in: torch.Tensor,
+    autocast: AbstractContextManager[Any],
+    weights: WeightCache,
+    key: object,
 ) -> GraphedPass | None:
     """A recording; None, and a warning, if PyTorch cannot make one here."""
     try:
-        return GraphedPass(sae, sae_in, autocast)
+        return GraphedPass(sae, sae_in, autocast, weights, key)
     except RuntimeError as error:
         _give_up(sae_in.device, error)
         return None

@@ -14,8 +14,9 @@ What `state_dict()` returns stays what stock writes: stock's options, contiguous
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -28,7 +29,9 @@ from typing_extensions import override
 
 from saelens_sparse.architectures.parameters import FUSED_ADAM
 from saelens_sparse.choice.availability import triton_problem
-from saelens_sparse.ops import RowGradient, WeightCopy
+from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.update.row_gradient import RowGradient
+from saelens_sparse.ops.update.weight_cache import WeightCache, WeightView
 from saelens_sparse.private_names import OPTIMIZER_HOOKS
 
 if TYPE_CHECKING:
@@ -88,7 +91,9 @@ def _align(parameter: torch.nn.Parameter, state: dict[str, Any], *, fused: bool)
 
 
 def _count_changes(optimizer: Optimizer, *_: Any) -> None:
-    """The fused kernel changes parameters without telling autograd, which others rely on."""
+    """Fused kernels change parameters without telling autograd, which others rely on."""
+    if isinstance(optimizer, ClippingAdam):
+        return  # it tells by itself
     for group in optimizer.param_groups:
         if group.get("fused"):
             increment_version(group["params"])
@@ -119,49 +124,86 @@ class ClippingAdam(Adam):
         max_norm: the norm of all gradients together is clipped to this.
 
     Attributes:
-        row_gradients: gradients that no parameter holds, for the next step; added to those that
-            are held.
-        copies: what the update writes besides a parameter, wherever it takes a row gradient.
+        weights: what the last update has written besides the parameters.
     """
 
     def __init__(self, params: Any, *, max_norm: float, **settings: Any) -> None:
         super().__init__(params, **settings)
         self.max_norm = max_norm
-        self.row_gradients: dict[torch.nn.Parameter, list[RowGradient]] = {}
-        self.copies: dict[torch.nn.Parameter, WeightCopy] = {}
+        self.weights = WeightCache()
         self._learning_rates: dict[tuple[int, torch.device], tuple[float, torch.Tensor]] = {}
 
     @override
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        row_gradients: Mapping[torch.nn.Parameter, Sequence[RowGradient]] = MappingProxyType({}),
+        views: Mapping[torch.nn.Parameter, tuple[WeightView, torch.dtype]] = MappingProxyType({}),
+    ) -> None:
+        """
+        Clip all gradients together, and update.
+
+        Args:
+            closure: None.
+            row_gradients: gradients that no parameter holds; added to those that are held.
+            views: what to write besides a parameter, wherever its gradient is a row gradient; and
+                the dtype of rounded rows.
+
+        Raises:
+            ValueError: there is a closure.
+        """
         if closure is not None:
             raise ValueError("closure must be None: gradients are clipped once a step")
-        row_gradients = self._take_row_gradients()
+        taken = self._take(row_gradients)
+        self.weights = self.weights.make_room(
+            (taken[parameter].rows_of(parameter), *view)
+            for parameter, view in views.items()
+            if parameter in taken
+        )
+        if self._update(taken):
+            for group in self.param_groups:
+                if group.get("fused"):
+                    increment_version(group["params"])
+            for copy in self.weights.copies:
+                copy.is_written()
+
+    def _update(self, row_gradients: Mapping[torch.nn.Parameter, RowGradient]) -> bool:
+        """Clip and update; returns whether there was a gradient."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients and not row_gradients:
-            return
-        sums = {p: _start_sums(gradient) for p, gradient in row_gradients.items()}
-        norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
-        norms += [part.square_sum().sqrt() for part in sums.values()]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+            return False
+        with profiler_range("saelens_sparse::clip"):
+            sums = {p: _start_sums(gradient) for p, gradient in row_gradients.items()}
+            norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
+            norms += [part.square_sum().sqrt() for part in sums.values()]
+            norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if not self._divides_gradients():
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
             super().step()
-            return
+            return True
         # As clip_grad_norm_: gradients / divisor = gradients * min(1, max_norm / (norm + 1e-6)).
         divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
         if sums or (self._is_plain() and all(_runs_kernels(part) for part in gradients)):
             self._step_by_kernel(divisor, row_gradients, sums)
-            return
-        if divisor.device.type == "cpu" and self._is_plain():
+        elif divisor.device.type == "cpu" and self._is_plain():
             self._step_on_cpu(divisor)
-            return
-        self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
-        try:
-            super().step()
-        finally:
-            del self.grad_scale
+        else:
+            self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
+            try:
+                super().step()
+            finally:
+                del self.grad_scale
+        return True
+
+    def count_replay(self) -> None:
+        """Say that the replay of a CUDA graph has done what a step did when it was recorded."""
+        for group in self.param_groups:
+            increment_version(group["params"])
+        for copy in self.weights.copies:
+            copy.is_written()
 
     @property
     def has_hooks_of_others(self) -> bool:
@@ -187,9 +229,10 @@ class ClippingAdam(Adam):
             self._learning_rates[key] = (value, on_device)
         return on_device
 
-    def _take_row_gradients(self) -> dict[torch.nn.Parameter, RowGradient]:
+    def _take(
+        self, given: Mapping[torch.nn.Parameter, Sequence[RowGradient]]
+    ) -> dict[torch.nn.Parameter, RowGradient]:
         """The row gradients that the update can take; others become gradients that are held."""
-        given, self.row_gradients = self.row_gradients, {}
         plain = self._is_plain() and self._divides_gradients()
         taken: dict[torch.nn.Parameter, RowGradient] = {}
         for parameter, parts in given.items():
@@ -220,7 +263,7 @@ class ClippingAdam(Adam):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.row_gradients, self.copies, self._learning_rates = {}, {}, {}
+        self.weights, self._learning_rates = WeightCache(), {}
 
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         """Step and moments, as `Adam` would make them."""
@@ -254,8 +297,8 @@ class ClippingAdam(Adam):
     def _step_by_kernel(
         self,
         divisor: torch.Tensor,
-        row_gradients: dict[torch.nn.Parameter, RowGradient],
-        sums: dict[torch.nn.Parameter, RowGradientSums],
+        row_gradients: Mapping[torch.nn.Parameter, RowGradient],
+        sums: Mapping[torch.nn.Parameter, RowGradientSums],
     ) -> None:
         from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_update
 
@@ -271,14 +314,11 @@ class ClippingAdam(Adam):
                 moments = state["exp_avg"], state["exp_avg_sq"]
                 if parameter in sums:
                     rows_of = row_gradients[parameter].rows_of
-                    copy = self.copies.get(parameter)
+                    copy = self.weights.of(rows_of(parameter))
                     sums[parameter].update(
                         rows_of(parameter), rows_of(moments[0]), rows_of(moments[1]),
                         state["step"], divisor, settings, copy,
                     )  # fmt: skip
-                    if copy is not None:
-                        # The step's hook counts this change too.
-                        copy.version = parameter._version + 1
                 elif parameter.grad is not None:
                     adam_update(
                         parameter, parameter.grad, *moments, state["step"], divisor, settings

@@ -11,7 +11,7 @@ from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import temporary_seed
 
-from saelens_sparse.architectures.base import SparseTrainingSAEConfigMixin
+from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.training.checkpoints import problem_of_file
 
 _SPARSE = "_sparse"

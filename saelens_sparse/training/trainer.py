@@ -6,10 +6,8 @@ The rest is SAELens's: schedules, what checkpoints hold, logging, evals.
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,22 +20,17 @@ from safetensors.torch import save_file
 from torch.autograd.graph import increment_version
 from typing_extensions import override
 
-from saelens_sparse.architectures.base import Pending, SparseTrainingSAEMixin
-from saelens_sparse.architectures.topk import SparseTopKTrainingSAE
-from saelens_sparse.ops import HostCount, RowGradient, WeightCopy, rounded_dtype
+from saelens_sparse.architectures.base import SparseTrainingSAEMixin
+from saelens_sparse.codes.on_demand import SparseFeatureActs
+from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
+from saelens_sparse.ops.common.host_copy import HostCount
+from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.update.weight_cache import WeightView
 from saelens_sparse.training.checkpoints import write_checkpoint
-from saelens_sparse.training.graphs import (
-    STEPS_BEFORE,
-    GraphedPass,
-    can_record,
-    conditions,
-    gains,
-    try_to_record,
-)
+from saelens_sparse.training.graphs import StepGraphs, TakenPass, is_faster_as_graph
 from saelens_sparse.training.interruption import StopSignals
 from saelens_sparse.training.optimizer import ClippingAdam
-
-RowGradients = dict[str, list[RowGradient]]
 
 # As in SAELens, which does not make it an option.
 MAX_GRADIENT_NORM = 1.0
@@ -55,10 +48,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     """
 
     optimizer: ClippingAdam
-    _copies: Mapping[str, WeightCopy] = MappingProxyType({})  # by name of the parameter
-    _graph: GraphedPass | None = None
-    _replayed: GraphedPass | None = None  # what the passes of this step were, if a graph
-    _steps_before_graph = STEPS_BEFORE
+    _graphs: StepGraphs
+    # How many latents were dead after the last step, by counts of which nobody has changed since.
     _dead_count: tuple[HostCount, torch.Tensor, int] | None = None
 
     stop_signals: StopSignals  # a runner sets its own
@@ -88,6 +79,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
 
     def _prepare(self) -> None:
         self.stop_signals = StopSignals()
+        self._graphs = StepGraphs()
         if not isinstance(self.sae, SparseTrainingSAEMixin):
             return
         cfg = self.cfg
@@ -120,22 +112,25 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             return super().step(batch)
         sae.train()
         batch = batch.to(sae.device)
-        output, row_gradients = self.forward_and_backward(sae, self.activation_scaler(batch))
-        if not self._replays_rest(sae):
-            self._count_firings(output)
-            self._update(sae, row_gradients)
-            if self._replayed is None:
-                for parts in row_gradients.values():
-                    parts.clear()  # autograd's nodes hold these lists as long as the output lives
+        taken = self._take_passes(sae, self.activation_scaler(batch))
+        if self._graphs.can_replay_followups(taken, lambda: self._followups_depend_on(sae)):
+            self._replay_followups(sae, taken)
         else:
-            self._replay_rest(sae, output)
+            with profiler_range("saelens_sparse::statistics"):
+                self._count_firings(taken)
+            with profiler_range("saelens_sparse::optimizer"):
+                self._update(sae, taken)
+            if taken.graph is None and taken.row_gradients is not None:
+                taken.row_gradients.clear()
+        if taken.step is not None:
+            sae.commit(taken.step)
         self.n_training_samples += batch.shape[0]
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        return output
+        return taken.output
 
     @override
     def maybe_reset_sparsity(self) -> dict[str, Any]:
@@ -207,32 +202,32 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             wandb_aliases=wandb_aliases,
         )
 
-    def forward_and_backward(
-        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
-    ) -> tuple[TrainStepOutput, RowGradients]:
-        """The output, and the gradients that no parameter holds."""
-        sae.copies, self._replayed = self._copies, None
-        try:
-            graph = self._usable_graph(sae, sae_in)
-            if graph is None:
-                output, pending = self._take_passes(sae, sae_in, sae.asks_at_once)
-                row_gradients = sae.row_gradients or {}
-            else:
-                output, pending = graph.replay(sae_in)
-                row_gradients = graph.row_gradients
-            if all(part.holds() for part in pending):
-                self._replayed = graph
-                return output, row_gradients
-            self.optimizer.zero_grad()
-            output, _ = self._take_passes(sae, sae_in, asks_at_once=True)
-            return output, sae.row_gradients or {}
-        finally:
-            sae.copies = sae.row_gradients = None
+    def _take_passes(self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor) -> TakenPass:
+        """The step's forward and backward pass, taken again if they missed something."""
+        graph = None
+        if _has_own_pass(sae):
+            graph = self._graphs.usable(
+                sae,
+                sae_in,
+                self.autocast_if_enabled,
+                self.optimizer.weights,
+                self._knows_that_none_is_dead,
+            )
+        if graph is None:
+            taken = self._take_eagerly(sae, sae_in)
+        else:
+            taken = graph.replay(sae_in, self.n_training_steps)
+        if taken.step is None or taken.step.is_complete():
+            return taken
+        self.optimizer.zero_grad()
+        return self._take_eagerly(sae, sae_in, instead_of=taken.step)
 
-    def _take_passes(
-        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor, asks_at_once: bool
-    ) -> tuple[TrainStepOutput, Sequence[Pending]]:
-        """The output, and what it relies on: nothing if that was asked at once."""
+    def _take_eagerly(
+        self,
+        sae: SparseTrainingSAEMixin,
+        sae_in: torch.Tensor,
+        instead_of: StepContext | None = None,
+    ) -> TakenPass:
         logger, n_steps = self.cfg.logger, self.n_training_steps
         step_input = TrainStepInput(
             sae_in=sae_in,
@@ -241,86 +236,58 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             n_training_steps=n_steps,
             is_logging_step=logger.log_to_wandb and (n_steps + 1) % logger.wandb_log_frequency == 0,
         )
-        sae.row_gradients = None if sae.cfg.gradient_buffers else {}
-        pending: Sequence[Pending] = ()
-        with self.autocast_if_enabled:
-            if not _has_own_pass(sae):
-                output = sae.training_forward_pass(step_input=step_input)
-            elif asks_at_once:
-                output = sae.checked_training_forward_pass(step_input)
-            else:
-                output, pending = sae.start_training_forward_pass(step_input)
-        output.loss.backward()
-        return output, pending
+        row_gradients = None if sae.cfg.gradient_buffers else RowGradients()
+        step = None
+        with offered(sae, Offer(row_gradients, self.optimizer.weights)):
+            with self.autocast_if_enabled:
+                if _has_own_pass(sae):
+                    step = sae.start_step(step_input, instead_of)
+                    output = sae.propose(step_input, step)
+                else:  # which takes its steps by itself
+                    output = sae.training_forward_pass(step_input=step_input)
+            with profiler_range("saelens_sparse::backward"):
+                output.loss.backward()
+        return TakenPass(output, row_gradients, step)
 
-    def _usable_graph(
-        self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor
-    ) -> GraphedPass | None:
-        """The step's passes as a CUDA graph, recorded where there is none yet; None if they are
-        not one.
-        """
-        if not _has_own_pass(sae) or sae.asks_at_once:
-            return None
-        if not gains(sae) or not isinstance(sae, SparseTopKTrainingSAE):
-            return None
-        with self.autocast_if_enabled:  # what runs depends on it
-            recordable = can_record(sae, sae_in)
-        if not recordable or not self._knows_that_none_is_dead():
-            return None
-        if self._graph is None or self._graph.conditions != conditions(sae, sae_in):
-            self._graph = None
-            if self._steps_before_graph > 0:
-                self._steps_before_graph -= 1
-                return None
-            self._graph = try_to_record(sae, sae_in, self.autocast_if_enabled)
-            self._steps_before_graph = STEPS_BEFORE if self._graph is not None else sys.maxsize
-        return self._graph
-
-    def _replays_rest(self, sae: SparseTrainingSAEMixin) -> bool:
-        """Whether counting and the update can be graphs in this step, as its passes were.
-
-        They are recorded once an ordinary step has left everything where it was: the optimizer
-        puts state that was loaded in order at its next step. If something takes another place in
-        memory later, all that was recorded is given up, and made anew after ordinary steps.
+    def _followups_depend_on(self, sae: SparseTrainingSAEMixin) -> object:
+        """What recordings of counting and the update depend on, to be compared; None if they must
+        not stand for a step.
         """
         optimizer = self.optimizer
-        if self._replayed is None or optimizer.has_hooks_of_others:
-            return False
+        if optimizer.has_hooks_of_others:
+            return None
         counts = [self.n_forward_passes_since_fired, self.act_freq_scores]
         state = [optimizer.state[p].values() for p in sae.parameters() if p in optimizer.state]
         rates = optimizer.send_learning_rates()
         addresses = [part.data_ptr() for part in itertools.chain(counts, *state, rates)]
         groups = [(g["betas"], g["eps"], g["fused"]) for g in optimizer.param_groups]
-        depends_on = (addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window)
-        rest = self._replayed.rest
-        if rest.depends_on != depends_on:
-            rest.depends_on = depends_on
-            if rest.are_recorded:
-                self._graph = None
-            return False
-        return True
+        return addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window
 
-    def _replay_rest(self, sae: SparseTrainingSAEMixin, output: TrainStepOutput) -> None:
+    def _replay_followups(self, sae: SparseTrainingSAEMixin, taken: TakenPass) -> None:
         """Count firings and update the weights, as CUDA graphs."""
-        assert self._replayed is not None
-        rest, row_gradients = self._replayed.rest, self._replayed.row_gradients
-        copies = [copy for copy in self.optimizer.copies.values() if copy.is_current]
+        assert taken.graph is not None
+        followups = taken.graph.followups
         passes, scores = self.n_forward_passes_since_fired, self.act_freq_scores
-        if rest.run("count", lambda: self._count_firings(output)):
+        if followups.run("count", lambda: self._count_firings(taken)):
             increment_version([passes, scores])
         assert self._dead_count is not None
-        self._dead_count = self._dead_count[0].again(), passes, passes._version
-        if rest.run("update", lambda: self._update(sae, row_gradients)):
-            increment_version(list(sae.parameters()))
-            for copy in copies:
-                copy.version = copy.source._version
+        self._dead_count = self._dead_count[0].renewed(), passes, passes._version
+        if followups.run("update", lambda: self._update(sae, taken)):
+            self.optimizer.count_replay()
 
-    def _update(self, sae: SparseTrainingSAEMixin, row_gradients: RowGradients) -> None:
-        self.optimizer.row_gradients = {
-            getattr(sae, name): parts for name, parts in row_gradients.items() if parts
-        }
-        self._make_room_for_copies(sae)
-        self.optimizer.step()
+    def _update(self, sae: SparseTrainingSAEMixin, taken: TakenPass) -> None:
+        parts = {} if taken.row_gradients is None else taken.row_gradients.parts
+        views: dict[torch.nn.Parameter, tuple[WeightView, torch.dtype]] = {}
+        with self.autocast_if_enabled:
+            for name, view in sae.weight_views.items():
+                parameter = getattr(sae, name)
+                dtype = matmul_dtype(parameter)
+                if view == "norms" or dtype != parameter.dtype:
+                    views[parameter] = view, dtype
+        self.optimizer.step(
+            row_gradients={getattr(sae, name): part for name, part in parts.items() if part},
+            views=views,
+        )
 
     def _knows_that_none_is_dead(self) -> bool:
         """Whether the last step found no dead latents, and nobody has changed that since."""
@@ -331,34 +298,17 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             return False
         return count.wait() == 0
 
-    def _make_room_for_copies(self, sae: SparseTrainingSAEMixin) -> None:
-        """Let the update write what the next step makes of the weights: under autocast a
-        low-precision `W_enc`, for Top-K the norms of `W_dec`.
-        """
-        copies: dict[str, WeightCopy] = {}
-        with self.autocast_if_enabled:
-            dtype = rounded_dtype(sae.W_enc)
-        taken = self.optimizer.row_gradients
-        if sae.W_enc in taken and dtype is not None:
-            rows, copy = sae.W_enc.T, self._copies.get("W_enc")
-            if copy is None or copy.values.dtype != dtype or not copy.is_for(rows):
-                copy = WeightCopy.of_rows(rows, dtype)
-            copies["W_enc"] = copy
-        if sae.W_dec in taken and getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-            copy = self._copies.get("W_dec")
-            if copy is None or not copy.is_for(sae.W_dec):
-                copy = WeightCopy.of_norms(sae.W_dec)
-            copies["W_dec"] = copy
-        self._copies = copies
-        self.optimizer.copies = {getattr(sae, name): copy for name, copy in copies.items()}
-
     @torch.no_grad()
-    def _count_firings(self, output: TrainStepOutput) -> None:
-        firing_counts = output.feature_acts.bool().float().sum(0).to_dense()
+    def _count_firings(self, taken: TakenPass) -> None:
+        acts = taken.output.feature_acts
+        if isinstance(acts, SparseFeatureActs) and acts.is_untouched and acts.ndim == 2:
+            firing_counts = acts.code.latent_counts().float()
+        else:
+            firing_counts = acts.bool().float().sum(0).to_dense()
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(firing_counts > 0, 0)
         self.act_freq_scores += firing_counts
-        if gains(self.sae):
+        if is_faster_as_graph(self.sae):
             # On its way to the host while the weights are updated.
             passes = self.n_forward_passes_since_fired
             self._dead_count = HostCount(self.dead_neurons), passes, passes._version

@@ -108,3 +108,21 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 def test_activation_functions(name: str) -> None:
     arm = Arm("topk", ON_CPU["torch-cpu"])
     compare(arm, ACTIVATIONS[name])
+
+
+def test_an_activation_function_that_is_replaced_within_a_step() -> None:
+    arm = Arm("topk", ON_CPU["torch-cpu"])
+
+    def change(sae: Any) -> None:
+        own_loss = sae.calculate_aux_loss
+
+        def with_sparsity(step_input: Any, *args: Any, **kwargs: Any) -> Any:
+            losses = own_loss(step_input, *args, **kwargs)
+            top_k, sae.activation_fn = sae.activation_fn, torch.nn.ReLU()
+            losses["sparsity"] = sae.encode(step_input.sae_in).mean()
+            sae.activation_fn = top_k
+            return losses
+
+        sae.calculate_aux_loss = with_sparsity
+
+    compare(arm, change)

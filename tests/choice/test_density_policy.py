@@ -9,10 +9,11 @@ import torch
 from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from saelens_sparse.architectures.jumprelu import MAX_SPARSE_SHARE, SparseJumpReLUTrainingSAE
+from saelens_sparse.architectures.jumprelu import MAX_MEASURED_DENSITY, SparseJumpReLUTrainingSAE
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.support.jumprelu import make_jumprelu, sparse_jumprelu
-from tests.support.saes import forward_pass, make_trainer, structured_batches
+from tests.support.saes import forward_pass
+from tests.support.trainers import make_trainer, structured_batches
 
 N_STEPS, D_IN, D_SAE = 60, 16, 128
 TRAINERS = {"SAELens's": SAETrainer, "own": SparseSAETrainer}
@@ -20,8 +21,8 @@ TRAINERS = {"SAELens's": SAETrainer, "own": SparseSAETrainer}
 
 @pytest.fixture(autouse=True)
 def switch_within_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in MAX_SPARSE_SHARE:
-        monkeypatch.setitem(MAX_SPARSE_SHARE, key, 0.2)
+    for key in MAX_MEASURED_DENSITY:
+        monkeypatch.setitem(MAX_MEASURED_DENSITY, key, 0.2)
 
 
 def sae_that_thins_out() -> SparseJumpReLUTrainingSAE:
@@ -98,9 +99,11 @@ def test_reading_changes_nothing(
     limit_of_the_reader: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who reads under autocast does so with another limit than that of the float32 steps."""
-    for backend, full_precision in MAX_SPARSE_SHARE:
+    for backend, full_precision in MAX_MEASURED_DENSITY:
         if not full_precision:
-            monkeypatch.setitem(MAX_SPARSE_SHARE, (backend, full_precision), limit_of_the_reader)
+            monkeypatch.setitem(
+                MAX_MEASURED_DENSITY, (backend, full_precision), limit_of_the_reader
+            )
     torch.manual_seed(0)
     batches = structured_batches(N_STEPS, 64, D_IN)
     runs: list[tuple[list[str], dict[str, torch.Tensor]]] = []

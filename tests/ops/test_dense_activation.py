@@ -1,4 +1,4 @@
-"""The gate over dense products, and its gradients."""
+"""A JumpReLU over dense products, and its gradients."""
 
 from dataclasses import dataclass, replace
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops.activation.dense import dense_gate, dense_gate_gradients
+from saelens_sparse.ops.activation.dense import dense_jumprelu, dense_jumprelu_gradients
 from tests.support.ops import require_gpu_memory, within
 
 
 @dataclass(frozen=True)
 class DenseProblem:
-    """Arguments of `dense_gate` and of its gradients."""
+    """Arguments of `dense_jumprelu` and of its gradients."""
 
     products: torch.Tensor  # [n_rows, d_sae]
     bias: torch.Tensor  # [d_sae]
@@ -34,14 +34,14 @@ class DenseProblem:
         self, backend: Backend, acts_dtype: torch.dtype | None = None
     ) -> tuple[torch.Tensor, ...]:
         acts_dtype = acts_dtype or self.products.dtype
-        return dense_gate(
+        return dense_jumprelu(
             self.products, self.bias, self.threshold, self.bandwidth, acts_dtype, backend
         )
 
     def gradients(
         self, has_acts: bool, has_l0: bool, ste_to_input: bool, backend: Backend
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return dense_gate_gradients(
+        return dense_jumprelu_gradients(
             self.products, self.bias, self.threshold, self.bandwidth, ste_to_input,
             self.grad_acts if has_acts else None, self.grad_l0 if has_l0 else None, backend,
         )  # fmt: skip
@@ -108,7 +108,7 @@ DENSE_SIZE = pytest.mark.parametrize(("n_rows", "d_sae"), DENSE_SIZES)
 
 
 @DENSE_SIZE
-def test_dense_gate_is_exact_where_sums_are(
+def test_dense_jumprelu_is_exact_where_sums_are(
     n_rows: int, d_sae: int, backend: Backend, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Strictly above the threshold; pairs strictly above the window's lower edge."""
@@ -128,7 +128,7 @@ def test_dense_gate_is_exact_where_sums_are(
 
 
 @DENSE_SIZE
-def test_dense_gate_matches_float64(
+def test_dense_jumprelu_matches_float64(
     n_rows: int, d_sae: int, backend: Backend, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Activations are one rounding off, or of the dtype that the caller asks for."""
@@ -154,7 +154,7 @@ def test_dense_gate_matches_float64(
 @pytest.mark.parametrize("has_l0", [False, True])
 @pytest.mark.parametrize("has_acts", [False, True])
 @DENSE_SIZE
-def test_dense_gate_gradients_match_float64(
+def test_dense_jumprelu_gradients_match_float64(
     n_rows: int,
     d_sae: int,
     has_acts: bool,
@@ -201,7 +201,7 @@ def l0_size(
     return acts_part.abs() + l0_part.abs()
 
 
-def test_dense_gate_gradients_take_expanded_gradients(
+def test_dense_jumprelu_gradients_take_expanded_gradients(
     backend: Backend, device: torch.device
 ) -> None:
     """As a sum's or a mean's backward gives them."""
@@ -221,7 +221,7 @@ def test_dense_gate_gradients_take_expanded_gradients(
     assert torch.equal(grad_threshold.cpu().double(), -through.sum(0))
 
 
-def test_dense_gate_keeps_a_nan_and_counts_it_nowhere(
+def test_dense_jumprelu_keeps_a_nan_and_counts_it_nowhere(
     backend: Backend, device: torch.device
 ) -> None:
     problem = eighths(6, 20)
@@ -246,7 +246,7 @@ def test_dense_gate_keeps_a_nan_and_counts_it_nowhere(
 
 @pytest.mark.default_algorithms
 @pytest.mark.parametrize(("n_rows", "d_sae"), [(7, 33), (130, 40)])
-def test_dense_gate_repeats_bit_for_bit_and_leaves_its_inputs_alone(
+def test_dense_jumprelu_repeats_bit_for_bit_and_leaves_its_inputs_alone(
     n_rows: int, d_sae: int, backend: Backend, device: torch.device, dtype: torch.dtype
 ) -> None:
     problem = heavy_tailed(n_rows, d_sae).to(device, dtype)
@@ -262,7 +262,7 @@ def test_dense_gate_repeats_bit_for_bit_and_leaves_its_inputs_alone(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gpu_backend", ["torch", "triton"])
-def test_dense_gate_matches_float64_at_a_training_shape(gpu_backend: Backend) -> None:
+def test_dense_jumprelu_matches_float64_at_a_training_shape(gpu_backend: Backend) -> None:
     problem = eighths(1000, 12_289)
     moved = problem.to("cuda", torch.float32)
     acts, row_counts, latent_counts, totals = moved.forward(gpu_backend)
@@ -282,7 +282,7 @@ def test_dense_gate_matches_float64_at_a_training_shape(gpu_backend: Backend) ->
 
 
 @pytest.mark.gpu
-def test_dense_gate_addresses_products_beyond_32_bits() -> None:
+def test_dense_jumprelu_addresses_products_beyond_32_bits() -> None:
     """The last rows of a huge batch give what the same rows give by themselves."""
     require_gpu_memory(40)
     n_rows, d_sae, tail = 2**15 + 128, 2**16 + 5, 64

@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import (
-    LatentOrder,
-    RowBlock,
-    decode_selected,
-    encode_selected,
-    keep_topk,
-    select_topk,
-)
+from saelens_sparse.ops.activation.pairs import ReLU
+from saelens_sparse.ops.activation.topk import keep_topk
+from saelens_sparse.ops.decode import decode_pairs
+from saelens_sparse.ops.encode import encode_pairs
+from saelens_sparse.ops.pairs import LatentOrder
+from saelens_sparse.ops.rows.block import RowBlock
+from saelens_sparse.ops.search.topk import search_topk
 from tests.conftest import Target
 from tests.support.ops import assert_within_budget
 
@@ -107,14 +106,16 @@ def sparse_outputs(
     if not p.x.requires_grad:
         x, input_bias = x.detach(), p.b_dec
     rows = p.W_enc.detach().T
-    selection = select_topk(x.detach(), rows, p.b_enc.detach(), None, k, backend, 2**20)
-    order = LatentOrder.of(selection.latents, ~(selection.scores <= 0), D_SAE)
+    pairs = search_topk(x.detach(), rows, p.b_enc, None, k, backend, 2**20).complete().pairs
+    order = LatentOrder.of(pairs, D_SAE)
     n = p.rows.numel()
     block = RowBlock(p.rows, n + padding)
-    acts, W_enc = encode_selected(x, p.W_enc, p.b_enc, input_bias, selection, order, block, backend)
-    recons, W_dec = decode_selected(
-        acts, p.W_dec, selection.latents, order, block, backend, None, p.b_dec
+    acts, l0, W_enc = encode_pairs(
+        x, p.W_enc, p.b_enc, input_bias, pairs, order, ReLU(), block, backend
     )
+    assert l0 is None
+    recons, W_dec = decode_pairs(acts, p.W_dec, p.b_dec, pairs, order, block, backend)
+    acts, latents = acts.view(x.shape[0], k), pairs.latents.view(x.shape[0], k)
     assert W_enc is not None
     assert W_dec is not None
     bias = p.b_enc[p.rows]
@@ -125,7 +126,7 @@ def sparse_outputs(
         values = products + torch.nn.functional.pad(bias, (0, padding))
     else:
         values = keep_topk(products, bias, None, k_aux, backend)
-    return Outputs(acts, recons, values @ W_dec, selection.latents, p, values[:, :n] != 0)
+    return Outputs(acts, recons, values @ W_dec, latents, p, values[:, :n] != 0)
 
 
 def dense_outputs(p: Parameters, of: Outputs) -> Outputs:
@@ -251,17 +252,16 @@ def test_gradcheck_in_torch() -> None:
         W_dec: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         centred = x - b_dec
-        selection = select_topk(centred, encoder, b_enc, None, 4, "torch", 2**20)
-        order = LatentOrder.of(selection.latents, selection.scores > 0, D_SAE)
-        acts, no_block = encode_selected(
-            centred, encoder.T, b_enc, None, selection, order, None, "torch"
+        pairs = search_topk(centred, encoder, b_enc, None, 4, "torch", 2**20).complete().pairs
+        order = LatentOrder.of(pairs, D_SAE)
+        acts, _, no_block = encode_pairs(
+            centred, encoder.T, b_enc, None, pairs, order, ReLU(), None, "torch"
         )
         assert no_block is None
-        recons, _ = decode_selected(
-            acts, W_dec, selection.latents, order, None, "torch", None, b_dec
-        )
-        # By latent, so that the order of the selection does not matter.
-        code = torch.zeros(3, D_SAE, dtype=acts.dtype).scatter(1, selection.latents, acts)
+        recons, _ = decode_pairs(acts, W_dec, b_dec, pairs, order, None, "torch")
+        # By latent, so that the order of the pairs does not matter.
+        code = torch.zeros(3, D_SAE, dtype=acts.dtype)
+        code = code.scatter(1, pairs.latents.view(3, 4), acts.view(3, 4))
         return code, recons
 
     encoder = values.W_enc.detach().T.clone().requires_grad_()
@@ -413,13 +413,15 @@ def test_blocks_add_to_the_weights_gradient_once(
 
 def test_blocks_are_rows_of_the_weights(backend: Backend, device: torch.device) -> None:
     p = Parameters.random().to(device, torch.float32)
-    selection = select_topk(p.x.detach(), p.W_enc.detach().T, p.b_enc, None, K, backend, 2**20)
-    order = LatentOrder.of(selection.latents, selection.scores > 0, D_SAE)
+    pairs = search_topk(p.x, p.W_enc.T, p.b_enc, None, K, backend, 2**20).complete().pairs
+    order = LatentOrder.of(pairs, D_SAE)
     n = p.rows.numel()
     for width in (n, n + 5):
         block = RowBlock(p.rows, width)
-        acts, W_enc = encode_selected(p.x, p.W_enc, p.b_enc, None, selection, order, block, backend)
-        _, W_dec = decode_selected(acts, p.W_dec, selection.latents, order, block, backend)
+        acts, _, W_enc = encode_pairs(
+            p.x, p.W_enc, p.b_enc, None, pairs, order, ReLU(), block, backend
+        )
+        _, W_dec = decode_pairs(acts, p.W_dec, None, pairs, order, block, backend)
         for rows, expected in ((W_enc, p.W_enc[:, p.rows].T), (W_dec, p.W_dec[p.rows])):
             assert rows is not None
             assert rows.requires_grad

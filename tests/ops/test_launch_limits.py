@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import gather_dot, select_topk
-from saelens_sparse.ops.activation.dense import dense_gate, dense_gate_gradients
+from saelens_sparse.ops.activation.dense import dense_jumprelu, dense_jumprelu_gradients
 from tests.conftest import Target, target_parameters
 from tests.support import threshold_search as gate_helpers
 from tests.support import topk_search as select_helpers
-from tests.support.ops import random_latents, require_gpu_memory
+from tests.support.ops import gather_dot, random_latents, require_gpu_memory
 
 pytest.importorskip("triton")
 
@@ -96,15 +95,15 @@ def test_pairs_beyond_the_programs_of_a_grid_are_computed(
     assert torch.equal(gather_dot(batch, latents, weight, backend), expected)
 
 
-@pytest.mark.parametrize("words", [1, 2, 8])
+@pytest.mark.parametrize("words", [1, 2, 4])
 def test_marked_latents_beyond_one_list_of_words_are_found(
     words: int, backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = gate_helpers.nothing_to_everything(5, 12, 200).to(device)
+    problem = gate_helpers.nothing_to_everything(3, 12, 100).to(device)
     expected = problem.start(backend).result()
     gate = module("search.threshold_kernels")
     monkeypatch.setattr(gate, "LAUNCH", gate.GateLaunch(LIST_WORDS=words))
-    for capacity in (None, 50):
+    for capacity in (None, 25):
         pattern = problem.start(backend, capacity).result()
         gate_helpers.assert_same_bits(pattern, expected)
 
@@ -115,7 +114,8 @@ def test_a_list_that_no_program_holds_is_not_made(backend: Backend, device: torc
     assert select.can_screen(x, weight, 8192)
     assert not select.can_screen(x, weight, 8193)
     bias = torch.randperm(2**20, device=device).float()
-    selection = select_topk(x.zero_(), weight.zero_(), bias, None, 8193, backend, 2**22)
+    problem = select_helpers.Problem(x.zero_(), weight.zero_(), bias, None, 8193)
+    selection = problem.select(backend, 2**22)
     assert torch.equal(selection.latents.sort().values, bias.topk(8193).indices[None].sort().values)
 
 
@@ -147,7 +147,7 @@ def test_more_rows_than_a_grid_has_blocks_for_pass_a_dense_gate_on_a_gpu() -> No
     require_gpu_memory(24)
     products = torch.randn(64 * 2**16 + 64, 300, device="cuda")
     bias, threshold = torch.zeros(300, device="cuda"), torch.full((300,), 0.5, device="cuda")
-    acts, row_counts, latent_counts, _ = dense_gate(
+    acts, row_counts, latent_counts, _ = dense_jumprelu(
         products, bias, threshold, 0.1, torch.float32, "triton"
     )
     active = products > 0.5
@@ -155,5 +155,7 @@ def test_more_rows_than_a_grid_has_blocks_for_pass_a_dense_gate_on_a_gpu() -> No
     assert torch.equal(row_counts, active.sum(1, dtype=torch.int32))
     assert torch.equal(latent_counts, active.sum(0, dtype=torch.int32))
     grad = torch.ones_like(products)
-    grads, *_ = dense_gate_gradients(products, bias, threshold, 0.1, False, grad, None, "triton")
+    grads, *_ = dense_jumprelu_gradients(
+        products, bias, threshold, 0.1, False, grad, None, "triton"
+    )
     assert torch.equal(grads, active.float())

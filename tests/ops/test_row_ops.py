@@ -6,21 +6,19 @@ import pytest
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import (
-    LatentOrder,
-    add_rows,
-    gather_dot,
-    gather_sum,
-    row_combination,
-    row_norms,
-    segment_sum,
-)
+from saelens_sparse.ops.pairs import Rows
+from saelens_sparse.ops.rows import operations
+from saelens_sparse.ops.rows.operations import add_rows, row_combination, row_norms
 from tests.conftest import Target
 from tests.support.ops import (
     assert_within_budget,
     dense_code,
+    gather_dot,
+    gather_sum,
+    order_of,
     random_latents,
     require_gpu_memory,
+    segment_sum,
 )
 
 
@@ -64,7 +62,7 @@ def check_segment_sum(
     batch: torch.Tensor,
     dtype: torch.dtype,
 ) -> None:
-    order = LatentOrder.of(latents, active, d_sae)
+    order = order_of(latents, active, d_sae)
     sums, totals = segment_sum(order, coefficients, batch, dtype, backend)
     assert sums.dtype == totals.dtype == dtype
     assert sums.shape == (d_sae, batch.shape[1])
@@ -138,7 +136,7 @@ def test_row_ops_take_coefficients_and_batch_in_another_dtype_than_the_weight(
 
     check_gather_sum(backend, coefficients, latents, weight)
     check_gather_dot(backend, batch, latents, weight)
-    order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), 20)
+    order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), 20)
     sums, totals = segment_sum(order, coefficients, batch, dtype, backend)
     assert sums.dtype == totals.dtype == dtype
     code = dense_code(latents, coefficients, 20).double()
@@ -156,7 +154,7 @@ def test_row_ops_on_an_empty_batch(
 
     assert gather_sum(coefficients, latents, weight, backend).shape == (0, 8)
     assert gather_dot(batch, latents, weight, backend).shape == (0, 3)
-    order = LatentOrder.of(latents, torch.zeros(0, 3, dtype=torch.bool, device=device), 12)
+    order = order_of(latents, torch.zeros(0, 3, dtype=torch.bool, device=device), 12)
     sums, totals = segment_sum(order, coefficients, batch, dtype, backend)
     assert torch.equal(sums, torch.zeros_like(weight))
     assert torch.equal(totals, torch.zeros(12, device=device, dtype=dtype))
@@ -168,7 +166,7 @@ def test_segment_sum_without_any_active_pair_is_zero(
     latents = random_latents(5, 9, 2, device=device)
     coefficients = torch.full((5, 2), torch.nan, device=device, dtype=dtype)
     batch = torch.randn(5, 7).to(device, dtype)
-    order = LatentOrder.of(latents, torch.zeros(5, 2, dtype=torch.bool, device=device), 9)
+    order = order_of(latents, torch.zeros(5, 2, dtype=torch.bool, device=device), 9)
     sums, totals = segment_sum(order, coefficients, batch, dtype, backend)
     assert torch.equal(sums, torch.zeros(9, 7, device=device, dtype=dtype))
     assert torch.equal(totals, torch.zeros(9, device=device, dtype=dtype))
@@ -216,7 +214,7 @@ def test_segment_sum_weighs_each_pair_once(
     active = (torch.rand(240, 3) > 0.2).to(device)
     ones = torch.ones(240, 3, device=device, dtype=dtype)
     batch = torch.ones(240, 5, device=device, dtype=dtype)
-    order = LatentOrder.of(latents, active, 20)
+    order = order_of(latents, active, 20)
     sums, totals = segment_sum(order, ones, batch, dtype, backend)
     counts = torch.bincount(latents[active], minlength=20).to(dtype)
     assert counts.max() > 128
@@ -230,7 +228,7 @@ def test_row_ops_repeat_bit_for_bit_and_leave_their_inputs_alone(
 ) -> None:
     n_rows, d_sae, k, d = 150, 8, 2, 33
     latents = random_latents(n_rows, d_sae, k, "zipf", device)
-    order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), d_sae)
+    order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), d_sae)
     coefficients = torch.randn(n_rows, k).to(device, dtype)
     weight = torch.randn(d_sae, d).to(device, dtype)
     batch = torch.randn(n_rows, d).to(device, dtype)
@@ -256,7 +254,7 @@ def test_row_ops_give_the_same_bits_under_autocast(
 ) -> None:
     """Backward may run inside the context or outside."""
     latents = random_latents(n_rows, 8, 2, "zipf", device)
-    order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), 8)
+    order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), 8)
     coefficients = torch.randn(n_rows, 2).to(device, dtype)
     weight = torch.randn(8, 33).to(device, dtype)
     batch = torch.randn(n_rows, 33).to(device, dtype)
@@ -349,7 +347,7 @@ def test_row_ops_let_nan_and_inf_through_where_they_belong_and_nowhere_else(
     expected[17] = True
     assert_bad_exactly_at(expected, gather_dot(batch, latents, clean_weight, backend))
 
-    order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), d_sae)
+    order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), d_sae)
     sums, totals = segment_sum(order, clean_coefficients, batch, dtype, backend)
     expected = nowhere(d_sae, d)
     expected[latents[17], 2] = True
@@ -398,7 +396,7 @@ def test_row_ops_in_torch_take_float64() -> None:
     torch.testing.assert_close(sums, torch.einsum("nk,nkd->nd", coefficients, gathered))
     dots = gather_dot(batch, latents, weight, "torch")
     torch.testing.assert_close(dots, torch.einsum("nd,nkd->nk", batch, gathered))
-    order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), 20)
+    order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), 20)
     grads, totals = segment_sum(order, coefficients, batch, torch.float64, "torch")
     code = dense_code(latents, coefficients, 20)
     torch.testing.assert_close(grads, code.T @ batch)
@@ -424,22 +422,25 @@ def test_row_ops_name_the_argument_with_a_wrong_shape(
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=device)
 
-    latents = random_latents(4, 6, 2, device=device)
-    with pytest.raises(ValueError, match=r"coefficients must have shape \[4, 2\]; got \[4, 3\]"):
-        gather_sum(zeros(4, 3), latents, zeros(6, 5), backend)
+    latents, rows = random_latents(4, 6, 2, device=device), Rows.regular(4, 2)
+    flat = latents.flatten()
+    with pytest.raises(ValueError, match=r"coefficients must have shape \[8\]; got \[12\]"):
+        operations.gather_sum(zeros(12), flat, rows, zeros(6, 5), backend)
     with pytest.raises(ValueError, match=r"bias must have shape \[5\]; got \[4\]"):
-        gather_sum(zeros(4, 2), latents, zeros(6, 5), backend, bias=zeros(4))
+        operations.gather_sum(zeros(8), flat, rows, zeros(6, 5), backend, zeros(4))
     with pytest.raises(ValueError, match=r"batch must have shape \[4, 5\]; got \[4, 6\]"):
-        gather_dot(zeros(4, 6), latents, zeros(6, 5), backend)
-    with pytest.raises(ValueError, match=r"latents and weight must have two dimensions.*\[4\]"):
-        gather_sum(zeros(4), latents[:, 0], zeros(6, 5), backend)
-    with pytest.raises(ValueError, match=r"latents and weight must have two dimensions.*\[5\]"):
-        gather_dot(zeros(4, 5), latents, zeros(5), backend)
-    order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), 6)
-    with pytest.raises(ValueError, match=r"coefficients must have shape \[4, 2\]; got \[4, 3\]"):
-        segment_sum(order, zeros(4, 3), zeros(4, 5), torch.float32, backend)
-    with pytest.raises(ValueError, match=r"coefficients must have shape \[3, 2\]; got \[4, 2\]"):
-        segment_sum(order, zeros(4, 2), zeros(3, 5), torch.float32, backend)
+        operations.gather_dot(zeros(4, 6), flat, rows, zeros(6, 5), backend)
+    with pytest.raises(ValueError, match=r"latents must have 4 x 2 elements; got 4"):
+        operations.gather_sum(zeros(4), flat[:4], rows, zeros(6, 5), backend)
+    with pytest.raises(ValueError, match=r"latents must have one dimension.*\[4, 2\]"):
+        operations.gather_sum(zeros(4, 2), latents, rows, zeros(6, 5), backend)
+    with pytest.raises(ValueError, match=r"latents must have one dimension and weight two.*\[5\]"):
+        operations.gather_dot(zeros(4, 5), flat, rows, zeros(5), backend)
+    order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), 6)
+    with pytest.raises(ValueError, match=r"coefficients must have shape \[8\]; got \[12\]"):
+        operations.segment_sum(order, zeros(12), zeros(4, 5), torch.float32, backend)
+    with pytest.raises(ValueError, match=r"batch must have 4 rows; got \[3, 5\]"):
+        operations.segment_sum(order, zeros(8), zeros(3, 5), torch.float32, backend)
     with pytest.raises(ValueError, match=r"values must have shape \[4, 5\]; got \[4, 6\]"):
         add_rows(zeros(6, 5), latents[:, 0], zeros(4, 6), backend)
 
@@ -449,22 +450,23 @@ def test_backend_triton_runs_the_triton_kernels(
 ) -> None:
     if backend != "triton":
         pytest.skip("about the Triton backend")
-    row_ops_triton = import_module("saelens_sparse.ops.rows.kernels")
     called: list[str] = []
 
-    def spy_on(name: str) -> None:
-        original = getattr(row_ops_triton, name)
+    def spy_on(module_name: str, name: str) -> None:
+        module = import_module(f"saelens_sparse.ops.rows.{module_name}")
+        original = getattr(module, name)
 
         def spy(*args: Any) -> Any:
             called.append(name)
             return original(*args)
 
-        monkeypatch.setattr(row_ops_triton, name, spy)
+        monkeypatch.setattr(module, name, spy)
 
-    for name in ("gather_sum", "gather_dot", "segment_sum", "add_rows"):
-        spy_on(name)
+    for name in ("gather_sum", "gather_dot", "add_rows"):
+        spy_on("kernels", name)
+    spy_on("segment_kernels", "segment_sum")
     latents = random_latents(4, 6, 2, device=device)
-    order = LatentOrder.of(latents, torch.ones_like(latents, dtype=torch.bool), 6)
+    order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), 6)
     coefficients = torch.randn(4, 2).to(device)
     batch, weight = torch.randn(4, 5).to(device), torch.randn(6, 5).to(device)
     gather_sum(coefficients, latents, weight, backend)
@@ -513,9 +515,9 @@ def test_row_ops_address_weights_beyond_32_bits(gpu_backend: Backend) -> None:
     del weight
 
     active = torch.ones_like(near, dtype=torch.bool)
-    order = LatentOrder.of(far, active, d_sae)
+    order = order_of(far, active, d_sae)
     grads, totals = segment_sum(order, coefficients, batch, torch.bfloat16, gpu_backend)
-    order = LatentOrder.of(near, active, tail)
+    order = order_of(near, active, tail)
     near_grads, near_totals = segment_sum(order, coefficients, batch, torch.bfloat16, gpu_backend)
     assert torch.equal(grads[-tail:], near_grads)
     assert torch.equal(totals[-tail:], near_totals)
@@ -553,9 +555,9 @@ def test_row_ops_address_batches_beyond_32_bits(gpu_backend: Backend) -> None:
     assert torch.equal(sums[-tail:], near_sums)
     del sums
 
-    order = LatentOrder.of(latents, latents > 0, d_sae)
+    order = order_of(latents, latents > 0, d_sae)
     grads, _ = segment_sum(order, coefficients, batch, torch.bfloat16, gpu_backend)
-    order = LatentOrder.of(near_latents, near_latents > 0, d_sae)
+    order = order_of(near_latents, near_latents > 0, d_sae)
     near_grads, _ = segment_sum(order, near_coefficients, near_batch, torch.bfloat16, gpu_backend)
     assert torch.equal(grads, near_grads)
 

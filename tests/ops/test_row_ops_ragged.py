@@ -1,27 +1,27 @@
 """Row operations on rows with their own numbers of latents each."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import (
-    LatentOrder,
-    RaggedRows,
+from saelens_sparse.ops.pairs import LatentOrder, Rows
+from saelens_sparse.ops.rows.operations import (
     gather_dot,
     gather_sum,
     segment_sum,
     segment_totals,
 )
-from tests.support.ops import assert_within_budget, random_latents, within
+from tests.support.ops import assert_within_budget, order_of, random_latents, within
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Latents, coefficients and keys of ragged rows, with spare room that nothing may read."""
 
-    ragged: RaggedRows
+    rows: Rows
     latents: torch.Tensor
     coefficients: torch.Tensor
     keys: torch.Tensor
@@ -29,16 +29,17 @@ class Pairs:
 
     @property
     def n_pairs(self) -> int:
-        return int(self.ragged.offsets[-1])
+        return self.rows.count()
 
     def order(self) -> LatentOrder:
-        return LatentOrder.of_keys(self.keys, self.d_sae, self.ragged)
+        return LatentOrder.of_keys(self.keys, self.rows, self.d_sae)
 
     def code(self, *, active_only: bool) -> torch.Tensor:
         """Coefficients `[n_rows, d_sae]` in float64, zero where a row has no such pair."""
-        code = torch.zeros(self.ragged.n_rows, self.d_sae, dtype=torch.float64)
-        for row in range(self.ragged.n_rows):
-            for p in range(int(self.ragged.offsets[row]), int(self.ragged.offsets[row + 1])):
+        code = torch.zeros(self.rows.n_rows, self.d_sae, dtype=torch.float64)
+        starts = self.rows.starts(self.latents.device).tolist()
+        for row, (first, end) in enumerate(pairwise(starts)):
+            for p in range(first, end):
                 if self.keys[p] < self.d_sae or not active_only:
                     code[row, self.latents[p]] += float(self.coefficients[p])
         return code
@@ -57,7 +58,8 @@ def ragged_pairs(
     lengths: str, n_spare: int, device: torch.device, dtype: torch.dtype, d_sae: int = 33
 ) -> Pairs:
     counts = torch.tensor(LENGTHS[lengths], dtype=torch.int64)
-    ragged = RaggedRows.of_lengths(counts)
+    rows = Rows.of_lengths(counts)
+    assert rows.offsets is not None and rows.of_pairs is not None
     frequency = 1 / torch.arange(1.0, d_sae + 1)
     if lengths == "a latent on 300 rows":
         frequency[5] = 1e9
@@ -69,9 +71,9 @@ def ragged_pairs(
     coefficients[~active] = torch.nan if n_spare > 0 else 1.0
     in_rows = torch.arange(latents.numel()) < latents.numel() - n_spare
     coefficients[in_rows & ~active] = 2.0  # a pair of a row without a key
-    rows = torch.cat([ragged.rows, torch.zeros(n_spare, dtype=torch.int32)])
+    of_pairs = torch.cat([rows.of_pairs, torch.zeros(n_spare, dtype=torch.int32)])
     return Pairs(
-        RaggedRows(ragged.offsets.to(device), rows.to(device)),
+        Rows.ragged(rows.offsets.to(device), of_pairs.to(device)),
         latents.to(device),
         coefficients.to(device, dtype),
         latents.int().masked_fill(~active, d_sae).to(device),
@@ -96,12 +98,27 @@ def torch_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [4], [0, 3, 0, 0, 2, 1, 0]], ids=str)
-def test_ragged_rows_of_lengths(lengths: list[int], device: torch.device) -> None:
-    ragged = RaggedRows.of_lengths(torch.tensor(lengths, dtype=torch.int64, device=device))
-    assert ragged.n_rows == len(lengths)
-    assert ragged.offsets.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    assert ragged.rows.tolist() == [row for row, n in enumerate(lengths) for _ in range(n)]
-    assert (ragged.offsets.dtype, ragged.rows.dtype) == (torch.int64, torch.int32)
+def test_ragged_rows_of_lengths_and_of_ascending(lengths: list[int], device: torch.device) -> None:
+    of_lengths = Rows.of_lengths(torch.tensor(lengths, dtype=torch.int64, device=device))
+    expected = [row for row, n in enumerate(lengths) for _ in range(n)]
+    ascending = torch.tensor(expected, dtype=torch.int64, device=device)
+    for rows in (of_lengths, Rows.of_ascending(ascending, len(lengths))):
+        assert rows.n_rows == len(lengths)
+        assert rows.offsets is not None and rows.of_pairs is not None
+        assert rows.offsets.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        assert rows.of_pairs.tolist() == expected
+        assert (rows.offsets.dtype, rows.of_pairs.dtype) == (torch.int64, torch.int32)
+        assert rows.count() == sum(lengths)
+        assert torch.equal(rows.of(torch.arange(sum(lengths), device=device)), ascending)
+
+
+def test_rows_of_k_are_as_ragged_rows_of_that_length(device: torch.device) -> None:
+    for n_rows, k in ((4, 3), (1, 1), (0, 5)):
+        regular, pairs = Rows.regular(n_rows, k), torch.arange(n_rows * k, device=device)
+        ragged = Rows.of_lengths(torch.full((n_rows,), k, device=device))
+        assert regular.count() == ragged.count() == n_rows * k
+        assert torch.equal(regular.starts(device), ragged.starts(device))
+        assert torch.equal(regular.of(pairs), ragged.of(pairs))
 
 
 @RAGGED
@@ -112,7 +129,7 @@ def test_gather_sum_of_ragged_rows_matches_float64(
 ) -> None:
     pairs = ragged_pairs(lengths, n_spare, device, dtype)
     weight = torch.randn(33, d).to(device, dtype)
-    out = gather_sum(pairs.coefficients, pairs.latents, weight, backend, pairs.ragged)
+    out = gather_sum(pairs.coefficients, pairs.latents, pairs.rows, weight, backend)
     assert out.dtype == dtype
     code, exact_weight = pairs.code(active_only=False), weight.cpu().double()
     exact = code @ exact_weight
@@ -129,13 +146,12 @@ def test_gather_dot_of_ragged_rows_matches_float64(
     pairs = ragged_pairs(lengths, n_spare, device, dtype)
     weight = torch.randn(33, d).to(device, dtype)
     batch = torch.randn(len(LENGTHS[lengths]), d).to(device, dtype)
-    out = gather_dot(batch, pairs.latents, weight, backend, pairs.ragged)
+    out = gather_dot(batch, pairs.latents, pairs.rows, weight, backend)
     assert out.dtype == torch.promote_types(dtype, torch.float32)
     assert out.shape == pairs.latents.shape
     assert not out[pairs.n_pairs :].any()
-    rows, latents = (
-        values[: pairs.n_pairs].cpu().long() for values in (pairs.ragged.rows, pairs.latents)
-    )
+    rows = pairs.rows.of(torch.arange(pairs.n_pairs, device=device)).cpu()
+    latents = pairs.latents[: pairs.n_pairs].cpu()
     terms = batch.cpu().double()[rows] * weight.cpu().double()[latents]
     error = (out[: pairs.n_pairs].cpu().double() - terms.sum(1)).abs()
     # Sums of so many terms are at worst this far off.
@@ -190,14 +206,15 @@ def test_segment_totals_of_rows_of_k_match_float64(
     latents = random_latents(n_rows, d_sae, k, law)
     active = torch.rand(n_rows, k) > 0.3
     values = (torch.randn(n_rows, k) / (torch.rand(n_rows, k) + 1e-2)).to(device, dtype)
-    order = LatentOrder.of(latents.to(device), active.to(device), d_sae)
-    totals = segment_totals(order, values.T.contiguous().T, backend)
+    order = order_of(latents.to(device), active.to(device), d_sae)
+    strided = torch.stack([values, values + 1], dim=-1)[..., 0].flatten()
+    totals = segment_totals(order, strided, backend)
     assert totals.dtype == torch.promote_types(dtype, torch.float32)
     code = torch.zeros(n_rows, d_sae, dtype=torch.float64)
     code.scatter_(1, latents, values.cpu().double().masked_fill(~active, 0))
     assert_totals(totals, code)
     values[~active.to(device)] = torch.nan
-    assert torch.equal(segment_totals(order, values, backend), totals)
+    assert torch.equal(segment_totals(order, values.flatten(), backend), totals)
 
 
 def test_a_bias_is_added_as_if_apart(
@@ -206,8 +223,8 @@ def test_a_bias_is_added_as_if_apart(
     pairs = ragged_pairs("a latent on 300 rows", 9, device, dtype)
     weight = torch.randn(33, 19).to(device, dtype)
     for bias in (torch.randn(19).to(device, dtype), torch.randn(19, device=device).double()):
-        sums = gather_sum(pairs.coefficients, pairs.latents, weight, backend, pairs.ragged)
-        given = gather_sum(pairs.coefficients, pairs.latents, weight, backend, pairs.ragged, bias)
+        sums = gather_sum(pairs.coefficients, pairs.latents, pairs.rows, weight, backend)
+        given = gather_sum(pairs.coefficients, pairs.latents, pairs.rows, weight, backend, bias)
         assert given.dtype == (sums + bias).dtype
         assert torch.equal(given, sums + bias)
 
@@ -220,8 +237,8 @@ def test_ragged_row_ops_repeat_bit_for_bit(
     weight, batch = torch.randn(33, 19).to(device, dtype), torch.randn(300, 19).to(device, dtype)
     results = [
         (
-            gather_sum(pairs.coefficients, pairs.latents, weight, backend, pairs.ragged),
-            gather_dot(batch, pairs.latents, weight, backend, pairs.ragged),
+            gather_sum(pairs.coefficients, pairs.latents, pairs.rows, weight, backend),
+            gather_dot(batch, pairs.latents, pairs.rows, weight, backend),
             *segment_sum(pairs.order(), pairs.coefficients, batch, dtype, backend),
             segment_totals(pairs.order(), pairs.coefficients, backend),
         )
@@ -239,12 +256,12 @@ def test_ragged_row_ops_name_the_argument_with_a_wrong_shape(
 
     pairs = ragged_pairs("one long row", 2, device, torch.float32)
     with pytest.raises(ValueError, match=r"coefficients must have shape \[35\]; got \[34\]"):
-        gather_sum(zeros(34), pairs.latents, zeros(33, 5), backend, pairs.ragged)
+        gather_sum(zeros(34), pairs.latents, pairs.rows, zeros(33, 5), backend)
     with pytest.raises(ValueError, match=r"batch must have shape \[1, 5\]; got \[35, 5\]"):
-        gather_dot(zeros(35, 5), pairs.latents, zeros(33, 5), backend, pairs.ragged)
-    with pytest.raises(ValueError, match=r"latents one if rows are ragged\); got.*\[1, 35\]"):
-        gather_dot(zeros(1, 5), pairs.latents[None], zeros(33, 5), backend, pairs.ragged)
+        gather_dot(zeros(35, 5), pairs.latents, pairs.rows, zeros(33, 5), backend)
+    with pytest.raises(ValueError, match=r"latents must have one dimension.*\[1, 35\]"):
+        gather_dot(zeros(1, 5), pairs.latents[None], pairs.rows, zeros(33, 5), backend)
     with pytest.raises(ValueError, match=r"coefficients must have shape \[35\]; got \[1, 35\]"):
         segment_sum(pairs.order(), zeros(1, 35), zeros(1, 5), torch.float32, backend)
-    with pytest.raises(ValueError, match=r"values must have 35 elements; got shape \[33\]"):
+    with pytest.raises(ValueError, match=r"values must have shape \[35\]; got \[33\]"):
         segment_totals(pairs.order(), zeros(33), backend)

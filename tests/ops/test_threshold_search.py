@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import GatePattern, RaggedRows
 from tests.conftest import Target
 from tests.support.ops import cublas_switch, require_gpu_memory
 from tests.support.threshold_search import (
     BUFFER_BYTES,
     DISTRIBUTIONS,
     Expected,
+    Pattern,
     Problem,
     assert_pattern,
     assert_same_bits,
@@ -72,7 +72,7 @@ def test_pattern_has_rows_of_nothing_and_of_everything(
     problem.bias[75 // 3] = -5e3
     pattern = problem.start(backend).result()
     assert_pattern(problem, pattern)
-    assert pattern.ragged.offsets.diff()[[1, 4]].tolist() == [0, 0]
+    assert pattern.offsets.diff()[[1, 4]].tolist() == [0, 0]
     nowhere = replace(problem, threshold=torch.full_like(problem.threshold, 1e5))
     assert nowhere.start(backend).result().totals == (0, 0)
 
@@ -212,7 +212,7 @@ def test_pattern_is_the_same_with_any_capacity(
         kept = min(capacity, n_pairs)
         assert first.latents.numel() == capacity
         # What fits is right at once, and the rows end where the room does.
-        assert torch.equal(first.ragged.offsets, whole.ragged.offsets.clamp(max=capacity))
+        assert torch.equal(first.offsets, whole.offsets.clamp(max=capacity))
         assert torch.equal(first.keys[:kept], whole.keys[:kept])
         assert torch.equal(first.pre_acts[:kept], whole.pre_acts[:kept])
     result = pending.result()
@@ -264,7 +264,7 @@ def test_pattern_under_autocast_is_the_dense_encoder_under_autocast(
     assert pattern.pre_acts.dtype == dense.dtype == torch.float32
     assert_pattern(problem, pattern, torch.bfloat16)
     n_pairs = pattern.totals[0]
-    place = pattern.ragged.rows[:n_pairs].long(), pattern.latents[:n_pairs]
+    place = pattern.rows[:n_pairs].long(), pattern.latents[:n_pairs]
     if backend == "torch":
         assert torch.equal(pattern.pre_acts, dense[place])
     exact = Expected.of(problem)
@@ -328,7 +328,7 @@ def test_windows_closer_than_the_screen_can_tell_are_decided_as_in_float32(
     expected = (pre_acts > exact.threshold).nonzero()
     has_key = pattern.keys < 90
     assert torch.equal(pattern.keys[has_key].long(), expected[:, 1])
-    assert torch.equal(pattern.ragged.rows[has_key].long(), expected[:, 0])
+    assert torch.equal(pattern.rows[has_key].long(), expected[:, 0])
     if backend == "triton":
         assert not has_key[: pattern.totals[0]].all()
 
@@ -348,7 +348,7 @@ def test_a_pre_activation_at_its_threshold_is_not_active(
     pattern = problem.start(backend).result()
     assert pattern.row_counts.tolist() == [0, 0, 0, 0, 5, 5]
     in_pattern = torch.zeros(6, 6, dtype=torch.bool, device=device)
-    in_pattern[pattern.ragged.rows.long(), pattern.keys.long()] = True
+    in_pattern[pattern.rows.long(), pattern.keys.long()] = True
     assert in_pattern[2:, :5].all()
     assert not in_pattern[0, :5].any()
 
@@ -368,7 +368,7 @@ def test_pattern_keeps_nan_and_inf_where_they_belong(
     pattern = problem.start(backend).result()
     assert_pattern(problem, pattern)
     in_pattern = torch.zeros(5, 71, dtype=torch.bool)
-    in_pattern[pattern.ragged.rows.cpu().long(), pattern.keys.cpu().long()] = True
+    in_pattern[pattern.rows.cpu().long(), pattern.keys.cpu().long()] = True
     in_pattern = in_pattern[:, :70]
     bad = torch.zeros(5, 70, dtype=torch.bool)
     for place in (2,) if argument == "bias" else (2, 4):
@@ -391,7 +391,7 @@ def test_rows_too_wide_for_a_program_are_computed_in_full(
 
 
 @pytest.mark.parametrize("shape", [(3, 19), (20,), (1, 3, 20)])
-def test_start_find_pattern_names_an_input_of_a_wrong_shape(
+def test_search_above_threshold_names_an_input_of_a_wrong_shape(
     shape: tuple[int, ...], backend: Backend, device: torch.device
 ) -> None:
     problem = replace(plain(3, 20, 40).to(device), x=torch.zeros(shape, device=device))
@@ -444,16 +444,14 @@ def test_pattern_addresses_products_beyond_32_bits(autocast: bool) -> None:
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         pattern = problem.start("triton", 2**20, 24 * 2**30).result()
     last_problem = replace(problem, x=problem.x[-tail:])
-    first = int(pattern.ragged.offsets[-tail - 1])
+    first = int(pattern.offsets[-tail - 1])
     row_counts = pattern.row_counts[-tail:]
-    last = GatePattern(
+    last = Pattern(
         pattern.latents[first:],
         pattern.keys[first:],
         pattern.pre_acts[first:],
-        RaggedRows(
-            pattern.ragged.offsets[-tail - 1 :] - first,
-            (pattern.ragged.rows[first:] - (n_rows - tail)).clamp(min=0),
-        ),
+        pattern.offsets[-tail - 1 :] - first,
+        (pattern.rows[first:] - (n_rows - tail)).clamp(min=0),
         row_counts,
         (pattern.totals[0] - first, int(row_counts.sum())),
     )

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import HostCount, Selection, start_select_topk
+from saelens_sparse.ops.common.host_copy import HostCount
 from tests.conftest import Target
 from tests.support.ops import assert_within_budget, require_gpu_memory
 from tests.support.topk_search import (
-    BUFFER_BYTES,
     DISTRIBUTIONS,
     Problem,
+    Selection,
     all_negative,
     assert_distinct_latents,
     assert_keys,
@@ -237,26 +237,22 @@ def test_select_topk_recomputes_rows_that_outgrow_the_candidate_list(
     assert screened == ([6] if backend == "triton" else [])
     assert selection.rows_recomputed == (2 if backend == "triton" else 0)
 
-    pending = start_select_topk(
-        problem.x, problem.weight, problem.bias, None, 5, backend, BUFFER_BYTES
-    )
-    before = pending.selection.scores.clone()
-    result = pending.result()
-    assert_selects_topk(problem, result)
+    found = problem.search(backend)
+    before = found.pairs.pre_acts.clone()
+    result = found.complete().pairs
+    assert_selects_topk(problem, Selection.of(result, None))
     # What was handed out before the check stays as it was.
-    assert torch.equal(pending.selection.scores, before)
-    assert (result is pending.selection) == (backend == "torch")
+    assert torch.equal(found.pairs.pre_acts, before)
+    assert (result is found.pairs) == (backend == "torch")
 
 
-def test_start_select_topk_hands_out_the_selection_before_it_is_checked(
+def test_search_topk_hands_out_the_pairs_before_it_is_checked(
     backend: Backend, device: torch.device
 ) -> None:
     problem = random_problem(6, 20, 170, 5).to(device)
-    pending = start_select_topk(
-        problem.x, problem.weight, problem.bias, problem.norms, 5, backend, BUFFER_BYTES
-    )
-    assert pending.result() is pending.selection
-    assert_selects_topk(problem, pending.selection)
+    found = problem.search(backend)
+    assert found.complete() is found
+    assert_selects_topk(problem, Selection.of(found.pairs, problem.norms))
 
 
 def test_select_topk_where_the_screen_is_at_the_edge_of_half_precision(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import topk_values
+from saelens_sparse.ops.search.topk import topk_values
 from tests.conftest import Target
 
 

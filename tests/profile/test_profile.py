@@ -7,29 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import LanguageModelSAERunnerConfig
+from torch.profiler import profile
 
 import saelens_sparse
 from saelens_sparse.cli import main as cli_main
-from saelens_sparse.config.files import UsageError, load_config
-from saelens_sparse.profile import ceilings, command
-from saelens_sparse.profile.cases import AUTOCAST, BFLOAT16, FLOAT32, SPARSE, STOCK, Case
+from saelens_sparse.ops.common.ranges import profiler_range, with_work
+from saelens_sparse.profile import ceilings, command, report
+from saelens_sparse.profile.cases import AUTOCAST, BFLOAT16, FLOAT32, Case
 from saelens_sparse.profile.measure import time_steps
-from saelens_sparse.profile.ranges import named_parts
-from saelens_sparse.profile.settings import (
-    ARMS,
-    Settings,
-    case_of_config,
-    case_of_shape,
-    parse_arms,
-    precision_of_config,
-)
-from saelens_sparse.profile.steps import count_waits
-from saelens_sparse.profile.trace import Trace
+from saelens_sparse.profile.recording import phase_ms
+from saelens_sparse.profile.tables import kernel_table, quantity, summary_table
+from saelens_sparse.profile.trace import PHASES, StepTrace
 from saelens_sparse.profile.trainers import build_trainer, prepare_inputs
-from saelens_sparse.reports.command_line import parse_shape
 
 saelens_sparse.register()
+PUBLISHED = Path("benchmarks/results/profile_gemma2b_float32/results.json")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,24 +30,29 @@ def small_and_fast() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ceilings._SQUARE, "cpu", 64)
-        patch.setitem(ceilings._COPY_BYTES, "cpu", 2**16)
+        patch.setitem(ceilings.SQUARE, "cpu", 64)
+        patch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
         yield
     torch.set_num_threads(threads)
 
 
-def test_settings_survive_json():
-    case = case_of_shape([32, 256, 4, 64], "jumprelu_sparse", 6.0, 0.25)
-    settings = Settings(case, AUTOCAST, "cpu", 3, 5, counters=False)
-    again = Settings.from_json(json.loads(json.dumps(settings.to_json())))
-    assert again.to_json() == settings.to_json()
-    assert again.describe() == ("jumprelu, 32 -> 256, mean L0 6, batch 64, 25% dead, autocast")
+def case_of(*arguments: str) -> Case:
+    return command.case_of(command._parser().parse_args(arguments))
+
+
+def test_a_shape_gives_the_case():
+    case = case_of("--shape", "32,256,4,64", "--dead-fraction", "0.25")
+    assert (case.architecture, case.d_in, case.d_sae, case.batch) == ("topk_sparse", 32, 256, 64)
+    assert (case.label, case.dead_fraction, case.precisions) == ("k 4", 0.25, (FLOAT32,))
+    assert case.sae_options == {"k": 4} and case.features_per_row == 4
 
 
 def test_a_shape_of_an_architecture_without_k_names_its_l0():
-    case = case_of_shape([32, 256, 4, 64], "jumprelu", None, 0.0)
-    assert (case.k, case.l0, case.architecture) == (None, 4.0, "jumprelu")
-    assert case_of_shape([32, 256, 4, 64], "jumprelu", 9.0, 0.0).l0 == 9.0
+    shape = ("--shape", "32,256,4,64", "--architecture", "jumprelu")
+    case = case_of(*shape)
+    assert (case.label, case.architecture) == ("L0 4", "jumprelu_sparse")
+    assert case_of(*shape, "--l0", "100").label == "L0 100"
+    assert case.sae_options["l0_coefficient"] < 0.01 and case.learning_rate < 1e-5
 
 
 def config_file(tmp_path: Path, **changes: Any) -> Path:
@@ -68,25 +65,20 @@ def config_file(tmp_path: Path, **changes: Any) -> Path:
     return path
 
 
-def config(tmp_path: Path, **changes: Any) -> LanguageModelSAERunnerConfig[Any]:
-    return load_config(config_file(tmp_path, **changes))
-
-
 def test_a_config_gives_sizes_settings_and_precision(tmp_path: Path):
-    cfg = config(
-        tmp_path, train_batch_size_tokens=128, autocast=True, sae={"aux_loss_coefficient": 0.5}
-    )
-    case = case_of_config(cfg, None, None, 0.0)
-    assert (case.d_in, case.d_sae, case.k, case.batch) == (32, 256, 4, 128)
-    assert case.architecture == "topk" and case.l0 is None
-    assert case.options["aux_loss_coefficient"] == 0.5
+    sae = {"aux_loss_coefficient": 0.5}
+    path = config_file(tmp_path, train_batch_size_tokens=128, autocast=True, sae=sae)
+    case = case_of(str(path))
+    assert (case.d_in, case.d_sae, case.label, case.batch) == (32, 256, "k 4", 128)
+    assert (case.name, case.architecture, case.precisions) == ("config", "topk_sparse", (AUTOCAST,))
     # Fields that only the sparse architecture has would be refused by stock.
-    assert not {"implementation", "fused_adam", "d_in", "dtype"} & case.options.keys()
-    assert precision_of_config(cfg) == AUTOCAST
-    assert precision_of_config(config(tmp_path, sae={"dtype": "bfloat16"})) == BFLOAT16
-    for arm in (STOCK, SPARSE):
-        trainer = build_trainer(arm, case, FLOAT32, "cpu", ())
+    assert not {"implementation", "fused_adam", "d_in", "dtype", "k"} & case.options.keys()
+    for architecture in ("topk", "topk_sparse"):
+        trainer = build_trainer(architecture, case, FLOAT32, "cpu", ())
         assert trainer.sae.cfg.aux_loss_coefficient == 0.5
+    path = config_file(tmp_path, sae={"dtype": "bfloat16"})
+    assert case_of(str(path)).precisions == (BFLOAT16,)
+    assert case_of(str(path), "--precision", "float32").precisions == (FLOAT32,)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +87,8 @@ def test_a_config_gives_sizes_settings_and_precision(tmp_path: Path):
         ([], "--shape"),
         (["--shape", "32,256,4"], "--shape: '32,256,4'"),
         (["--shape", "32,256,4,x"], "--shape"),
-        (["--shape", "0,256,4,64"], "d_in must be 1 or more; got 0"),
-        (["--shape", "32,256,300,64"], "k must be from 1 to d_sae=256; got 300"),
+        (["--shape", "0,256,4,64"], "d_in must be at least 1; got 0"),
+        (["--shape", "32,256,300,64"], "k must be at most d_sae=256; got 300"),
         (["--shape", "32,256,4,64", "--l0", "8"], "--l0"),
         (["--shape", "32,256,4,64", "--architecture", "gated"], "--architecture: 'gated'"),
         (
@@ -125,40 +117,57 @@ def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "--device: 'cuda'" in capsys.readouterr().err
 
 
-def test_dtypes_that_are_not_measured_are_refused(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"sae\.dtype: 'float64'"):
-        precision_of_config(config(tmp_path, sae={"dtype": "float64"}))
+def test_dtypes_that_are_not_measured_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli_main(["profile", str(config_file(tmp_path, sae={"dtype": "float64"}))]) == 2
+    assert "sae.dtype: 'float64'" in capsys.readouterr().err
 
 
-def test_arms_and_shapes_are_parsed():
-    assert [arm.name for arm in parse_arms("sparse, stock")] == ["stock", "sparse"]
-    assert parse_shape("768,24576,32,4096") == [768, 24576, 32, 4096]
+def test_ranges_and_work_are_in_a_trace_and_cost_nothing_without_one():
+    tensors = {"x": torch.zeros(8, dtype=torch.float16), "out": torch.zeros(2, 4)}
+
+    def launch(x: torch.Tensor, n: int, out: torch.Tensor) -> None:
+        out.fill_(x[0] + n)
+
+    assert with_work(launch, ("x", "n", "out"), None) is launch
+    assert profiler_range("saelens_sparse::encode") is profiler_range("saelens_sparse::decode")
+    with profile() as profiler, profiler_range("saelens_sparse::encode"):
+        with_work(launch, ("x", "n", "out"), None)(tensors["x"], 5, out=tensors["out"])
+        work = with_work(launch, ("x", "n", "out"), lambda a: (a["x"].nbytes, 3 * a["n"]))
+        work(tensors["x"], n=7, out=tensors["out"])
+    names = [event.key for event in profiler.key_averages()]
+    expected = {"saelens_sparse::encode", "saelens_sparse::work 48 0", "saelens_sparse::work 16 21"}
+    assert expected <= {*names}
+    assert (tensors["out"] == 7).all()
 
 
-@pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS)
-def test_naming_parts_leaves_the_sae_as_it_was(arm: Any):
-    case = case_of_shape([32, 256, 4, 64], "topk_sparse", None, 0.0)
-    trainer = build_trainer(arm, case, FLOAT32, "cpu", ())
-    before = dict(vars(trainer.sae))
-    with named_parts(trainer):
-        inside = vars(trainer.sae).keys() - before.keys()
-        assert inside == {"encode_with_hidden_pre", "decode", "calculate_aux_loss"}
-        hooked = [module for module in trainer.sae.modules() if module._forward_hooks]
-        # A CUDA graph is replayed only while nobody hooks into a sparse SAE.
-        assert bool(hooked) == (arm == STOCK)
-    assert vars(trainer.sae) == before
-    assert not any(module._forward_hooks for module in trainer.sae.modules())
+@pytest.mark.parametrize("contender", ["stock", "sparse", "sparse_runner"])
+def test_recording_leaves_the_sae_as_it_was(contender: str):
+    case = Case("tiny", "topk_sparse", 32, 256, 4, 64, dead_fraction=0.3)
+    inputs = prepare_inputs(case, FLOAT32, "cpu", 2)
+    architecture = "topk" if contender == "stock" else "topk_sparse"
+    own = contender == "sparse_runner"
+    batches, weights = inputs.batches, inputs.weights
+    trainer = build_trainer(architecture, case, FLOAT32, "cpu", batches, weights, sparse_runner=own)
+    sae, settings = trainer.sae, trainer.sae.cfg.to_dict()
+    replaced = {name for name, value in vars(sae).items() if callable(value)}
+    phases = phase_ms(trainer, inputs, steps=1)
+    assert [*phases] == [*PHASES] and phases["backward"] > 0
+    assert {name for name, value in vars(sae).items() if callable(value)} == replaced
+    assert sae.cfg.to_dict() == settings
+    assert not any(module._forward_pre_hooks for module in sae.modules())
 
 
 def test_steps_are_timed_with_what_fired():
-    case = Case("tiny", 32, 256, 4, 64, (FLOAT32,), dead_fraction=0.3)
+    case = Case("tiny", "topk_sparse", 32, 256, 4, 64, dead_fraction=0.3)
     inputs = prepare_inputs(case, FLOAT32, "cpu", 2)
-    trainer = build_trainer(SPARSE, case, FLOAT32, "cpu", inputs.batches, inputs.weights)
+    trainer = build_trainer("topk_sparse", case, FLOAT32, "cpu", inputs.batches, inputs.weights)
     done: list[int] = []
     timed = time_steps(trainer, inputs, 3, lambda: done.append(1))
     assert len(timed.ms) == len(done) == 3
     assert timed.firing.sum() == pytest.approx(4, rel=0.1)
-    assert timed.peak_bytes is None and count_waits(trainer, inputs) is None
+    assert timed.peak_bytes is None and timed.metrics
 
 
 TINY = ["--device", "cpu", "--steps", "2", "--warmup-train", "2"]
@@ -181,16 +190,14 @@ def test_the_command_profiles_all_arms(
     for name, arm in results["arms"].items():
         assert arm["status"] == "ok", arm
         assert arm["ms_min"] <= arm["ms"] <= arm["ms_max"]
-        assert sum(arm["phases_ms"].values()) == pytest.approx(arm["busy_ms"])
+        phases, parts = arm["phases_ms"], arm["backward_ms"]
+        assert sum(phases.values()) == pytest.approx(arm["busy_ms"])
         assert arm["busy_ms"] + arm["idle_ms"] == pytest.approx(arm["divided_ms"])
-        for phase in ("encode", "select", "decode", "loss", "statistics", "backward", "clip"):
-            assert arm["phases_ms"][phase] > 0, (name, phase)
-        assert arm["phases_ms"]["optimizer"] > 0
-        assert sum(arm["backward_ms"].values()) == pytest.approx(arm["phases_ms"]["backward"])
-        for part in ("W_enc", "W_dec", "activations"):
-            assert arm["backward_ms"][part] > 0, (name, part)
-        if architecture == "jumprelu_sparse":
-            assert arm["backward_ms"]["threshold"] > 0
+        for phase in PHASES:
+            assert phases[phase] > 0, (name, phase)
+        assert sum(parts.values()) == pytest.approx(phases["backward"])
+        for phase in ("encode", "decode", "losses"):
+            assert parts[phase] > 0, (name, phase)
         memory = arm["memory"]
         weights = 4 * (2 * 32 * 512 + 512 + 32)
         assert memory["parts_bytes"]["parameters"] >= weights
@@ -199,26 +206,46 @@ def test_the_command_profiles_all_arms(
         assert arm["l0"] == pytest.approx(4, rel=0.3)
         products = [row for row in arm["kernels"] if row["name"] == "mm"]
         assert products and products[0]["flops"] >= 2 * 64 * 32 * 512
-        assert arm["waits"] is None and arm["counters"]["reason"]
-        assert Trace.load(output / arm["trace"]).host
-    assert "mul" in {row["name"] for row in results["arms"]["stock"]["kernels"]}
+        assert arm["waiting_calls"] == {}
+        trace = StepTrace.load(output / arm["trace"])
+        assert trace.n_steps == 2 and (trace.items.phase == "other").mean() < 0.1
+    assert results["floor_ms"]["total"] == pytest.approx(
+        sum(results["floor_ms"][part] for part in ("encoder product", "update"))
+    )
 
     page = (output / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert 'src="http' not in page and "Not measurable on a CPU" in page
     printed = capsys.readouterr().out
-    assert "step over floor" in printed and "sparse, own runner" in printed
-    assert not list(output.glob("memory_trace_*"))
+    assert "step over floor" in printed and "sparse runner" in printed
+
+
+def test_published_results_are_readable(tmp_path: Path):
+    results = json.loads(PUBLISHED.read_text())
+    text = report.terminal_text(results)
+    assert "topk, 2304 -> 65,536, k 64, batch 4096, float32, on NVIDIA H100" in text
+    summary = {row[0].strip(): row[1] for row in summary_table(results)[1:]}
+    assert (summary["step, ms"], summary["step over floor"]) == ("178.3", "45.04x")
+    assert (summary["SM occupancy, counted"], summary["DRAM traffic"]) == ("22%", "111 GB")
+    assert summary["peak memory, GiB"] == "13.41" and summary["waits of the host, ms"] == "167.9"
+    header, *rows = kernel_table(results, results["arms"]["sparse_runner"], 3)
+    assert {"occupancy", "DRAM of copy", "bytes asked"} <= {*header} and len(rows) == 4
+    assert rows[-1][0].endswith("more") and all(len(row) == len(header) for row in rows)
+    report.write_report(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "cudaStreamSynchronize" in page
+
+
+def test_quantities_have_prefixes():
+    texts = [quantity(value, "B") for value in (None, 0.0, 999.0, 1234.0, 4.31e12, 999.9e6)]
+    assert texts == ["-", "0 B", "999 B", "1.23 kB", "4.31 TB", "1 GB"]
 
 
 def test_without_matplotlib_there_are_tables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from saelens_sparse.profile import pictures
-
-    monkeypatch.setattr(pictures, "can_draw", lambda: False)
-    output = tmp_path / "out"
-    profile_tiny(output, "--arms", "sparse")
-    assert "data:image" not in (output / "report.html").read_text()
-    assert not list(output.glob("*.png"))
+    monkeypatch.setattr(report.pictures.reports, "can_draw", lambda: False)
+    report.write_report(json.loads(PUBLISHED.read_text()), tmp_path)
+    assert "data:image" not in (tmp_path / "report.html").read_text()
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +260,10 @@ def measured_arms(monkeypatch: pytest.MonkeyPatch, record_of_an_arm: dict[str, A
     asked: list[str] = []
 
     def measure(arm: Any, *_: Any) -> dict[str, Any]:
-        asked.append(arm.name)
+        asked.append(arm)
         return record_of_an_arm
 
-    monkeypatch.setattr(command, "measure_arm", measure)
+    monkeypatch.setattr(command, "measure_contender", measure)
     return asked
 
 
@@ -248,25 +275,25 @@ def test_what_is_measured_is_kept_and_the_rest_added(
 ):
     output = tmp_path / "out"
     arguments = ["--shape", "32,512,4,64", *TINY, "--output", str(output)]
-    measure = command.measure_arm
+    measure = command.measure_contender
 
     def interrupted_at_sparse(arm: Any, *rest: Any) -> dict[str, Any]:
-        if arm == SPARSE:
+        if arm == "sparse":
             raise KeyboardInterrupt
         return measure(arm, *rest)
 
-    monkeypatch.setattr(command, "measure_arm", interrupted_at_sparse)
+    monkeypatch.setattr(command, "measure_contender", interrupted_at_sparse)
     assert cli_main(["profile", *arguments]) == 130
     assert list(json.loads((output / "results.json").read_text())["arms"]) == ["stock"]
     assert (output / "report.html").exists()
     assert "Interrupted" in capsys.readouterr().err
 
     def without_memory_at_sparse(arm: Any, *rest: Any) -> dict[str, Any]:
-        if arm == SPARSE:
+        if arm == "sparse":
             raise RuntimeError("CUDA out of memory. Tried to allocate 4 GiB. GPU 0 has ...")
         return measure(arm, *rest)
 
-    monkeypatch.setattr(command, "measure_arm", without_memory_at_sparse)
+    monkeypatch.setattr(command, "measure_contender", without_memory_at_sparse)
     measured_arms.clear()
     assert cli_main(["profile", *arguments]) == 1
     assert measured_arms == ["sparse_runner"]
@@ -274,7 +301,7 @@ def test_what_is_measured_is_kept_and_the_rest_added(
     assert arms["sparse"]["status"] == "out of memory"
     assert "out of memory" in capsys.readouterr().out
 
-    monkeypatch.setattr(command, "measure_arm", measure)
+    monkeypatch.setattr(command, "measure_contender", measure)
     measured_arms.clear()
     assert cli_main(["profile", *arguments]) == 0
     assert measured_arms == ["sparse"]

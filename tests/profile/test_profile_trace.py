@@ -1,152 +1,78 @@
-"""Each kernel of a trace goes to a phase of its step."""
+"""What the kernels of a trace did, in which phase of the step, and what held its memory."""
 
-import gzip
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from saelens_sparse.profile.kernels import base_name, is_gemm, is_tensor_core_gemm
-from saelens_sparse.profile.phases import places_in_order, result_shape
-from saelens_sparse.profile.trace import Trace
-from tests.support.profile import ENGINE, MAIN, NODE, D, L, N, Recorder, op, places, stock_step
+from saelens_sparse.profile.contender import kernel_rows, peak_of
+from saelens_sparse.profile.trace import base_name
+from saelens_sparse.profile.work import operation_work
+from tests.support.profile import ENGINE, NODE, D, L, N, Recorder, forward, places, stock_step
 
 
-def test_kernels_of_a_stock_step_go_by_ranges_nodes_shapes_and_time():
+def test_kernels_of_a_stock_step_go_by_ranges_nodes_and_time():
     record = Recorder()
     stock_step(record)
     assert places(record.trace()) == {
         "dead_mask": "other",
         "encoder_gemm": "encode",
-        "gather_topk": "select",
+        "gather_topk": "search",
         "decoder_gemm": "decode",
-        "add_b_dec": "decode",
-        "mse": "loss",
-        "sum_of_mse": "loss",
+        "mse": "losses",
         "fired": "statistics",
-        "grad_b_dec": "backward b_dec",
-        "grad_W_dec": "backward W_dec",
-        "grad_acts": "backward activations",
-        "grad_b_enc": "backward b_enc",
-        "grad_W_enc": "backward W_enc",
+        "grad_recons": "backward losses",
+        "grad_W_dec": "backward decode",
+        "grad_acts": "backward search",
+        "grad_W_enc": "backward encode",
+        "accumulated": "backward other",
         "clipped": "clip",
         "adam": "optimizer",
         "scheduler": "other",
-        "after_the_step": "-",
     }
 
 
-def test_kernels_of_the_own_runner_go_by_their_names_and_nodes():
+def test_kernels_of_the_sparse_runner_go_by_its_ranges():
     record = Recorder()
-    driver: Any = {"call": "cuLaunchKernelEx", "category": "cuda_driver"}
-    with record.range("saelens_sparse::step"):
+    with record.step(), record.range("saelens_sparse::step"):
         with record.range("saelens_sparse::encode"):
-            record.kernel("_round_rows_kernel", **driver)
-            record.kernel("_group_maxima_kernel", **driver)
-            with record.op("aten::sort", [N]):
-                record.kernel("DeviceRadixSort")
-            fields = {"Sequence number": 5, "Fwd thread id": 0}
-            with record.op("_EncodeSelected", [N, D], **fields):
+            record.kernel("_round_rows_kernel")
+            with record.range("saelens_sparse::search"):
+                record.kernel("_group_maxima_kernel")
+            with record.op("_EncodeSelected", [N, D], **forward(5)):
                 record.kernel("relu")
-        fields = {"Sequence number": 6, "Fwd thread id": 0}
-        with record.range("saelens_sparse::decode"), record.op("_DecodeSelected", **fields):
-            record.kernel("_gather_sum_kernel", **driver)
-        with record.range("saelens_sparse::loss"):
+        with record.range("saelens_sparse::decode"), record.op("_Decode", [N, D], **forward(6)):
+            record.kernel("_gather_sum_kernel")
+        with record.range("saelens_sparse::losses"):
             record.kernel("mse")
-        # PyTorch gives nodes of custom functions this form.
-        for node, sequence, kernels in (
-            ("_DecodeSelectedBackward", 6, ["_gather_dot_kernel", "_segment_sum_kernel"]),
-            ("_EncodeSelectedBackward", 5, ["_partial_sums_kernel"]),
-        ):
-            fields = {"Sequence number": sequence, "Fwd thread id": 1}
-            with record.op(NODE + node, thread=ENGINE, **fields):
-                for kernel in kernels:
-                    record.kernel(kernel, thread=ENGINE, **driver)
-        with record.op("aten::sum", [L]):
+        with record.range("saelens_sparse::backward"):
+            for node, sequence in (("_DecodeBackward", 6), ("_EncodeSelectedBackward", 5)):
+                fields: Any = {"Sequence number": sequence, "Fwd thread id": 1}
+                with record.op(NODE + node, thread=ENGINE, **fields):
+                    record.kernel(f"{node}_kernel")
+            record.kernel("after_all_nodes")
+        with record.range("saelens_sparse::statistics"):
             record.kernel("count_firings")
-        with record.range("Optimizer.step#ClippingAdam.step"):
-            record.kernel("_square_sums_kernel", **driver)
-            with record.op("aten::linalg_vector_norm", [2]):
-                record.kernel("norm")
-            record.kernel("_update_kernel", **driver)
-    assert places(record.trace(), counts_after_backward=True) == {
+        record.kernel("between")
+        optimizer = record.range("Optimizer.step#ClippingAdam.step")
+        with optimizer, record.range("saelens_sparse::optimizer"):
+            with record.range("saelens_sparse::clip"):
+                record.kernel("_square_sums_kernel")
+            record.kernel("_update_kernel")
+    assert places(record.trace()) == {
         "_round_rows_kernel": "encode",
-        "_group_maxima_kernel": "select",
-        "DeviceRadixSort": "select",
+        "_group_maxima_kernel": "search",
         "relu": "encode",
         "_gather_sum_kernel": "decode",
-        "mse": "loss",
-        "_gather_dot_kernel": "backward activations",
-        "_segment_sum_kernel": "backward W_dec",
-        "_partial_sums_kernel": "backward W_enc",
+        "mse": "losses",
+        "_DecodeBackward_kernel": "backward decode",
+        "_EncodeSelectedBackward_kernel": "backward encode",
+        "after_all_nodes": "backward other",
         "count_firings": "statistics",
+        "between": "other",
         "_square_sums_kernel": "clip",
-        "norm": "clip",
         "_update_kernel": "optimizer",
     }
-
-
-def test_thresholds_get_what_sums_over_rows_in_their_nodes():
-    record = Recorder()
-    with record.range("saelens_sparse::step"):
-        fields = {"Sequence number": 9, "Fwd thread id": 0}
-        with record.range("saelens_sparse::encode"), record.op("JumpReLU", [N, L], **fields):
-            record.kernel("gate")
-        with record.op(
-            f"{NODE}JumpReLUBackward", thread=ENGINE, **{"Sequence number": 9, "Fwd thread id": 1}
-        ):
-            constants = {"Concrete Inputs": ["", "[0]", "False", ""]}
-            with record.op("aten::sum", [N, L], [], thread=ENGINE, **constants):
-                record.kernel("summed", thread=ENGINE)
-            with record.op("aten::mul", [N, L], [N, L], thread=ENGINE):
-                record.kernel("masked", thread=ENGINE)
-    assert places(record.trace()) == {
-        "gate": "select",
-        "summed": "backward threshold",
-        "masked": "backward activations",
-    }
-
-
-GRAPHED = {
-    "copy_x": "encode",
-    "_round_rows_kernel": "encode",
-    "nvjet_hsh_256x128": "encode",
-    "_group_maxima_kernel": "select",
-    "_select_kernel": "select",
-    "DeviceRadixSortOnesweepKernel": "select",
-    "relu": "select",
-    "_gather_sum_kernel": "decode",
-    "add_b_dec": "loss",
-    "mse": "loss",
-    "_gather_dot_kernel": "backward activations",
-    "_partial_sums_kernel": "backward W_dec",
-    "gemv2T": "backward b_dec",
-}
-
-
-def test_a_graph_goes_by_names_in_order():
-    assert [f"{place.phase} {place.part}".strip() for place in places_in_order(list(GRAPHED))] == [
-        *GRAPHED.values()
-    ]
-    sums = ["_partial_sums_kernel", "_segment_sum_kernel", "_add_rows_kernel"] * 2
-    assert [place.part for place in places_in_order(sums)] == ["W_dec"] * 3 + ["W_enc"] * 3
-    short = ["_segment_sum_kernel"] * 2
-    assert [place.part for place in places_in_order(short)] == ["W_dec", "W_enc"]
-
-
-def test_all_kernels_of_one_graph_launch_are_of_its_step():
-    record = Recorder()
-    with record.range("saelens_sparse::step"):
-        record.correlation += 1
-        with record.around("cuda_runtime", "cudaGraphLaunch", MAIN, correlation=record.correlation):
-            for index, name in enumerate(GRAPHED):
-                record.on_device(name, 5.0, start=5000.0 + 10 * index)
-        record.kernel("count_firings")
-        with record.range("Optimizer.step#ClippingAdam.step"):
-            record.kernel("_adam_kernel")
-    found = places(record.trace(), counts_after_backward=True)
-    assert found == {**GRAPHED, "count_firings": "statistics", "_adam_kernel": "optimizer"}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +80,7 @@ def test_all_kernels_of_one_graph_launch_are_of_its_step():
     [
         ("_gather_sum_kernel", "_gather_sum_kernel"),
         ("nvjet_hsh_256x128_64x4_2x1_v_bz_coopA_NTN", "nvjet_hsh_256x128_64x4_2x1_v_bz_coopA_NTN"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD"),
         (
             "void at::native::vectorized_elementwise_kernel<4, Fill<float>, T<char*> >(int, Fill)",
             "vectorized_elementwise_kernel",
@@ -163,8 +90,8 @@ def test_all_kernels_of_one_graph_launch_are_of_its_step():
             "multi_tensor_apply_kernel",
         ),
         (
-            "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<Policy, false>(int*, long)",
-            "DeviceRadixSortOnesweepKernel",
+            "void at::native::elementwise_kernel<128, f<at::g()::{lambda()#1}>(T&)::{l#2}>(int, T)",
+            "elementwise_kernel",
         ),
     ],
 )
@@ -172,62 +99,120 @@ def test_kernels_are_named_without_templates_and_parameters(name: str, base: str
     assert base_name(name) == base
 
 
+FLOAT, LISTS = "float", "TensorList"
+
+
 @pytest.mark.parametrize(
-    ("name", "gemm", "tensor_cores"),
+    ("name", "shapes", "types", "bytes_", "flops"),
     [
-        ("nvjet_hsh_256x128_64x4", True, True),
-        ("nvjet_sss_128x64", True, False),
-        ("nvjet_sm90_hsh_320x128_64x3_1x2_h_bz_coopB_TNT", True, True),
-        ("nvjet_sm90_sss_128x64", True, False),
-        ("ampere_bf16_s16816gemm_bf16_128x256_ldg8_f2f_stages_64x3_tn", True, True),
-        ("sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n_tilesize128x128x16", True, True),
-        ("ampere_sgemm_128x64_tn", True, False),
-        ("reduce_kernel", False, False),
-        ("_gather_dot_kernel", False, False),
+        ("mm", [[8, 16], [16, 64]], [FLOAT] * 2, 4 * (128 + 1024 + 512), 2 * 8192),
+        ("mm", [[8, 16], [16, 64]], ["c10::BFloat16"] * 2, 2 * 1664, 16384),
+        ("mm", [[8, 16], [16, 64], [8, 64]], [FLOAT] * 3, 4 * 1664, 16384),
+        ("addmm", [[64], [8, 16], [16, 64]], [FLOAT] * 3, 4 * (64 + 1664), 16384),
+        ("bmm", [[3, 2, 5], [3, 5, 4]], [FLOAT] * 2, 4 * (30 + 60 + 24), 240),
+        ("mv", [[8, 16], [16]], [FLOAT] * 2, 4 * (128 + 16 + 8), 128),
+        ("add", [[8, 64], [64], 1], [FLOAT, FLOAT, "Scalar"], 4 * 1088, 512),
+        ("add_", [[8, 64], [64], 1], [FLOAT, FLOAT, "Scalar"], 4 * 1088, 512),
+        ("gt", [[8, 64], 0], [FLOAT, "Scalar"], 4 * 512 + 512, 512),
+        ("copy_", [[8, 64], [8, 64], False], ["c10::BFloat16", FLOAT, ""], 1024 + 2048, 0),
+        ("zero_", [[8, 64]], [FLOAT], 2048, 0),
+        ("sum", [[8, 64], [0], True, None], [FLOAT, "", "", ""], 2048 + 256, 512),
+        ("_foreach_norm", [[[8], [4, 4]], 2.0, None], [LISTS, "Scalar", ""], 96 + 8, 24),
+        ("_foreach_mul_", [[[8], [4, 4]], []], [LISTS, FLOAT], 192 + 4, 24),
     ],
 )
-def test_gemms_are_known_by_name(name: str, gemm: bool, tensor_cores: bool):
-    assert (is_gemm(name), is_tensor_core_gemm(name)) == (gemm, tensor_cores)
+def test_work_of_operations_follows_from_their_arguments(
+    name: str, shapes: list[Any], types: list[str], bytes_: float, flops: float
+):
+    is_tensor = [kind == LISTS or kind in ("float", "c10::BFloat16") for kind in types]
+    if name == "addmm":
+        shapes, types, is_tensor = [*shapes, 1, 1], [*types, "", ""], [*is_tensor, False, False]
+    pairs = list(zip(shapes, is_tensor, strict=True))
+    constants = ["" if tensor or value is None else repr(value) for value, tensor in pairs]
+    dims = [shape if tensor else [] for shape, tensor in pairs]
+    work = operation_work(f"aten::{name}", json.dumps([dims, types, constants]))
+    assert work == (bytes_, flops)
 
 
-def test_result_shapes():
-    assert result_shape(op("aten::mm", [[8, 16], [16, 64]], [])) == (8, 64)
-    assert result_shape(op("aten::mm", [[8, 16], [16, 64], [8, 64]], [])) == (8, 64)
-    assert result_shape(op("aten::addmm", [[64], [8, 16], [16, 64]], [])) == (8, 64)
-    summed = op("aten::sum", [[8, 64], [], [], []], [], ["", "[0]", "True", ""])
-    assert result_shape(summed) == (64,)
-    assert result_shape(op("aten::sum", [[8, 64], []], [], ["", "[-1]", "False"])) == (8,)
-    assert result_shape(op("aten::add", [[64], [8, 64], []], [])) == (8, 64)
-    assert result_shape(op("aten::_foreach_mul_", [[[4], [8, 64]], []], [])) == (8, 64)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("aten::some_new_operation", [[[8, 64]], ["float"], [""]]),
+        ("_EncodeSelectedBackward", [[[8, 64]], ["float"], [""]]),
+        ("aten::add", [[], [], []]),
+        ("aten::t", [[[8, 64]], ["float"], [""]]),  # a view moves nothing
+        ("aten::nonzero", [[[8, 64]], ["float"], [""]]),  # depends on the data
+    ],
+)
+def test_work_that_is_not_known_is_not_made_up(name: str, arguments: list[Any]):
+    assert operation_work(name, json.dumps(arguments)) is None
 
 
-def test_traces_are_read_from_files(tmp_path: Path):
+def test_time_is_counted_once_and_kernels_share_their_operations_work():
     record = Recorder()
-    stock_step(record)
-    path = tmp_path / "trace.json.gz"
-    with gzip.open(path, "wt") as file:
-        json.dump({"schemaVersion": 1, "traceEvents": record.events}, file)
-    trace = Trace.load(path)
-    kernel = next(event for event in trace.device if event.name == "decoder_gemm")
-    assert kernel.launch is not None and kernel.launch.name == "cudaLaunchKernel"
-    assert [event.name for event in kernel.launch.chain()] == [
-        "cudaLaunchKernel",
-        "aten::mm",
-        "saelens_sparse::decode",
-        "saelens_sparse::step",
-    ]
-    assert places(trace)["grad_W_enc"] == "backward W_enc"
+    for start in (5000.0, 5100.0):
+        operation = record.op("aten::mm", [N, L], [L, D], kind="c10::Half")
+        with record.step(), record.range("saelens_sparse::decode"), operation:
+            record.kernel("split_gemm", 30.0, start)
+            record.kernel("reduce_of_gemm", 10.0, start + 25)  # begins before the other ends
+    trace = record.trace()
+    assert trace.n_steps == 2 and trace.ms_by("phase") == {"decode": pytest.approx(0.04)}
+    assert trace.busy_ms == pytest.approx(0.035)
+    rows = {row["name"]: row for row in kernel_rows(trace)}
+    bytes_ = 2 * (N * L + L * D + N * D)
+    assert rows["mm: split_gemm"]["bytes"] == pytest.approx(0.75 * bytes_)
+    assert rows["mm: reduce_of_gemm"]["bytes"] == pytest.approx(0.25 * bytes_)
+    assert rows["mm: split_gemm"]["flops"] == pytest.approx(0.75 * 2 * N * L * D)
+    assert rows["mm: split_gemm"]["tensor_cores"] and rows["mm: split_gemm"]["launches"] == 1
+    assert rows["mm: split_gemm"]["estimated_occupancy"] == 50
 
 
-def test_calls_that_lie_beside_their_operation_go_by_its_number():
+def test_kernels_ask_for_what_their_launch_declares():
     record = Recorder()
-    with record.range("saelens_sparse::step"):
-        fields = {"External id": 12}
-        with record.range("saelens_sparse::decode"), record.op("aten::mm", **fields):
-            pass
-        with record.around(
-            "cuda_runtime", "cudaLaunchKernel", correlation=1, **{"External id": 12}
-        ):
-            record.correlation = 1
-            record.on_device("decoder_gemm", 1.0)
-    assert places(record.trace()) == {"decoder_gemm": "decode"}
+    with record.step(), record.range("saelens_sparse::decode"):
+        for bytes_ in (1000, 3000):
+            with record.range(f"saelens_sparse::work {bytes_} 500"):
+                record.kernel("_gather_sum_kernel")
+        record.kernel("_undeclared_kernel")
+    declared, undeclared = kernel_rows(record.trace())
+    assert (declared["bytes"], declared["flops"], declared["phases"]) == (4000, 1000, ["decode"])
+    assert (undeclared["bytes"], undeclared["flops"]) == (None, None)
+
+
+def test_waits_are_found_by_phase():
+    record = Recorder()
+    with record.step(), record.range("saelens_sparse::encode"):
+        record.kernel("search")
+        for name in ("cudaStreamSynchronize", "cudaMemcpyAsync", "cudaStreamSynchronize"):
+            with record.around("cuda_runtime", name):
+                record.clock += 98
+    waits = record.trace().waits()
+    assert waits == {"cudaStreamSynchronize in encode": {"count": 2, "ms": pytest.approx(0.198)}}
+
+
+def test_memory_at_the_peak_is_what_the_step_has_not_given_back():
+    record = Recorder()
+    with record.step():
+        with record.range("saelens_sparse::encode"):
+            record.memory(400, address=1, total=1400)
+            record.memory(100, address=2, total=1500)
+        with record.range("saelens_sparse::decode"):
+            record.memory(-100, address=2, total=1400)
+            record.memory(50, address=3, total=1450)
+        with record.range("saelens_sparse::backward"):
+            record.kernel("gradients")
+            record.memory(300, address=4, total=1750)
+            record.memory(64, address=9, total=64, device=0)
+            record.memory(-300, address=4, total=1450)
+            record.memory(400, address=4, total=1850)
+        record.memory(-400, address=4, total=1450)
+    record.memory(9000, address=7, total=10450)
+    standing = {"parameters": 600, "optimizer's moments": 300}
+    made = {"made in encode": 400, "made in decode": 50, "gradients": 400}
+    assert peak_of(record.trace(), standing, {4}, on_cpu=False) == {
+        "traced_peak_bytes": 1850,
+        "peak_phase": "backward",
+        "parts_bytes": {**standing, "kept between steps": 100, **made},
+    }
+    on_cpu = peak_of(record.trace(), standing, set(), on_cpu=True)
+    assert on_cpu["parts_bytes"] == {**standing, "made in backward": 64}

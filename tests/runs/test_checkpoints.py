@@ -14,6 +14,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.activations_store import ActivationsStore
 
 from saelens_sparse import SparseTopKTrainingSAE
+from saelens_sparse.architectures import ARCHITECTURES, Architecture
 from tests.support.runs import (
     BATCH,
     BOTH,
@@ -55,35 +56,31 @@ except ImportError:
     pass
 else:
     raise SystemExit("the plugin was imported")
-folder, x, out = sys.argv[1:]
-sae = SAE.load_from_disk(folder)
-architecture = sae.cfg.architecture()
-assert type(sae).__module__ == f"sae_lens.saes.{architecture}_sae", type(sae)
-assert architecture in ("topk", "jumprelu")
-acts = sae.encode(torch.load(x))
-torch.save((acts, sae.decode(acts)), out)
+x, *folders = sys.argv[1:]
+for folder in folders:
+    sae = SAE.load_from_disk(folder)
+    acts = sae.encode(torch.load(x))
+    torch.save((type(sae).__name__, acts, sae.decode(acts)), folder + "/out.pt")
 """
 
 
-@pytest.mark.parametrize("architecture", ["topk_sparse", "jumprelu_sparse"])
-def test_output_opens_where_the_plugin_is_missing(
-    run: Run, tmp_path: Path, architecture: str
-) -> None:
-    runner = run(config_of(architecture), autocast=False)
-    sae, folder = runner.sae, str(runner.cfg.output_path)
+def test_output_opens_where_the_plugin_is_missing(run: Run, tmp_path: Path) -> None:
     x = torch.randn(7, D_MODEL)
     torch.save(x, tmp_path / "x.pt")
     (tmp_path / "script.py").write_text(OPEN_WITHOUT_PLUGIN)
-    arguments = [folder, tmp_path / "x.pt", tmp_path / "out.pt"]
+    runs = {name: run(config_of(name), autocast=False) for name in ARCHITECTURES}
+    folders = [str(runner.cfg.output_path) for runner in runs.values()]
     process = subprocess.run(
-        [sys.executable, tmp_path / "script.py", *arguments],
+        [sys.executable, tmp_path / "script.py", tmp_path / "x.pt", *folders],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    acts, recons = torch.load(tmp_path / "out.pt")
-    assert acts.any()
-    torch.testing.assert_close(acts, sae.encode(x))
-    torch.testing.assert_close(recons, sae(x))
+    for (name, runner), folder in zip(runs.items(), folders, strict=True):
+        kind, acts, recons = torch.load(Path(folder) / "out.pt")
+        assert kind == ARCHITECTURES[name].inference_sae.__name__
+        assert acts.any()
+        torch.testing.assert_close(acts, runner.sae.encode(x))
+        torch.testing.assert_close(recons, runner.sae(x))
 
 
 def test_runner_resumes(run: Run) -> None:
@@ -113,11 +110,11 @@ def test_runner_resumes(run: Run) -> None:
 
 @pytest.mark.parametrize("resumed", ["stock", "sparse"], ids="as-{}".format)
 @pytest.mark.parametrize("begun", ["stock", "sparse"], ids="from-{}".format)
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_runner_resumes_either_architecture(
-    run: Run, architecture: str, begun: str, resumed: str
+    run: Run, architecture: Architecture, begun: str, resumed: str
 ) -> None:
-    names = {"stock": architecture, "sparse": f"{architecture}_sparse"}
+    names = {"stock": architecture.stock, "sparse": architecture.name}
     first = run(config_of(names[begun]), n_checkpoints=1)
     checkpoint = str(checkpoints(first.cfg)[0])
     expected = run(config_of(names[begun]), resume_from_checkpoint=checkpoint).sae

@@ -27,7 +27,8 @@ from tests.support.runs import (
     sae_config,
     what_libraries_say,
 )
-from tests.support.saes import make_stock, make_trainer, sparse_like, stock_like, zipf_inputs
+from tests.support.saes import make_stock, sparse_like, stock_like, zipf_inputs
+from tests.support.trainers import make_trainer
 
 pytestmark = what_libraries_say
 

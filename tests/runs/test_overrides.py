@@ -16,10 +16,12 @@ from sae_lens import (
 )
 
 from saelens_sparse import SparseMultiSAETrainingRunner, SparseTrainingRunner
-from tests.conftest import Target
+from saelens_sparse.architectures import ARCHITECTURES
+from saelens_sparse.codes.step import StepContext
+from tests.support.architectures import Subject, architectures
 from tests.support.runs import BATCH, config_of, multi_config, runner_config, what_libraries_say
-from tests.support.saes import assert_same_training, superposed_rows
-from tests.training.test_trainer import make_trainer, own_trainer, pair, state_of, train
+from tests.support.saes import assert_same_training, make_stock, sparse_like, superposed_rows
+from tests.support.trainers import own_trainer, state_of, stock_trainer, train
 
 pytestmark = what_libraries_say
 N_STEPS = 4
@@ -74,17 +76,17 @@ def change(sae: Sae, name: str, way: str, patch: pytest.MonkeyPatch) -> list[int
 
 
 @pytest.mark.parametrize(("name", "way"), WAYS)
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+@architectures
 def test_is_called_once_a_step_and_trained(
-    architecture: str, name: str, way: str, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, name: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, sae = pair(architecture, Target("torch", "cpu", (torch.float32,)))
+    sae = subject.sparse(subject.stock())
     batches = [superposed_rows(sae, 32) for _ in range(N_STEPS)]
     options = {"dead_feature_window": 1}  # for Top-K's auxiliary loss
     unchanged = own_trainer(copy.deepcopy(sae), **options)
     train(unchanged, batches)
     states: list[dict[str, torch.Tensor]] = []
-    for make in (make_trainer, own_trainer):
+    for make in (stock_trainer, own_trainer):
         with monkeypatch.context() as patch:
             trained = copy.deepcopy(sae)
             calls = change(trained, name, way, patch)
@@ -98,28 +100,33 @@ def test_is_called_once_a_step_and_trained(
 
 
 class Missing:
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         return False
 
+    def renewed(self) -> Any:
+        return self
 
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+
+@architectures
 def test_is_never_given_an_incomplete_code(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, sae = pair(architecture, Target("torch", "cpu", (torch.float32,)))
+    sae = subject.sparse(subject.stock())
     batch = superposed_rows(sae, 32)
-    start = type(sae).start_training_forward_pass
+    propose = type(sae).propose
 
-    def incomplete(self: Sae, step_input: Any) -> Any:
-        output, _ = start(self, step_input)
-        output.loss = output.loss * 1e6
-        return output, [Missing()]
+    def incomplete(self: Sae, step_input: Any, step: StepContext) -> Any:
+        output = propose(self, step_input, step)
+        if step.instead_of is None:
+            output.loss = output.loss * 1e6
+            step.checks.append(Missing())
+        return output
 
     states: list[dict[str, torch.Tensor]] = []
     for finds_all in (True, False):
         with monkeypatch.context() as patch:
             if not finds_all:
-                patch.setattr(type(sae), "start_training_forward_pass", incomplete)
+                patch.setattr(type(sae), "propose", incomplete)
             trained = copy.deepcopy(sae)
             calls = change(trained, "training_forward_pass", "subclass", patch)
             trainer = own_trainer(trained)
@@ -132,7 +139,7 @@ def test_is_never_given_an_incomplete_code(
 
 def test_sparse_tensors_of_an_override_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of SAELens's own Top-K."""
-    _, sae = pair("topk", Target("torch", "cpu", (torch.float32,)))
+    sae = sparse_like(make_stock())
     batch = superposed_rows(sae, 32)
 
     def to_sparse(output: Any) -> Any:
@@ -141,7 +148,7 @@ def test_sparse_tensors_of_an_override_are_counted(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(CHANGES, "training_forward_pass", to_sparse)
     scores = []
-    for make in (make_trainer, own_trainer):
+    for make in (stock_trainer, own_trainer):
         trained = copy.deepcopy(sae)
         change(trained, "training_forward_pass", "instance", monkeypatch)
         trainer = make(trained)
@@ -154,7 +161,8 @@ def test_sparse_tensors_of_an_override_are_counted(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("compile_sae", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("way", ["subclass", "instance"])
 @pytest.mark.parametrize("name", ["training_forward_pass", "calculate_aux_loss"])
-@pytest.mark.parametrize("architecture", ["topk_sparse", "jumprelu_sparse"])
+@pytest.mark.pairwise
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_is_trained_by_the_runner(
     model: HookedSAETransformer,
     dataset: Dataset,
@@ -190,7 +198,7 @@ def test_is_trained_by_the_runner_of_several(
     trained = []
     for runner_class in (MultiSAETrainingRunner, SparseMultiSAETrainingRunner):
         torch.manual_seed(0)
-        configs = {name: config_of(name) for name in ("topk_sparse", "jumprelu_sparse")}
+        configs = {name: config_of(name) for name in ARCHITECTURES}
         saes = {name: TrainingSAE.from_dict(cfg.to_dict()) for name, cfg in configs.items()}
         calls = [change(sae, name, "instance", monkeypatch) for sae in saes.values()]
         runner = runner_class(
@@ -198,6 +206,6 @@ def test_is_trained_by_the_runner_of_several(
             override_model=model, override_dataset=dataset, override_saes=saes,
         )  # fmt: skip
         trained.append(runner.run())
-        assert [len(part) for part in calls] == [N_STEPS, N_STEPS]
+        assert [len(part) for part in calls] == [N_STEPS] * len(ARCHITECTURES)
     for architecture, sae in trained[0].items():
         assert_same_training(trained[1][architecture], sae)

@@ -20,6 +20,7 @@ from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file, save_file
 
 from saelens_sparse import SparseTrainingRunner
+from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.training.pretrained import load_pretrained
 from tests.support.runs import (
     BATCH,
@@ -116,7 +117,7 @@ def test_trains_what_the_config_says(
     assert_same_training(actual, expected)
 
 
-@pytest.mark.parametrize("architecture", ["topk_sparse", "jumprelu_sparse"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_starts_as_the_saved_sae_computes(
     saved: dict[tuple[str, str], Path], architecture: str
 ) -> None:

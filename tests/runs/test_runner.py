@@ -22,6 +22,7 @@ from sae_lens.config import LoggingConfig
 from sae_lens.registry import get_sae_training_class
 
 from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saelens_sparse.architectures import ARCHITECTURES
 from tests.support.runs import (
     BATCH,
     BOTH,
@@ -32,7 +33,7 @@ from tests.support.runs import (
     N_TOKENS,
     K,
     Run,
-    jumprelu_config,
+    config_of,
     multi_config,
     runner_config,
     sae_config,
@@ -135,8 +136,8 @@ def test_options_train_as_stock(run: Run, name: str) -> None:
 @pytest.mark.parametrize("name", JUMPRELU_RUN_OPTIONS)
 def test_jumprelu_options_train_as_stock(run: Run, name: str, implementation: str) -> None:
     sae_options, runner_options = JUMPRELU_RUN_OPTIONS[name]
-    stock = run(jumprelu_config("jumprelu", **sae_options), **runner_options).sae
-    cfg = jumprelu_config("jumprelu_sparse", **sae_options, implementation=implementation)
+    stock = run(config_of("jumprelu", **sae_options), **runner_options).sae
+    cfg = config_of("jumprelu_sparse", **sae_options, implementation=implementation)
     sparse = run(cfg, **runner_options).sae
     assert_same_run(sparse, stock)
 
@@ -245,3 +246,16 @@ def test_several_saes_beside_stock(
     loaded = SAE.load_from_disk(tmp_path / "output" / "wide")
     assert loaded.cfg.architecture() == "topk"
     assert loaded.cfg.k == 3
+
+
+def test_every_architecture_beside_its_stock(
+    model: HookedSAETransformer, dataset: Dataset, tmp_path: Path
+) -> None:
+    names = {one.name: one.stock for one in ARCHITECTURES.values()}
+    cfg = multi_config({name: config_of(name) for pair in names.items() for name in pair}, tmp_path)
+    runner = MultiSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
+    for sparse, stock in names.items():
+        runner.saes[sparse].load_state_dict(runner.saes[stock].state_dict())
+    saes = runner.run()
+    for sparse, stock in names.items():
+        assert_same_training(saes[sparse], saes[stock])

@@ -12,6 +12,7 @@ from sae_lens import HookedSAETransformer, MultiSAETrainingRunner
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_sparse import SparseTrainingRunner, cli
+from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.compare.options import parse_comparison
 from saelens_sparse.config.checks import check_training
 from saelens_sparse.config.files import load_config
@@ -73,7 +74,7 @@ def test_what_a_run_of_stock_writes_is_taken(run: Run, architecture: str) -> Non
 
 
 @pytest.mark.parametrize("normalize", ["expected_average_only_in", "layer_norm"])
-@pytest.mark.parametrize("architecture", ["topk_sparse", "jumprelu_sparse"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_our_runner_writes_is_taken(
     architecture: str,
     normalize: str,

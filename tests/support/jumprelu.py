@@ -8,7 +8,7 @@ import pytest
 import torch
 from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 
-from saelens_sparse import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
+from saelens_sparse import SparseJumpReLUTrainingSAE
 from tests.conftest import TARGETS, Target, marks
 from tests.support.saes import (
     FLOAT32,
@@ -17,6 +17,7 @@ from tests.support.saes import (
     compare_steps,
     forward_pass,
     randomize,
+    sparse_like,
     stock_like,
     superposed_rows,
 )
@@ -87,32 +88,8 @@ def make_jumprelu(
 def sparse_jumprelu(
     stock: JumpReLUTrainingSAE, implementation: str = "torch", **changes: Any
 ) -> SparseJumpReLUTrainingSAE:
-    """A sparse SAE with the configuration and the weights of `stock`.
-
-    Args:
-        stock: the SAE to copy.
-        implementation: as in the configuration, or "fused" for an SAE whose next call runs on
-            the fused dense path.
-        changes: other fields of the configuration.
-    """
-    fused = implementation == "fused"
-    cfg = {
-        **stock.cfg.to_dict(),
-        "architecture": "jumprelu_sparse",
-        "implementation": "auto" if fused else implementation,
-        **changes,
-    }
-    sparse = SparseJumpReLUTrainingSAE(SparseJumpReLUTrainingSAEConfig.from_dict(cfg))
-    sparse.load_state_dict(stock.state_dict())
-    if fused:
-        force_fused(sparse)
-    return sparse
-
-
-def force_fused(sae: SparseJumpReLUTrainingSAE) -> None:
-    """Make the next call run on the fused dense path: what `auto` does until it has measured."""
-    assert sae.cfg.implementation == "auto"
-    assert sae.implementation.name == "fused", sae.implementation.reason
+    """As `sparse_like`."""
+    return sparse_like(stock, implementation, **changes)
 
 
 def margin_of(precision: Precision) -> float:

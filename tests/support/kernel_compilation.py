@@ -4,6 +4,7 @@ The launchers run on tensors without data; what they would launch is recorded, a
 it for each card. Run as a program, where Triton is not told to interpret:
 
     python -m tests.support.kernel_compilation launches      # what is recorded, without compiling
+    python -m tests.support.kernel_compilation some          # as CI does: see `for_ci`
     python -m tests.support.kernel_compilation kernels       # a setting of each kernel, all cards
     python -m tests.support.kernel_compilation settings      # every setting
     python -m tests.support.kernel_compilation settings sm_90 gfx942
@@ -70,6 +71,9 @@ CARDS = {
     "gfx1100": Card("hip", "gfx1100", 64 * KIB, registers=1536, granule=24),
 }
 
+# The least shared memory, the most used, and the other backend with its warps of 64 threads.
+EVERY_KERNEL_FOR = ("sm_75", "sm_90", "gfx942")
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -111,22 +115,35 @@ class Launch:
     @property
     def setting(self) -> str:
         """What it is compiled for: options, and of each argument its dtype or kind."""
-        options = (f"{name}={value}" for name, value in self.options.items())
-        return " ".join([*options, *map(_kind, self.arguments)])
+        named = (
+            f"{name}={value if _is_compiled_in(name) else _kind(value)}"
+            for name, value in self.options.items()
+        )
+        return " ".join([*named, *map(_kind, self.arguments)])
 
     @property
     def size(self) -> int:
         """How much a program does at once, as far as its tiles tell."""
-        return math.prod(v for v in self.options.values() if type(v) is int)
+        tiles = (value for name, value in self.options.items() if _is_compiled_in(name))
+        return math.prod(value for value in tiles if type(value) is int)
+
+
+def _is_compiled_in(name: str) -> bool:
+    """Whether each value of an argument is compiled for: tiles have long names in capitals."""
+    return name == "num_warps" or (name.isupper() and len(name) > 1)
 
 
 def _kind(argument: Any) -> str:
-    """Dtype of a tensor; of a whole number what Triton tells apart, else a type."""
+    """Dtype of a tensor; of a whole number what Triton tells apart; else a type, or the value of a
+    compile-time argument.
+    """
     if isinstance(argument, torch.Tensor):
         return str(argument.dtype).removeprefix("torch.")
+    if isinstance(argument, tuple):
+        return f"({' '.join(map(_kind, argument))})"
     if type(argument) is int:
         return "1" if argument == 1 else "16n" if argument % 16 == 0 else "int"
-    return type(argument).__name__
+    return "float" if type(argument) is float else str(argument)
 
 
 @dataclass(frozen=True)
@@ -198,6 +215,9 @@ def recording(launches: list[Launch], warp_size: int) -> Generator[None]:
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         assert not warmup
+        # By position, whichever were given by name: compile-time arguments are the last ones.
+        named = [p.name for p in kernel.params[len(arguments) :] if not p.is_constexpr]
+        arguments += tuple(options.pop(name) for name in named if name in options)
         launches.append(Launch(kernel, arguments, tuple(grid), options))
 
     with (
@@ -219,10 +239,15 @@ def record_launches(shapes: list[Shape], warp_size: int = 32) -> list[Launch]:
 
 
 def _run_launchers(shape: Shape) -> None:
-    from saelens_sparse.ops import GatePattern, LatentOrder, RaggedRows, RowBlock, WeightCopy
-    from saelens_sparse.ops.activation.dense_kernels import dense_gate, dense_gate_gradients
-    from saelens_sparse.ops.activation.pairs_kernels import pair_gate, pair_gate_gradients
+    from saelens_sparse.ops.activation.dense_kernels import (
+        dense_jumprelu,
+        dense_jumprelu_gradients,
+    )
+    from saelens_sparse.ops.activation.pairs_kernels import jumprelu, jumprelu_gradients
+    from saelens_sparse.ops.pairs import LatentOrder, Rows
     from saelens_sparse.ops.rows import kernels as row_ops
+    from saelens_sparse.ops.rows import segment_kernels as segments
+    from saelens_sparse.ops.rows.block import RowBlock
     from saelens_sparse.ops.search.threshold_kernels import find_pattern
     from saelens_sparse.ops.search.topk_kernels import (
         MAX_KEEP_COLUMNS,
@@ -233,6 +258,7 @@ def _run_launchers(shape: Shape) -> None:
     from saelens_sparse.ops.update import row_gradient_kernels as row_gradient
     from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_update
     from saelens_sparse.ops.update.row_gradient import RowGradient
+    from saelens_sparse.ops.update.weight_cache import WeightCopy
 
     n, d_in, d_sae, k = shape.n_rows, shape.d_in, shape.d_sae, shape.k
     dtype, low = shape.dtype, shape.product_dtype
@@ -248,32 +274,29 @@ def _run_launchers(shape: Shape) -> None:
     for norms in (None, bias[:width]):
         topk_values(empty(n, width, dtype=low), bias[:width], norms, min(k, width))
 
-    pattern, _ = find_pattern(x, screened, bias, bias, 0.1, n * k, buffer_bytes)
-    assert isinstance(pattern, GatePattern)
-    pair_gate(pattern, bias)
+    pairs, _ = find_pattern(x, screened, bias, bias, 0.1, n * k, buffer_bytes)
+    jumprelu(bias, pairs)
     products = empty(n, d_sae, dtype=low)
-    dense_gate(products, bias, bias, 0.1, low)
+    dense_jumprelu(products, bias, bias, 0.1, low)
     for has_acts, has_l0, to_input in product((False, True), repeat=3):
         grad_l0 = empty(n) if has_l0 else None
-        grad_acts = pattern.pre_acts if has_acts else None
-        pair_gate_gradients(pattern, bias, 0.1, to_input, grad_acts, grad_l0)
+        grad_acts = pairs.pre_acts if has_acts else None
+        jumprelu_gradients(bias, pairs, 0.1, to_input, grad_acts, grad_l0)
         grad_acts = products if has_acts else None
-        dense_gate_gradients(products, bias, bias, 0.1, to_input, grad_acts, grad_l0)
+        dense_jumprelu_gradients(products, bias, bias, 0.1, to_input, grad_acts, grad_l0)
 
     batch, one = empty(n, d_in, dtype=dtype), empty(1)
     settings = AdamSettings(one, 0.9, 0.999, 1e-8)
     adam_update(bias, bias, bias, bias, one, one, settings)
-    pairs, keys = empty(n * k, dtype=torch.int64), empty(n * k, dtype=torch.int32)
-    latent_offsets = empty(d_sae + 1, dtype=torch.int64)
-    for ragged in (None, RaggedRows(empty(n + 1, dtype=torch.int64), keys)):
-        latents = pairs.view(n, k) if ragged is None else pairs
-        coefficients = torch.empty_like(latents, dtype=dtype)
+    latents, keys = empty(n * k, dtype=torch.int64), empty(n * k, dtype=torch.int32)
+    coefficients, latent_offsets = empty(n * k, dtype=dtype), empty(d_sae + 1, dtype=torch.int64)
+    for rows in (Rows.regular(n, k), Rows.ragged(empty(n + 1, dtype=torch.int64), keys)):
         for added in (None, empty(d_in, dtype=dtype)):
-            row_ops.gather_sum(coefficients, latents, weight, ragged, added)
-        row_ops.gather_dot(batch, latents, weight, ragged)
-        order = LatentOrder(pairs, keys, latent_offsets, k if ragged is None else 0, ragged)
-        row_ops.segment_sum(order, coefficients, batch, dtype)
-        row_ops.segment_totals(order, coefficients)
+            row_ops.gather_sum(coefficients, latents, rows, weight, added)
+        row_ops.gather_dot(batch, latents, rows, weight)
+        order = LatentOrder(latents, keys, latent_offsets, rows)
+        segments.segment_sum(order, coefficients, batch, dtype)
+        segments.segment_totals(order, coefficients)
         copies = [None, WeightCopy.of_norms(weight)]
         if low != dtype:
             copies.append(WeightCopy.of_rows(weight, low))
@@ -360,11 +383,21 @@ def largest(launches: list[Launch]) -> list[Launch]:
     return list({launch.name: launch for launch in by_size}.values())
 
 
-def _compile_part(job: tuple[str, bool, int, int]) -> list[Usage]:
+def for_ci(card: str, launches: list[Launch]) -> list[Launch]:
+    """All for the cards that differ most, and for each of the others some."""
+    if card in EVERY_KERNEL_FOR:
+        return launches
+    others = [name for name in CARDS if name not in EVERY_KERNEL_FOR]
+    return sorted(launches, key=lambda launch: launch.name)[others.index(card) :: len(others)]
+
+
+def _compile_part(job: tuple[str, str, int, int]) -> list[Usage]:
     """Every `n_parts`-th launch from `part` on."""
-    card, all_settings, part, n_parts = job
+    card, what, part, n_parts = job
     launches = record_launches(SHAPES, CARDS[card].warp_size)
-    launches = distinct(launches) if all_settings else largest(launches)
+    launches = distinct(launches) if what == "settings" else largest(launches)
+    if what == "some":
+        launches = for_ci(card, launches)
     return compile_launches(card, launches[part::n_parts])
 
 
@@ -376,9 +409,8 @@ def main(what: str, *cards: str) -> None:
             options = {name: str(value) for name, value in launch.options.items()}
             print(json.dumps({"kernel": launch.name, "grid": launch.grid, "options": options}))
         return
-    all_settings = what == "settings"
-    n_parts = 8 if all_settings else 1
-    jobs = list(product(cards or CARDS, (all_settings,), range(n_parts), (n_parts,)))
+    n_parts = 8 if what == "settings" else 1
+    jobs = list(product(cards or CARDS, (what,), range(n_parts), (n_parts,)))
     kernel_modules()  # imported once, before the processes part
     n_processes = len(os.sched_getaffinity(0))
     with (

@@ -6,6 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from saelens_sparse.choice.availability import Backend
+from saelens_sparse.ops.pairs import LatentOrder, Rows
+from saelens_sparse.ops.rows import operations
+
 
 @contextmanager
 def cublas_switch(name: str, value: bool) -> Generator[None]:
@@ -31,6 +35,46 @@ def random_latents(
         return torch.zeros(0, k, dtype=torch.int64, device=device)
     frequency = torch.ones(d_sae) if law == "uniform" else 1 / torch.arange(1.0, d_sae + 1)
     return torch.multinomial(frequency.expand(n_rows, d_sae), k).to(device)
+
+
+def order_of(latents: torch.Tensor, active: torch.Tensor, d_sae: int) -> LatentOrder:
+    """The active ones of latents `[n_rows, k]`, by latent."""
+    keys = latents.int().masked_fill(~active, d_sae)
+    return LatentOrder.of_keys(keys.flatten(), Rows.regular(*latents.shape), d_sae)
+
+
+def gather_sum(
+    coefficients: torch.Tensor,
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    backend: Backend,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`operations.gather_sum` of coefficients and latents `[n_rows, k]`."""
+    rows = Rows.regular(*latents.shape)
+    return operations.gather_sum(
+        coefficients.flatten(), latents.flatten(), rows, weight, backend, bias
+    )
+
+
+def gather_dot(
+    batch: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, backend: Backend
+) -> torch.Tensor:
+    """`operations.gather_dot` at latents `[n_rows, k]`."""
+    rows = Rows.regular(*latents.shape)
+    dots = operations.gather_dot(batch, latents.flatten(), rows, weight, backend)
+    return dots.view_as(latents)
+
+
+def segment_sum(
+    order: LatentOrder,
+    coefficients: torch.Tensor,
+    batch: torch.Tensor,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.segment_sum` of coefficients `[n_rows, k]`."""
+    return operations.segment_sum(order, coefficients.flatten(), batch, dtype, backend)
 
 
 def dense_code(latents: torch.Tensor, coefficients: torch.Tensor, d_sae: int) -> torch.Tensor:

@@ -54,23 +54,22 @@ def sae_config(config_class: Config = SparseTopKTrainingSAEConfig, **options: An
     return config_class(**settings)
 
 
-def jumprelu_config(architecture: str, **options: Any) -> Any:
-    """A configuration that goes from half of the latents to few, in float64: no rounding of the
-    encoder decides a gate.
-    """
+# Rounding decides nothing in these runs; a JumpReLU goes from half of its latents to few.
+FIELDS: dict[str, dict[str, Any]] = {
+    "topk": {"k": K},
+    "jumprelu": {
+        "dtype": "float64", "jumprelu_bandwidth": 0.2, "l0_coefficient": 0.3,
+        "l0_warm_up_steps": 4, "pre_act_loss_coefficient": 3e-3,
+    },
+}  # fmt: skip
+
+
+def config_of(architecture: str, **options: Any) -> Any:
+    """A configuration of an architecture, stock or sparse."""
     _, config_class = get_sae_training_class(architecture)
-    settings: dict[str, Any] = {
-        "d_in": D_MODEL, "d_sae": D_SAE, "dtype": "float64", "jumprelu_bandwidth": 0.2,
-        "l0_coefficient": 0.3, "l0_warm_up_steps": 4, "pre_act_loss_coefficient": 3e-3, **options,
-    }  # fmt: skip
+    fields = FIELDS.get(architecture.removesuffix("_sparse"), {})
+    settings: dict[str, Any] = {"d_in": D_MODEL, "d_sae": D_SAE, **fields, **options}
     return config_class(**settings)
-
-
-def config_of(architecture: str) -> Any:
-    """A configuration of any architecture, stock or sparse."""
-    if architecture.startswith("jumprelu"):
-        return jumprelu_config(architecture)
-    return sae_config(get_sae_training_class(architecture)[1])
 
 
 def runner_config(

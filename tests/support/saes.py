@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig, TrainingSAE
-from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
-from sae_lens.training.sae_trainer import SAETrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from saelens_sparse import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.codes.on_demand import OnDemandTensor
 from tests.conftest import TARGETS, Target, marks, target_parameters
 
@@ -96,25 +94,39 @@ def make_stock(
     return sae
 
 
-def sparse_like(
-    stock: TopKTrainingSAE, implementation: str = "torch", **changes: Any
-) -> SparseTopKTrainingSAE:
-    """A sparse SAE with the configuration and the weights of `stock`."""
-    cfg = {**stock.cfg.to_dict(), "architecture": "topk_sparse", **changes}
-    sparse = SparseTopKTrainingSAE(
-        SparseTopKTrainingSAEConfig.from_dict({**cfg, "implementation": implementation})
-    )
+def sparse_like(stock: TrainingSAE[Any], implementation: str = "torch", **changes: Any) -> Any:
+    """A sparse SAE with the configuration and the weights of `stock`.
+
+    Args:
+        stock: the SAE to copy.
+        implementation: as in the configuration, or "fused" for an `auto` that begins with the
+            fused dense products.
+        changes: other fields of the configuration.
+    """
+    name = stock.cfg.architecture()
+    (architecture,) = (one for one in ARCHITECTURES.values() if one.stock == name)
+    fused = implementation == "fused"
+    cfg = {
+        **stock.cfg.to_dict(),
+        "architecture": architecture.name,
+        "implementation": "auto" if fused else implementation,
+        **changes,
+    }
+    sparse: Any = architecture.sae(architecture.config.from_dict(cfg))
     sparse.load_state_dict(stock.state_dict())
+    if fused:
+        assert sparse.implementation.name == "fused", sparse.implementation.reason
     return sparse
 
 
 def stock_like(sae: TrainingSAE[Any], dtype: torch.dtype = torch.float64) -> Any:
     """A stock SAE in another dtype with the values of the weights of `sae`."""
-    architecture = sae.cfg.architecture().removesuffix("_sparse")
-    stock_class, config_class = get_sae_training_class(architecture)
+    name = sae.cfg.architecture()
+    name = ARCHITECTURES[name].stock if name in ARCHITECTURES else name
+    stock_class, config_class = get_sae_training_class(name)
     cfg = {
         **sae.cfg.to_dict(),
-        "architecture": architecture,
+        "architecture": name,
         "dtype": str(dtype).removeprefix("torch."),
     }
     stock = stock_class(config_class.from_dict(cfg))
@@ -263,6 +275,12 @@ def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
     return (value - oracle).norm().item()
 
 
+def require_same_gradients(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    values = gradients(actual)
+    for name, value in gradients(expected).items():
+        assert error(values[name], value) <= 1e-5 * value.norm(), name
+
+
 def parameters(sae: torch.nn.Module) -> dict[str, torch.Tensor]:
     return on_cpu(dict(sae.named_parameters()))
 
@@ -332,93 +350,6 @@ def compare_steps(
     }
     factor = 3.0 if narrow else 2.0
     require_within_budget(sparse_values, stock_values, oracle, precision.eps, factor, floors)
-
-
-def make_trainer(sae: TrainingSAE[Any], batches: Any = None, **cfg: Any) -> SAETrainer[Any, Any]:
-    """SAELens's own trainer, logging nothing."""
-    settings: dict[str, Any] = {
-        "total_training_samples": 10_000_000,
-        "train_batch_size_samples": 32,
-        "device": str(sae.device),
-        "lr": 1e-3,
-        "lr_end": 1e-4,
-        "logger": LoggingConfig(log_to_wandb=False),
-        **cfg,
-    }
-    return SAETrainer(SAETrainerConfig(**settings), sae, iter(batches or ()))
-
-
-def trajectory(sae: TrainingSAE[Any], batches: list[torch.Tensor], **options: Any) -> Values:
-    """Losses, statistics and final parameters of steps of SAELens's trainer."""
-    trainer = make_trainer(sae, **{"dead_feature_window": 3, "lr": 3e-3, **options})
-    steps: list[Values] = []
-    for batch in batches:
-        n_dead = trainer.dead_neurons.sum()
-        output = trainer.step(batch.to(sae.dtype))
-        trainer.n_training_steps += 1
-        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-        step = {"loss": output.loss, **output.losses, "n_dead": n_dead}
-        step["l0"] = torch.tensor(log["metrics/l0"])
-        threshold = getattr(sae, "threshold", None)
-        if threshold is not None:
-            step["lowest threshold"] = threshold.min()
-        steps.append(on_cpu(step))
-    stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    final = {
-        **{f"final {name}": parameter for name, parameter in sae.named_parameters()},
-        "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired,
-        "act_freq_scores": trainer.act_freq_scores,
-    }
-    return {**stacked, **on_cpu(final)}
-
-
-def structured_batches(
-    n_steps: int, n_rows: int, d_in: int, dtype: torch.dtype = torch.float32
-) -> list[torch.Tensor]:
-    """Sparse sums of 64 random directions with Zipf-like frequencies, and a little noise."""
-    directions = torch.nn.functional.normalize(torch.randn(64, d_in), dim=-1)
-    presence = (torch.arange(1, 65) ** -0.7).clamp(max=0.9)
-    batches = []
-    for _ in range(n_steps):
-        strengths = (torch.rand(n_rows, 64) < presence) * (0.5 * torch.randn(n_rows, 64)).exp()
-        batches.append((strengths @ directions + 0.02 * torch.randn(n_rows, d_in)).to(dtype))
-    return batches
-
-
-def training_curve(
-    sae: TrainingSAE[Any], batches: list[torch.Tensor], **options: Any
-) -> list[dict[str, Any]]:
-    """What SAELens logs at each step of a whole training, and more.
-
-    That is the mean "threshold", what the step "ran on", and the norm of each "gradient of"
-    a parameter that the optimizer got, thus after clipping.
-    """
-    n_steps, n_rows = len(batches), len(batches[0])
-    settings = {
-        "total_training_samples": n_steps * n_rows,
-        "train_batch_size_samples": n_rows,
-        "dead_feature_window": 30,
-    }
-    trainer = make_trainer(sae, **{**settings, **options})
-    norms: dict[str, float] = {}
-
-    def measure_gradients(*_: Any) -> None:
-        norms.update({name: value.norm().item() for name, value in gradients(sae).items()})
-
-    trainer.optimizer.register_step_pre_hook(measure_gradients)
-    logs: list[dict[str, Any]] = []
-    for x in batches:
-        implementation = getattr(sae, "implementation", None)
-        output = trainer.step(x)
-        trainer.n_training_steps += 1
-        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples) | norms
-        if implementation is not None:
-            log["ran on"] = implementation.name
-        threshold = getattr(sae, "threshold", None)
-        if threshold is not None:
-            log["threshold"] = threshold.mean().item()
-        logs.append(log)
-    return logs
 
 
 class LargestTensor(TorchDispatchMode):

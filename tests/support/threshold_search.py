@@ -6,15 +6,70 @@ from dataclasses import dataclass, replace
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import GatePattern, start_find_pattern
-from saelens_sparse.ops.search.threshold import PendingPattern
+from saelens_sparse.ops.pairs import ActivePairs
+from saelens_sparse.ops.search.found import FoundPairs
+from saelens_sparse.ops.search.threshold import search_above_threshold
 
 BUFFER_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """What a search for pairs found, and their numbers as it told them.
+
+    Attributes:
+        latents: `[n_pairs]`, as all but the following.
+        offsets: `[n_rows + 1]`.
+        row_counts: `[n_rows]`.
+        totals: number of pairs, and of active ones.
+    """
+
+    latents: torch.Tensor
+    keys: torch.Tensor
+    pre_acts: torch.Tensor
+    offsets: torch.Tensor
+    rows: torch.Tensor
+    row_counts: torch.Tensor
+    totals: tuple[int, int]
+
+    @classmethod
+    def of(cls, pairs: ActivePairs, totals: tuple[int, int]) -> "Pattern":
+        rows = pairs.rows
+        assert rows.k is None and rows.offsets is not None and rows.of_pairs is not None
+        assert pairs.row_counts is not None
+        assert pairs.rows_recomputed == 0
+        return cls(
+            pairs.latents, pairs.keys, pairs.pre_acts, rows.offsets, rows.of_pairs,
+            pairs.row_counts, totals,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that is queued on the device."""
+
+    found: FoundPairs
+
+    @property
+    def pattern(self) -> Pattern:
+        """As many of the pairs as there was room for."""
+        return Pattern.of(self.found.pairs, _totals(self.found))
+
+    def result(self) -> Pattern:
+        """All pairs."""
+        found = self.found.complete()
+        return Pattern.of(found.pairs, _totals(found))
+
+
+def _totals(found: FoundPairs) -> tuple[int, int]:
+    assert found.totals is not None
+    n_pairs, n_active = found.totals.values().tolist()
+    return n_pairs, n_active
+
+
+@dataclass(frozen=True)
 class Problem:
-    """Arguments of `start_find_pattern`, float32 on the CPU unless moved."""
+    """Arguments of `search_above_threshold`, float32 on the CPU unless moved."""
 
     x: torch.Tensor  # [n_rows, d_in]
     weight: torch.Tensor  # [d_sae, d_in]
@@ -41,13 +96,14 @@ class Problem:
 
     def start(
         self, backend: Backend, capacity: int | None = None, buffer_bytes: int = BUFFER_BYTES
-    ) -> PendingPattern:
-        """The pending pattern; there is room for all pairs unless told otherwise."""
+    ) -> Search:
+        """The search; there is room for all pairs unless told otherwise."""
         capacity = self.n_rows * self.d_sae if capacity is None else capacity
-        return start_find_pattern(
+        found = search_above_threshold(
             self.x, self.weight, self.bias, self.threshold, self.bandwidth, capacity, backend,
             buffer_bytes,
         )  # fmt: skip
+        return Search(found)
 
 
 def plain(n_rows: int, d_in: int, d_sae: int) -> Problem:
@@ -204,7 +260,7 @@ class Expected:
 
 def assert_pattern(
     problem: Problem,
-    pattern: GatePattern,
+    pattern: Pattern,
     compute_dtype: torch.dtype | None = None,
     clear: float = 0.9,
 ) -> None:
@@ -218,7 +274,7 @@ def assert_pattern(
     """
     n_rows, d_sae = problem.n_rows, problem.d_sae
     expected = Expected.of(problem, compute_dtype)
-    offsets = pattern.ragged.offsets
+    offsets = pattern.offsets
     assert (offsets.dtype, offsets.shape) == (torch.int64, (n_rows + 1,))
     assert offsets[0] == 0
     lengths = offsets.diff()
@@ -227,7 +283,7 @@ def assert_pattern(
     for values, dtype in (
         (pattern.latents, torch.int64),
         (pattern.keys, torch.int32),
-        (pattern.ragged.rows, torch.int32),
+        (pattern.rows, torch.int32),
         (pattern.pre_acts, expected.pre_acts_dtype),
     ):
         assert values.dtype == dtype
@@ -236,14 +292,14 @@ def assert_pattern(
         assert not values.requires_grad
     # Beyond the last row there is nothing.
     assert (pattern.keys[n_pairs:] == d_sae).all()
-    assert not pattern.ragged.rows[n_pairs:].any()
+    assert not pattern.rows[n_pairs:].any()
     assert not pattern.pre_acts[n_pairs:].any()
 
     latents, keys, pre_acts = (
         values[:n_pairs] for values in (pattern.latents, pattern.keys, pattern.pre_acts)
     )
     rows = torch.arange(n_rows, device=offsets.device).repeat_interleave(lengths)
-    assert torch.equal(pattern.ragged.rows[:n_pairs].long(), rows)
+    assert torch.equal(pattern.rows[:n_pairs].long(), rows)
     assert (latents >= 0).all() and (latents < d_sae).all()
     place = rows * d_sae + latents
     assert (place.diff() > 0).all()  # rows in order, and ascending within a row
@@ -275,19 +331,19 @@ def assert_pattern(
     assert pattern.totals == (n_pairs, int(pattern.row_counts.sum()))
 
 
-def tensors_of(pattern: GatePattern) -> list[torch.Tensor]:
+def tensors_of(pattern: Pattern) -> list[torch.Tensor]:
     """All that belongs to the rows of a pattern."""
-    n_pairs = int(pattern.ragged.offsets[-1])
-    pairs = (pattern.latents, pattern.keys, pattern.pre_acts, pattern.ragged.rows)
+    n_pairs = int(pattern.offsets[-1])
+    pairs = (pattern.latents, pattern.keys, pattern.pre_acts, pattern.rows)
     return [
         *(values[:n_pairs] for values in pairs),
-        pattern.ragged.offsets,
+        pattern.offsets,
         pattern.row_counts,
         torch.tensor(pattern.totals),
     ]
 
 
-def assert_same_bits(a: GatePattern, b: GatePattern) -> None:
+def assert_same_bits(a: Pattern, b: Pattern) -> None:
     for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
         assert x.dtype == y.dtype
         assert torch.equal(x, y)

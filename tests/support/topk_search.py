@@ -6,15 +6,39 @@ from dataclasses import dataclass
 import torch
 
 from saelens_sparse.choice.availability import Backend
-from saelens_sparse.ops import Selection, select_topk
+from saelens_sparse.ops.pairs import ActivePairs
+from saelens_sparse.ops.search.found import FoundPairs
+from saelens_sparse.ops.search.topk import search_topk
 from tests.support.ops import assert_within_budget
 
 BUFFER_BYTES = 64 * 2**20
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a search for the top k found, by row, with the scores; each `[n_rows, k]`."""
+
+    latents: torch.Tensor
+    pre_acts: torch.Tensor
+    scores: torch.Tensor
+    keys: torch.Tensor
+    rows_recomputed: int = 0
+
+    @classmethod
+    def of(cls, pairs: ActivePairs, norms: torch.Tensor | None) -> "Selection":
+        assert pairs.rows.k is not None
+        assert pairs.row_counts is None  # those that take part in sums are active
+        latents, pre_acts, keys = (
+            part.view(pairs.rows.n_rows, pairs.rows.k)
+            for part in (pairs.latents, pairs.pre_acts, pairs.keys)
+        )
+        scores = pre_acts if norms is None else pre_acts * norms[latents]
+        return cls(latents, pre_acts, scores, keys, pairs.rows_recomputed)
+
+
 @dataclass
 class Problem:
-    """Arguments of `select_topk`, float32 unless moved."""
+    """Arguments of `search_topk`, float32 unless moved."""
 
     x: torch.Tensor  # [n_rows, d_in]
     weight: torch.Tensor  # [d_sae, d_in]
@@ -32,10 +56,13 @@ class Problem:
             self.k,
         )
 
-    def select(self, backend: Backend, buffer_bytes: int = BUFFER_BYTES) -> Selection:
-        return select_topk(
+    def search(self, backend: Backend, buffer_bytes: int = BUFFER_BYTES) -> FoundPairs:
+        return search_topk(
             self.x, self.weight, self.bias, self.norms, self.k, backend, buffer_bytes
         )
+
+    def select(self, backend: Backend, buffer_bytes: int = BUFFER_BYTES) -> Selection:
+        return Selection.of(self.search(backend, buffer_bytes).complete().pairs, self.norms)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Pre-activations and scores `[n_rows, d_sae]` of the dense encoder."""

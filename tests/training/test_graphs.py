@@ -6,10 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse.training.graphs import STEPS_BEFORE, GraphedPass, _warn_once, can_record, gains
+from saelens_sparse.training.graphs import (
+    STEPS_BEFORE,
+    GraphedPass,
+    _warn_once,
+    can_record,
+    is_faster_as_graph,
+)
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.support.saes import make_stock, sparse_like, superposed_rows
-from tests.training.test_trainer import own_trainer, state_of, train
+from tests.support.trainers import own_trainer, state_of, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.default_algorithms]
 
@@ -37,7 +43,7 @@ def test_is_the_same_training_bit_for_bit(autocast: bool, buffers: bool) -> None
         trainer.sae.cfg.gradient_buffers = buffers
         losses.append(train(trainer, batches))
         states.append(state_of(trainer))
-        assert (trainer._graph is not None) == graph
+        assert (trainer._graphs.current is not None) == graph
     assert losses[0] == losses[1]
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
@@ -46,7 +52,7 @@ def test_is_the_same_training_bit_for_bit(autocast: bool, buffers: bool) -> None
 def test_outputs_outlive_the_next_step_or_say_that_they_do_not() -> None:
     trainer, batches = trainer_and_batches(STEPS_BEFORE + 3)
     train(trainer, batches[: STEPS_BEFORE + 2])
-    assert trainer._graph is not None
+    assert trainer._graphs.current is not None
     output = trainer.step(batches[0])
     kept = output.loss.item(), output.sae_out.clone(), output.losses["mse_loss"].item()
     l0 = output.feature_acts.bool().float().sum(-1)
@@ -105,7 +111,7 @@ def test_whoever_hooks_in_is_called() -> None:
     trainer, batches = trainer_and_batches(STEPS_BEFORE + 4)
     train(trainer, batches[:-1])
     sae: Any = trainer.sae
-    assert gains(sae)
+    assert is_faster_as_graph(sae)
     assert can_record(sae, batches[0])
     calls: list[int] = []
     sae.hook_sae_input.add_hook(lambda value, hook: calls.append(1))  # noqa: ARG005
@@ -139,7 +145,7 @@ def test_whoever_overrides_a_part_is_called_in_each_step(
         return original(*args, **options)
 
     train(trainer, batches[: STEPS_BEFORE + 2])
-    assert trainer._graph is not None
+    assert trainer._graphs.current is not None
     if way == "instance":
         setattr(sae, name, counting)
     elif way == "class":
@@ -181,7 +187,7 @@ def test_a_rest_that_cannot_be_recorded_is_done(name: str, monkeypatch: pytest.M
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         train(trainer, batches)
     monkeypatch.undo()
-    assert trainer._graph is not None
+    assert trainer._graphs.current is not None
     reference, _ = trainer_and_batches(0, graph=False)
     train(reference, batches)
     for part, value in state_of(trainer).items():
@@ -213,16 +219,16 @@ def test_a_failed_recording_costs_nothing_but_the_graph(monkeypatch: pytest.Monk
     original = GraphedPass._run
 
     def synchronizing(self: GraphedPass) -> Any:
-        output = original(self)
-        output[0].loss.item()
-        return output
+        recorded = original(self)
+        recorded.output.loss.item()
+        return recorded
 
     monkeypatch.setattr(GraphedPass, "_run", synchronizing)
     _warn_once.cache_clear()
     trainer, batches = trainer_and_batches(STEPS_BEFORE + 5)
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         train(trainer, batches)
-    assert trainer._graph is None
+    assert trainer._graphs.current is None
     assert torch.randn(3, device="cuda").isfinite().all()
     reference, _ = trainer_and_batches(0, graph=False)
     train(reference, batches)
@@ -237,4 +243,4 @@ def test_records_while_an_earlier_output_is_alive() -> None:
     for batch in batches:
         output = trainer.step(batch)
     assert output is not None
-    assert trainer._graph is not None
+    assert trainer._graphs.current is not None

@@ -9,10 +9,10 @@ from tests.support.saes import (
     assert_same_training,
     forward_pass,
     make_stock,
-    make_trainer,
     sparse_like,
     zipf_inputs,
 )
+from tests.support.trainers import make_trainer
 
 
 def test_adam_is_fused_unless_told_otherwise() -> None:

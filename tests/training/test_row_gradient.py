@@ -7,19 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse.ops import LatentOrder, RaggedRows, RowBlock, RowGradient, WeightCopy, row_norms
+from saelens_sparse.codes.on_demand import code_of
+from saelens_sparse.codes.step import Offer, RowGradients, current_step, offer_to
+from saelens_sparse.ops.pairs import LatentOrder, Rows
+from saelens_sparse.ops.rows.block import RowBlock
+from saelens_sparse.ops.rows.operations import row_norms
 from saelens_sparse.ops.update.adam_kernels import AdamSettings
+from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, SumLaunch
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.conftest import Target, target_parameters
+from tests.support.architectures import Subject, subjects
 from tests.support.saes import make_stock, sparse_like, superposed_rows
-from tests.training.test_trainer import own_trainer, pair, state_of, train
+from tests.support.trainers import own_trainer, state_of, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:The AccumulateGrad node")
 
 LR, BETA1, BETA2, EPS = 0.01, 0.9, 0.999, 1e-8
 STEP, DIVISOR = 3, 1.7
 
+KERNELS = frozenset({"triton-interpreter", "triton-cuda"})
 kernels = pytest.mark.parametrize(
     "target", [p for p in target_parameters(interpreted=True) if p.values[0].backend == "triton"]
 )
@@ -28,7 +36,7 @@ kernels = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def pairs_of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """The SAEs of these tests have few latents."""
-    monkeypatch.setattr("saelens_sparse.architectures.base.MAX_PAIRS_PER_LATENT", 1e9)
+    monkeypatch.setattr("saelens_sparse.codes.step.MAX_PAIRS_PER_LATENT", 1e9)
 
 
 def make_gradient(
@@ -44,12 +52,12 @@ def make_gradient(
     if ragged:
         lengths = torch.randint(1, k + 1, (n_rows,))
         inside = torch.arange(k) < lengths[:, None]
-        rows = RaggedRows.of_lengths(lengths.to(target.device))
-        keys = latents[inside].int().to(target.device)
-        order = LatentOrder.of_keys(keys, d_sae, rows)
-        coefficients = coefficients[inside]
+        rows = Rows.of_lengths(lengths.to(target.device))
+        latents, coefficients = latents[inside], coefficients[inside]
     else:
-        order = LatentOrder.of_keys(latents.int().to(target.device), d_sae)
+        rows = Rows.regular(n_rows, k)
+        latents, coefficients = latents.flatten(), coefficients.flatten()
+    order = LatentOrder.of_keys(latents.int().to(target.device), rows, d_sae)
     some = RowBlock(torch.tensor([20, 4, 0], device=target.device), 5) if block else None
     added = torch.randn(5, d, device=target.device) if block else None
     return RowGradient(
@@ -61,8 +69,8 @@ def exact_rows(gradient: RowGradient) -> torch.Tensor:
     """The gradient in float64, summed pair by pair."""
     order = gradient.order
     rows = torch.zeros(order.d_sae + 1, gradient.batch.shape[1], dtype=torch.float64)
-    coefficients = gradient.coefficients.flatten()[order.pairs].double().cpu()
-    batch = gradient.batch.double().cpu()[order.rows_of(order.pairs).cpu()]
+    coefficients = gradient.coefficients[order.pairs].double().cpu()
+    batch = gradient.batch.double().cpu()[order.rows.of(order.pairs).cpu()]
     rows.index_add_(0, order.keys.long().cpu(), coefficients[:, None] * batch)
     if gradient.block is not None and gradient.block_gradient is not None:
         latents = gradient.block.latents.cpu()
@@ -81,6 +89,7 @@ def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @kernels
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("launch")
 @pytest.mark.parametrize("ragged", [False, True], ids=["k a row", "ragged"])
 @pytest.mark.parametrize("block", [False, True], ids=["no block", "block"])
@@ -129,58 +138,64 @@ def test_a_copy_is_known_to_be_stale() -> None:
     weight = torch.nn.Parameter(torch.randn(6, 4))
     rounded = WeightCopy.of_rows(weight, torch.bfloat16)
     assert not rounded.is_of(weight)
-    rounded.version = weight._version
+    rounded.is_written()
     assert rounded.is_of(weight)
     with torch.no_grad():
         weight.mul_(2)
     assert not rounded.is_of(weight)
-    rounded.version = weight._version
+    rounded.is_written()
     weight.data = weight.data.clone()
     assert not rounded.is_of(weight)
 
 
 def train_both_ways(
-    target: Target, architecture: str, n_steps: int, **settings: Any
+    subject: Subject, n_steps: int, *, autocast: bool, **settings: Any
 ) -> list[SparseSAETrainer]:
     """Trainers with and without buffers for gradients, after the same steps."""
     trainers: list[SparseSAETrainer] = []
     for buffers in (True, False):
         torch.manual_seed(0)
-        _, sparse = pair(architecture, target)
+        sparse = subject.sparse(subject.stock())
         sparse.cfg.gradient_buffers = buffers
         sparse.cfg.cuda_graph = False
-        trainer = own_trainer(sparse, **settings)
+        trainer = own_trainer(sparse, autocast=autocast, **settings)
         torch.manual_seed(1)
-        batches = [superposed_rows(sparse, target.few_rows(32)) for _ in range(n_steps)]
+        n_rows = subject.target.few_rows(32)
+        batches = [superposed_rows(sparse, n_rows) for _ in range(n_steps)]
         train(trainer, batches)
         trainers.append(trainer)
     return trainers
+
+
+def reads_decoder_norms(sae: Any) -> bool:
+    return getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
 
 
 def rows_of(sae: Any, name: str) -> torch.Tensor:
     return sae.W_enc.T if name == "W_enc" else sae.W_dec
 
 
-@kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_trains_as_with_buffers(target: Target, architecture: str, dtype: torch.dtype) -> None:
+@subjects(KERNELS)
+def test_trains_as_with_buffers(subject: Subject, dtype: torch.dtype) -> None:
     """With latents that die at once, so that AuxK adds rows to the gradients."""
-    n_steps = 2 if target.interpreted else 40
+    n_steps = 40
+    if subject.target.interpreted:
+        n_steps = 2 if subject.traits.steps_interpreted else 1
     with_buffers, without = train_both_ways(
-        target, architecture, n_steps, dead_feature_window=0, autocast=dtype == torch.bfloat16
+        subject, n_steps, dead_feature_window=0, autocast=dtype == torch.bfloat16
     )
     assert without.dead_neurons.any()
     expected, actual = state_of(with_buffers), state_of(without)
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
-    assert not with_buffers._copies
+    assert not with_buffers.optimizer.weights.copies
     expected_copies = {"W_enc"} if dtype == torch.bfloat16 else set()
-    expected_copies |= {"W_dec"} if architecture == "topk" else set()
-    sae = without.sae
-    assert {name for name, copy in without._copies.items() if copy.is_of(rows_of(sae, name))} == (
-        expected_copies
-    )
+    expected_copies |= {"W_dec"} if reads_decoder_norms(without.sae) else set()
+    copies = without.optimizer.weights.copies
+    assert len(copies) == len(expected_copies)
+    for name in expected_copies:
+        assert any(copy.is_of(rows_of(without.sae, name)) for copy in copies), name
 
 
 @kernels
@@ -227,23 +242,51 @@ def test_a_weight_with_another_use_gets_both_gradients(target: Target) -> None:
         assert (states[1][name] - value).norm() <= 1e-5 * value.norm() + 1e-7, name
 
 
-@kernels
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_a_frozen_weight_stays_and_counts_for_nothing(target: Target, architecture: str) -> None:
+@subjects(KERNELS)
+def test_a_frozen_weight_stays_and_counts_for_nothing(subject: Subject) -> None:
     states: list[dict[str, torch.Tensor]] = []
     for buffers in (True, False):
         torch.manual_seed(0)
-        _, sparse = pair(architecture, target)
+        sparse = subject.sparse(subject.stock())
         sparse.cfg.gradient_buffers, sparse.cfg.cuda_graph = buffers, False
         sparse.W_enc.requires_grad_(False)
         before = sparse.W_enc.detach().clone()
         trainer = own_trainer(sparse)
         torch.manual_seed(1)
-        train(trainer, [superposed_rows(sparse, target.few_rows(32)) for _ in range(2)])
+        n_rows = subject.target.few_rows(32)
+        train(trainer, [superposed_rows(sparse, n_rows) for _ in range(2)])
         assert torch.equal(sparse.W_enc, before)
         states.append({name: p.detach().double() for name, p in sparse.named_parameters()})
     for name, value in states[0].items():
         assert (states[1][name] - value).norm() <= 1e-6 * value.norm() + 1e-9, name
+
+
+@kernels
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_the_decoder_of_another_sae_keeps_its_gradient(target: Target, architecture: str) -> None:
+    decoders: list[torch.Tensor] = []
+    for buffers in (True, False):
+        torch.manual_seed(0)
+        (_, sparse), (_, other) = pair(architecture, target), pair(architecture, target)
+        # Counted alike, so that nothing but the decoder itself tells one from the other.
+        assert sparse.W_dec._version == other.W_dec._version
+        sparse.cfg.gradient_buffers, sparse.cfg.cuda_graph = buffers, False
+        if architecture == "topk":
+            sparse.cfg.rescale_acts_by_decoder_norm = False
+        own_loss = sparse.calculate_aux_loss
+
+        def with_other(own_loss: Any = own_loss, other: Any = other, **of_step: Any) -> Any:
+            recons = other.decode(of_step["feature_acts"])
+            apart = (recons - of_step["step_input"].sae_in).pow(2).mean()
+            return {**own_loss(**of_step), "apart": apart}
+
+        sparse.calculate_aux_loss = with_other
+        torch.manual_seed(1)
+        train(own_trainer(sparse), [superposed_rows(sparse, target.few_rows(32))])
+        assert other.W_dec.grad is not None
+        decoders += [sparse.W_dec.detach(), other.W_dec.grad]
+    for held, summed in zip(decoders[:2], decoders[2:], strict=True):
+        assert (summed - held).norm() <= 1e-6 * held.norm()
 
 
 @kernels
@@ -268,9 +311,11 @@ def test_what_a_step_leaves_behind(target: Target) -> None:
     sparse.cfg.cuda_graph = False
     trainer = own_trainer(sparse)
     output = trainer.step(superposed_rows(stock, target.few_rows(32)))
-    assert sparse.copies is None
-    assert sparse.row_gradients is None
-    assert trainer.optimizer.row_gradients == {}
+    assert current_step(sparse) is None
+    assert offer_to(sparse) == Offer()
+    code = code_of(output.feature_acts)
+    assert code is not None
+    assert code.step.offer.row_gradients == RowGradients({"W_enc": [], "W_dec": []}, is_open=False)
     assert output.loss.grad_fn is not None
 
 
@@ -287,7 +332,7 @@ def test_many_pairs_a_latent_go_through_buffers(
     pairs_per_latent = len(batch) * stock.cfg.k / stock.cfg.d_sae
     # The optimizer's own hooks may run twice where it leaves the update to PyTorch.
     for limit in (1.01 * pairs_per_latent, 0.99 * pairs_per_latent):
-        monkeypatch.setattr("saelens_sparse.architectures.base.MAX_PAIRS_PER_LATENT", limit)
+        monkeypatch.setattr("saelens_sparse.codes.step.MAX_PAIRS_PER_LATENT", limit)
         train(trainer, [batch])
     assert not held[0]
     assert all(held[1:])

@@ -2,94 +2,30 @@
 
 import copy
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TrainingSAE
-from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.training.sae_trainer import SAETrainer
-from torch.optim import Adam
+from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.config import LoggingConfig
+from sae_lens.saes.sae import TrainStepInput
 
-from saelens_sparse.architectures.parameters import mark_parameter
-from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_update
-from saelens_sparse.training.optimizer import ClippingAdam, prepare_optimizers
+from saelens_sparse.codes.step import StepContext
 from saelens_sparse.training.trainer import SparseSAETrainer
-from tests.conftest import Target, target_parameters
-from tests.support.jumprelu import make_jumprelu, sparse_jumprelu
+from tests.support.architectures import ON_CPU, SPARSE, Subject, subjects
 from tests.support.saes import make_stock, sparse_like, stock_like, superposed_rows
+from tests.support.trainers import N_ROWS, own_trainer, state_of, stock_trainer, train
 
-N_ROWS = 32
-Trainer = SAETrainer[Any, Any]
-
-
-def make_trainer(sae: TrainingSAE[Any], **settings: Any) -> Trainer:
-    settings = {
-        "total_training_samples": 200 * N_ROWS,
-        "train_batch_size_samples": N_ROWS,
-        "device": str(sae.device),
-        "lr": 1e-3,
-        "lr_end": 1e-5,
-        "lr_warm_up_steps": 20,
-        "lr_decay_steps": 60,
-        "dead_feature_window": 15,
-        "logger": LoggingConfig(log_to_wandb=False),
-        **settings,
-    }
-    return SAETrainer(SAETrainerConfig(**settings), sae, iter(()))
-
-
-def own_trainer(sae: TrainingSAE[Any], **settings: Any) -> SparseSAETrainer:
-    return SparseSAETrainer.taking_over(make_trainer(sae, **settings))
-
-
-def train(trainer: Trainer, batches: list[torch.Tensor]) -> list[float]:
-    losses = []
-    for batch in batches:
-        losses.append(trainer.step(batch.to(trainer.sae.dtype)).loss.item())
-        trainer.n_training_steps += 1
-    return losses
-
-
-def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """All that a step changes."""
-    state = {name: value.detach() for name, value in trainer.sae.named_parameters()}
-    for parameter, moments in zip(
-        state, trainer.optimizer.state_dict()["state"].values(), strict=True
-    ):
-        state = state | {f"{parameter} {name}": value for name, value in moments.items()}
-    counts = ("act_freq_scores", "n_forward_passes_since_fired")
-    state |= {name: getattr(trainer, name) for name in counts}
-    state["samples"] = torch.tensor([trainer.n_training_samples, trainer.n_frac_active_samples])
-    return {name: value.double().cpu() for name, value in state.items()}
-
-
-def pair(architecture: str, target: Target, **options: Any) -> tuple[Any, Any]:
-    """A stock SAE and a sparse one with its weights."""
-    if architecture == "topk":
-        stock = make_stock(device=target.device, **options)
-        return stock, sparse_like(stock, target.backend)
-    stock = make_jumprelu(device=target.device, **options)
-    return stock, sparse_jumprelu(stock, target.backend)
-
-
-architectures = pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-# Kernels of the step itself have their own tests.
-everywhere = pytest.mark.parametrize("target", target_parameters(interpreted=False))
+architectures = subjects(SPARSE)
 
 
 class TestTrainer:
-    @everywhere
     @architectures
     @pytest.mark.parametrize("strength", [1.0, 1e-3], ids=["clipped", "not clipped"])
-    def test_200_steps_end_where_stock_s_do(
-        self, architecture: str, target: Target, strength: float
-    ) -> None:
-        options = {"l0_coefficient": strength**2} if architecture == "jumprelu" else {}
-        stock, sparse = pair(architecture, target, **options)
+    def test_200_steps_end_where_stock_s_do(self, subject: Subject, strength: float) -> None:
+        stock = subject.stock(**subject.traits.reconstruction_alone if strength < 1 else {})
+        sparse = subject.sparse(stock)
         with torch.no_grad():
             for sae, (name, parameter) in itertools.product(
                 (stock, sparse), stock.named_parameters()
@@ -98,8 +34,8 @@ class TestTrainer:
                     getattr(sae, name).mul_(strength)
         batches = [strength * superposed_rows(stock, N_ROWS) for _ in range(200)]
         # Stock in float64; how far float32 strays from it is the tolerance.
-        reference = make_trainer(stock_like(stock))
-        trainers = [reference, make_trainer(stock), own_trainer(sparse)]
+        reference = stock_trainer(stock_like(stock))
+        trainers = [reference, stock_trainer(stock), own_trainer(sparse)]
         norms: list[float] = []
         reference.optimizer.register_step_pre_hook(
             lambda optimizer, *_: norms.append(gradient_norm(optimizer))
@@ -115,23 +51,20 @@ class TestTrainer:
             assert (actual[name] - value).norm() <= 3 * stray + floor, name
         assert losses[2] == pytest.approx(losses[0], rel=1e-3)
 
-    @everywhere
     @architectures
-    def test_takes_over_in_the_middle(
-        self, architecture: str, target: Target, tmp_path: Path
-    ) -> None:
+    def test_takes_over_in_the_middle(self, subject: Subject, tmp_path: Path) -> None:
         """Ours, then stock's trainer, then ours: the state passes on whole."""
-        _, sparse = pair(architecture, target)
+        sparse = subject.sparse(subject.stock())
         batches = [superposed_rows(sparse, N_ROWS) for _ in range(9)]
         start = {name: value.clone() for name, value in sparse.state_dict().items()}
-        expected = make_trainer(sparse)
+        expected = stock_trainer(sparse)
         train(expected, batches)
         expected = state_of(expected)
 
         sparse.load_state_dict(start)
-        trainer = make_trainer(sparse)
+        trainer = stock_trainer(sparse)
         for index, ours in enumerate((True, False, True)):
-            trainer = make_trainer(sparse)
+            trainer = stock_trainer(sparse)
             if index:
                 trainer.load_trainer_state(tmp_path)
             if ours:
@@ -142,10 +75,9 @@ class TestTrainer:
         for name, value in state_of(trainer).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
-    @everywhere
     @architectures
-    def test_resumes_bit_for_bit(self, architecture: str, target: Target, tmp_path: Path) -> None:
-        _, sparse = pair(architecture, target)
+    def test_resumes_bit_for_bit(self, subject: Subject, tmp_path: Path) -> None:
+        sparse = subject.sparse(subject.stock())
         batches = [superposed_rows(sparse, N_ROWS) for _ in range(6)]
         start = {name: value.clone() for name, value in sparse.state_dict().items()}
         whole = own_trainer(sparse)
@@ -156,7 +88,7 @@ class TestTrainer:
         first = own_trainer(sparse)
         train(first, batches[:3])
         first.save_trainer_state(tmp_path)
-        resumed = make_trainer(sparse)
+        resumed = stock_trainer(sparse)
         resumed.load_trainer_state(tmp_path)
         taken_over, resumed = resumed, SparseSAETrainer.taking_over(resumed)
         assert taken_over.optimizer is resumed.optimizer  # moments are held once
@@ -165,14 +97,12 @@ class TestTrainer:
         for name, value in state_of(resumed).items():
             assert torch.equal(value, expected[name]), name
 
-    @everywhere
     @architectures
-    def test_what_it_saves_is_what_stock_saves(
-        self, architecture: str, target: Target, tmp_path: Path
-    ) -> None:
-        stock, sparse = pair(architecture, target)
+    def test_what_it_saves_is_what_stock_saves(self, subject: Subject, tmp_path: Path) -> None:
+        stock = subject.stock()
+        sparse = subject.sparse(stock)
         states = []
-        for name, trainer in (("stock", make_trainer(stock)), ("own", own_trainer(sparse))):
+        for name, trainer in (("stock", stock_trainer(stock)), ("own", own_trainer(sparse))):
             train(trainer, [superposed_rows(stock, N_ROWS)])
             trainer.save_trainer_state(tmp_path / name)
             states.append(torch.load(tmp_path / name / "trainer_state.pt"))
@@ -190,8 +120,8 @@ class TestTrainer:
 
     def test_nothing_of_what_it_takes_over_is_lost(self) -> None:
         """Whatever SAELens's trainer has, now or in a later release, both have."""
-        _, sparse = pair("topk", Target("torch", "cpu", (torch.float32,)))
-        trainer: Any = make_trainer(sparse)
+        sparse = sparse_like(make_stock())
+        trainer: Any = stock_trainer(sparse)
         trainer.of_a_later_release = object()
         names = {name for name in vars(trainer) if name not in ("optimizer", "lr_scheduler")}
         before = {name: getattr(trainer, name) for name in names}
@@ -205,7 +135,7 @@ class TestTrainer:
         assert SparseSAETrainer.taking_over(own) is own
 
     def test_a_step_that_fails_is_not_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        _, sparse = pair("topk", Target("torch", "cpu", (torch.float32,)))
+        sparse = sparse_like(make_stock())
         trainer = own_trainer(sparse)
         train(trainer, [superposed_rows(sparse, N_ROWS)])
         before = state_of(trainer)
@@ -220,12 +150,12 @@ class TestTrainer:
         for name, value in state_of(trainer).items():
             assert torch.equal(value, before[name]), name
 
-    @architectures
-    def test_says_in_which_steps_saelens_logs(self, architecture: str) -> None:
-        _, sparse = pair(architecture, Target("torch", "cpu", (torch.float32,)))
+    @subjects(ON_CPU)
+    def test_says_in_which_steps_saelens_logs(self, subject: Subject) -> None:
+        sparse = subject.sparse(subject.stock())
         batches = [superposed_rows(sparse, N_ROWS) for _ in range(7)]
         said: list[list[bool]] = []
-        for make, log_to_wandb in itertools.product((make_trainer, own_trainer), (True, False)):
+        for make, log_to_wandb in itertools.product((stock_trainer, own_trainer), (True, False)):
             trained, steps = copy.deepcopy(sparse), []
             original = trained.training_forward_pass
 
@@ -243,7 +173,7 @@ class TestTrainer:
     def test_other_architectures_train_as_in_stock(self) -> None:
         batches = [torch.randn(N_ROWS, 12) for _ in range(5)]
         states = []
-        for make in (make_trainer, own_trainer):
+        for make in (stock_trainer, own_trainer):
             torch.manual_seed(1)
             sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=12, d_sae=48))
             trainer = make(sae)
@@ -252,11 +182,10 @@ class TestTrainer:
         for name, value in states[0].items():
             assert torch.equal(value, states[1][name]), name
 
-    @architectures
-    def test_an_incomplete_code_is_never_trained_on(self, architecture: str) -> None:
+    @subjects(ON_CPU)
+    def test_an_incomplete_code_is_never_trained_on(self, subject: Subject) -> None:
         """The step is taken again, and counts once."""
-        target = Target("torch", "cpu", (torch.float32,))
-        _, sparse = pair(architecture, target)
+        sparse = subject.sparse(subject.stock())
         batch = superposed_rows(sparse, N_ROWS)
         start = {name: value.clone() for name, value in sparse.state_dict().items()}
         expected = own_trainer(sparse)
@@ -264,20 +193,27 @@ class TestTrainer:
         expected = state_of(expected)
 
         sparse.load_state_dict(start)
-        original: Callable[[TrainStepInput], Any] = sparse.start_training_forward_pass
+        original, asked_at_once = sparse.propose, list[bool]()
 
         class Missing:
-            def holds(self) -> bool:
+            def passed(self) -> bool:
                 return False
 
-        def incomplete(step_input: TrainStepInput) -> tuple[TrainStepOutput, list[Missing]]:
-            output, _ = original(step_input)
-            output.loss = output.loss * 1e6
-            return output, [Missing()]
+            def renewed(self) -> Any:
+                return self
 
-        sparse.start_training_forward_pass = incomplete
+        def incomplete(step_input: TrainStepInput, step: StepContext) -> Any:
+            asked_at_once.append(step.asks_at_once)
+            output = original(step_input, step)
+            if not step.asks_at_once:
+                output.loss = output.loss * 1e6
+                step.checks.append(Missing())
+            return output
+
+        sparse.propose = incomplete
         trainer = own_trainer(sparse)
         train(trainer, [batch])
+        assert asked_at_once == [False, True]
         for name, value in state_of(trainer).items():
             assert torch.equal(value, expected[name]), name
 
@@ -285,148 +221,3 @@ class TestTrainer:
 def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item()
-
-
-def parameters(
-    dtype: torch.dtype, device: torch.device, *, marked: bool = True
-) -> list[torch.nn.Parameter]:
-    """Two matrices, one with rows that are not the first dimension of its memory, and a vector."""
-    torch.manual_seed(0)
-    values = [torch.randn(30, 47), torch.randn(47, 30).T, torch.randn(1030)]
-    made = [torch.nn.Parameter(value.to(device, dtype)) for value in values]
-    for parameter in made if marked else ():
-        mark_parameter(parameter, True)
-    return made
-
-
-class TestClippingAdam:
-    @everywhere
-    @pytest.mark.parametrize("max_norm", [1e-2, 1e9], ids=["clipped", "not clipped"])
-    @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999)], ids=str)
-    @pytest.mark.parametrize("marked", [True, False], ids=["fused", "as it is"])
-    def test_is_clipping_and_then_adam(
-        self, target: Target, max_norm: float, betas: tuple[float, float], marked: bool
-    ) -> None:
-        prepare_optimizers()
-        for dtype in target.dtypes:
-            device = torch.device(target.device)
-            actual = parameters(dtype, device, marked=marked)
-            expected = parameters(torch.float64, device, marked=False)
-            yardstick = parameters(dtype, device, marked=False)
-            optimizer = ClippingAdam(actual, max_norm=max_norm, lr=1e-2, betas=betas)
-            references = [Adam(made, lr=1e-2, betas=betas) for made in (expected, yardstick)]
-            for _ in range(5):
-                for trio in zip(actual, expected, yardstick, strict=True):
-                    gradient = torch.randn_like(trio[0])
-                    for parameter in trio:
-                        parameter.grad = torch.empty_like(parameter).copy_(gradient)
-                optimizer.step()
-                for made, reference in zip((expected, yardstick), references, strict=True):
-                    torch.nn.utils.clip_grad_norm_(made, max_norm)
-                    reference.step()
-            eps = torch.finfo(dtype).eps
-            for ours, exact, theirs in zip(actual, expected, yardstick, strict=True):
-                allowed = 2 * (theirs - exact).norm() + 4 * eps * exact.norm()
-                assert (ours - exact).norm() <= allowed
-                state = optimizer.state[ours]
-                assert state["step"].item() == 5
-                assert state["exp_avg"].stride() == ours.stride()
-
-    @everywhere
-    def test_a_nan_and_an_infinity_go_where_they_do_in_stock(self, target: Target) -> None:
-        prepare_optimizers()
-        for bad in (float("nan"), float("inf")):
-            results = []
-            for clipping in (True, False):
-                made = parameters(torch.float32, torch.device(target.device), marked=clipping)
-                for parameter in made:
-                    parameter.grad = torch.ones_like(parameter)
-                assert made[0].grad is not None
-                made[0].grad[3, 4] = bad
-                if clipping:
-                    ClippingAdam(made, max_norm=1.0).step()
-                else:
-                    torch.nn.utils.clip_grad_norm_(made, 1.0)
-                    Adam(made).step()
-                results.append([parameter.isnan() for parameter in made])
-            for ours, theirs in zip(*results, strict=True):
-                assert torch.equal(ours, theirs)
-
-    @everywhere
-    def test_parameters_without_a_gradient_stay_as_they_are(self, target: Target) -> None:
-        made = parameters(torch.float32, torch.device(target.device))
-        before = made[1].detach().clone()
-        optimizer = ClippingAdam(made, max_norm=1.0)
-        optimizer.step()
-        for index in (0, 2):
-            made[index].grad = torch.ones_like(made[index])
-        optimizer.step()
-        assert torch.equal(made[1], before)
-        assert len(optimizer.state_dict()["state"]) == 2
-
-    @everywhere
-    def test_tells_autograd_that_parameters_changed(self, target: Target) -> None:
-        made = parameters(torch.float32, torch.device(target.device))
-        for parameter in made:
-            parameter.grad = torch.ones_like(parameter)
-        versions = [parameter._version for parameter in made]
-        ClippingAdam(made, max_norm=1.0).step()
-        assert all(p._version > version for p, version in zip(made, versions, strict=True))
-
-    @everywhere
-    @pytest.mark.parametrize(
-        "settings", [{"weight_decay": 0.5}, {"maximize": True}, {"amsgrad": True}], ids=str
-    )
-    def test_other_settings_of_adam_are_obeyed(
-        self, target: Target, settings: dict[str, Any]
-    ) -> None:
-        prepare_optimizers()
-        device = torch.device(target.device)
-        ours, theirs = (
-            parameters(torch.float32, device, marked=marked) for marked in (True, False)
-        )
-        clipping = ClippingAdam(ours, max_norm=1e-2, lr=1e-2, **settings)
-        reference = Adam(theirs, lr=1e-2, **settings)
-        for _ in range(3):
-            for a, b in zip(ours, theirs, strict=True):
-                a.grad = torch.empty_like(a).copy_(torch.randn_like(a))
-                b.grad = a.grad.clone()
-            clipping.step()
-            torch.nn.utils.clip_grad_norm_(theirs, 1e-2)
-            reference.step()
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-    def test_survives_a_copy(self) -> None:
-        made = parameters(torch.float32, torch.device("cpu"))
-        optimizer = copy.deepcopy(ClippingAdam(made, max_norm=2.0))
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        assert optimizer.max_norm == 2.0
-
-    def test_a_closure_is_refused(self) -> None:
-        optimizer = ClippingAdam(parameters(torch.float32, torch.device("cpu")), max_norm=1.0)
-        with pytest.raises(ValueError, match="closure must be None"):
-            optimizer.step(lambda: 0.0)
-
-
-@pytest.mark.parametrize("n", [1, 1023, 1024, 5000])
-def test_adam_update(target: Target, n: int) -> None:
-    if target.backend != "triton":
-        pytest.skip("a kernel")
-    for dtype, betas in itertools.product(target.dtypes, [(0.9, 0.999), (0.0, 0.99)]):
-        p, g, m, v = (torch.randn(n, device=target.device, dtype=dtype) for _ in range(4))
-        v = v.square()
-        (beta1, beta2), step, divisor, lr, eps = betas, 3, 1.7, 0.02, 1e-8
-        first = beta1 * m.double() + (1 - beta1) * g.double() / divisor
-        second = beta2 * v.double() + (1 - beta2) * (g.double() / divisor) ** 2
-        change = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + eps)
-        expected = (p.double() - lr * change, first, second)
-        scalars = [torch.tensor(x, device=target.device) for x in (float(step), divisor, lr)]
-        settings = AdamSettings(scalars[2], beta1, beta2, eps)
-        adam_update(p, g, m, v, scalars[0], scalars[1], settings)
-        for actual, value in zip((p, m, v), expected, strict=True):
-            distance = (actual.double() - value).norm()
-            assert distance <= 8 * torch.finfo(dtype).eps * value.norm(), (dtype, betas)

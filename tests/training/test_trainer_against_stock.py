@@ -11,7 +11,12 @@ import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
 from tests.conftest import Target
-from tests.support.architectures import ALL_OR_NO_OPTIONS, ON_CPU, Arm, arms
+from tests.support.architectures import (
+    ALL_OR_NO_OPTIONS,
+    NOT_INTERPRETED,
+    Subject,
+    subjects,
+)
 from tests.support.jumprelu import MODES, every_fast_path, make_case, make_jumprelu, sparse_jumprelu
 from tests.support.saes import (
     AUTOCAST,
@@ -20,18 +25,15 @@ from tests.support.saes import (
     FLOAT64,
     Precision,
     make_stock,
-    make_trainer,
     not_interpreted,
     require_within_budget,
     shrunk_to_float64,
     sparse_like,
     stock_like,
-    structured_batches,
     superposed_rows,
-    training_curve,
-    trajectory,
     zipf_inputs,
 )
+from tests.support.trainers import make_trainer, structured_batches, training_curve, trajectory
 
 COUNTS = ("l0", "n_dead", "n_forward_passes_since_fired", "act_freq_scores")
 
@@ -41,7 +43,9 @@ def test_topk_steps_stay_together(target: Target, options: dict[str, Any]) -> No
     dtype = torch.float64 if torch.float64 in target.dtypes else torch.float32
     n_steps = 25 if dtype == torch.float64 else 6
     stock = make_stock(device=target.device, dtype=dtype, **options)
-    batches = [zipf_inputs(stock, 32) for _ in range(n_steps - 1)] + [zipf_inputs(stock, 17)]
+    n_rows = target.few_rows(32)
+    batches = [zipf_inputs(stock, n_rows) for _ in range(n_steps - 1)]
+    batches.append(zipf_inputs(stock, n_rows // 2 + 1))
     sparse = trajectory(sparse_like(stock, target.backend), batches)
     oracle = trajectory(stock_like(stock), batches)
     yardstick = trajectory(stock_like(stock, torch.float32), batches)
@@ -105,22 +109,24 @@ def test_jumprelu_steps_stay_together(target: Target, options: dict[str, Any]) -
     require_within_budget(sparse, yardstick, oracle, FLOAT32.eps)
 
 
-@arms(precisions=(BFLOAT16, AUTOCAST), options={"topk": ALL_OR_NO_OPTIONS, "jumprelu": MODES})
-def test_steps_in_low_precision(arm: Arm, precision: Precision, options: dict[str, Any]) -> None:
+@pytest.mark.pairwise
+@subjects(NOT_INTERPRETED, precisions=(BFLOAT16, AUTOCAST), options="few")
+def test_steps_in_low_precision(
+    subject: Subject, precision: Precision, options: dict[str, Any]
+) -> None:
     """Ten steps drift from float64 at most twice as far as stock's, for the mean of the losses."""
-    if arm.architecture == "topk":
-        options = {"k": 8, **options}
-    stock = arm.stock(precision, d_in=32, d_sae=256, **options)
-    rows = zipf_inputs if arm.architecture == "topk" else superposed_rows
-    batches = [rows(stock, 256) for _ in range(10)]
+    stock = subject.stock(precision, d_in=32, d_sae=256, **options)
+    with torch.no_grad():
+        stock.b_enc[::8] = -30.0  # dead, for the loss that revives them
+    batches = [superposed_rows(stock, 256) for _ in range(10)]
     oracle = trajectory(stock_like(stock), batches)
     # Before stock is trained in place.
-    sparse = arm.sparse(stock)
+    sparse = subject.sparse(stock)
     expected, actual = (
         trajectory(sae, batches, autocast=precision.autocast) for sae in (stock, sparse)
     )
-    if arm.architecture == "topk":
-        assert oracle["auxiliary_reconstruction_loss"].max() > 0
+    losses = [value for name, value in oracle.items() if name.endswith("_loss")]
+    assert all(value.max() > 0 for value in losses), "a term of the loss was not tested"
     left_out = ("n_dead", "n_forward_passes_since_fired", "lowest threshold")
     actual, expected, oracle = (
         {name: value for name, value in values.items() if name not in left_out}
@@ -147,30 +153,24 @@ def test_thresholds_below_zero_are_clamped_at_the_next_step_as_in_stock(target: 
 
 @pytest.mark.parametrize("second", ["stock", "sparse"])
 @pytest.mark.parametrize("first", ["stock", "sparse"])
-@arms(topk=ON_CPU)
+@subjects(NOT_INTERPRETED)
 def test_checkpoint_continues_bit_for_bit_or_to_rounding(
-    arm: Arm, first: str, second: str, tmp_path: Path
+    subject: Subject, first: str, second: str, tmp_path: Path
 ) -> None:
     """Four steps, a checkpoint, four more; against eight steps in one go."""
-    if arm.architecture == "topk":
-        precision, options, tolerance, of_moments = FLOAT32, {}, 1e-5, 1e-5
-    else:
-        # Rounding to float32 moves gates within eight steps. Thresholds and their moments stay
-        # in float32.
-        if torch.float64 not in arm.target.dtypes:
-            pytest.skip("rounding to float32 moves gates within eight steps")
-        options = {"l0_warm_up_steps": 6, "jumprelu_bandwidth": 0.2}
-        precision, tolerance, of_moments = FLOAT64, 1e-6, 1e-5
-    stock = arm.stock(precision, **options)
-    rows = zipf_inputs if arm.architecture == "topk" else superposed_rows
-    batches = [rows(stock, 32) for _ in range(8)]
+    # Rounding to float32 moves gates within eight steps. Thresholds and their moments stay in it.
+    if torch.float64 not in subject.target.dtypes:
+        pytest.skip("rounding to float32 moves gates within eight steps")
+    precision, tolerance, of_moments = FLOAT64, 1e-6, 1e-5
+    stock = subject.stock(precision)
+    batches = [superposed_rows(stock, 32) for _ in range(8)]
     settings = {
         "dead_feature_window": 2, "total_training_samples": 256, "lr_decay_steps": 6,
         "train_batch_size_samples": 32,
     }  # fmt: skip
 
     def make(name: str) -> Any:
-        return stock_like(stock, precision.dtype) if name == "stock" else arm.sparse(stock)
+        return stock_like(stock, precision.dtype) if name == "stock" else subject.sparse(stock)
 
     def train(trainer: Any, batches: list[torch.Tensor]) -> None:
         for x in batches:
@@ -198,7 +198,7 @@ def test_checkpoint_continues_bit_for_bit_or_to_rounding(
     train(resumed, batches[4:])
 
     # Nothing is rounded otherwise, unless what ran before decides what runs next.
-    if first == second and arm.target.backend != "fused":
+    if first == second and subject.target.backend != "fused":
         tolerance, of_moments = 0, 0
     for name, expected in whole.sae.named_parameters():
         parameter = getattr(sae, name)
@@ -244,15 +244,19 @@ def with_latents_reordered(stock: TopKTrainingSAE) -> TopKTrainingSAE:
 # Under autocast two runs of the same stock SAE, with its latents in another order, end half a
 # percent apart, so that only means over seeds tell anything.
 @pytest.mark.parametrize(
-    ("autocast", "n_seeds"), [(False, 2), (True, 12)], ids=["float32", "autocast"]
+    ("autocast", "n_seeds", "n_steps"),
+    [(False, 2, 200), (True, 12, 100)],
+    ids=["float32", "autocast"],
 )
 @not_interpreted
-def test_training_curves_of_topk_coincide(target: Target, autocast: bool, n_seeds: int) -> None:
+def test_training_curves_of_topk_coincide(
+    target: Target, autocast: bool, n_seeds: int, n_steps: int
+) -> None:
     d_in, d_sae = 64, 128
     curves: dict[str, list[dict[str, float]]] = {"stock": [], "reordered": [], "sparse": []}
     for seed in range(n_seeds):
         torch.manual_seed(seed)
-        batches = structured_batches(n_steps=200, n_rows=128, d_in=d_in)
+        batches = structured_batches(n_steps=n_steps, n_rows=128, d_in=d_in)
         # SAELens's own initialisation.
         stock = TopKTrainingSAE(
             TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=8, device=target.device)

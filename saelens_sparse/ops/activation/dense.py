@@ -7,7 +7,7 @@ import torch
 from saelens_sparse.ops.common.backend import Backend
 
 
-def dense_gate(
+def dense_jumprelu(
     products: torch.Tensor,
     bias: torch.Tensor,
     threshold: torch.Tensor,
@@ -31,20 +31,20 @@ def dense_gate(
         window, and how many are active.
     """
     if backend == "triton":
-        from saelens_sparse.ops.activation import dense_kernels as dense_gate_triton
+        from saelens_sparse.ops.activation import dense_kernels
 
-        return dense_gate_triton.dense_gate(products, bias, threshold, bandwidth, acts_dtype)
+        return dense_kernels.dense_jumprelu(products, bias, threshold, bandwidth, acts_dtype)
     pre_acts = products + bias
-    gate = threshold.to(pre_acts.dtype)
-    active = pre_acts > gate
+    limit = threshold.to(pre_acts.dtype)
+    active = pre_acts > limit
     row_counts = active.sum(1, dtype=torch.int32)
     latent_counts = active.sum(0, dtype=torch.int32)
-    n_pairs = (pre_acts <= gate - bandwidth / 2).logical_not_().sum()  # a NaN is a pair
+    n_pairs = (pre_acts <= limit - bandwidth / 2).logical_not_().sum()  # a NaN is a pair
     acts = pre_acts.mul_(active).to(acts_dtype)
     return acts, row_counts, latent_counts, torch.stack([n_pairs, row_counts.sum()])
 
 
-def dense_gate_gradients(
+def dense_jumprelu_gradients(
     products: torch.Tensor,
     bias: torch.Tensor,
     threshold: torch.Tensor,
@@ -54,7 +54,7 @@ def dense_gate_gradients(
     grad_l0: torch.Tensor | None,
     backend: Backend,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `dense_gate` (see `gate_autograd.py`).
+    """Gradients of `dense_jumprelu` (see `pairs.py`).
 
     Args:
         products: `[n_rows, d_sae]`.
@@ -71,20 +71,20 @@ def dense_gate_gradients(
         float32 or better.
     """
     if backend == "triton":
-        from saelens_sparse.ops.activation import dense_kernels as dense_gate_triton
+        from saelens_sparse.ops.activation import dense_kernels
 
-        return dense_gate_triton.dense_gate_gradients(
+        return dense_kernels.dense_jumprelu_gradients(
             products, bias, threshold, bandwidth, ste_to_input, grad_acts, grad_l0
         )
     pre_acts = products + bias
     sum_dtype = torch.promote_types(pre_acts.dtype, torch.float32)
-    gate = threshold.to(pre_acts.dtype)
-    distance = (pre_acts - gate).to(sum_dtype) / bandwidth
+    limit = threshold.to(pre_acts.dtype)
+    distance = (pre_acts - limit).to(sum_dtype) / bandwidth
     inside = (distance > -0.5) & (distance < 0.5)
     straight_through = torch.zeros_like(distance)
     grad_pre_acts = torch.zeros_like(distance)
     if grad_acts is not None:
-        torch.mul(grad_acts, gate, out=straight_through)
+        torch.mul(grad_acts, limit, out=straight_through)
         torch.mul(grad_acts, distance > 0, out=grad_pre_acts)
     if grad_l0 is not None:
         straight_through += grad_l0.unsqueeze(1)

@@ -1,75 +1,133 @@
-"""A JumpReLU at pairs (row, latent): everything pair by pair in one pass each way."""
+"""Activation functions at pairs: what differs from one to another in `encode_pairs`."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from saelens_sparse.ops.common.backend import Backend
-from saelens_sparse.ops.search.types import GatePattern
+from saelens_sparse.ops.pairs import ActivePairs
 
 
-def pair_gate(pattern: GatePattern, threshold: torch.Tensor, backend: Backend) -> torch.Tensor:
-    """JumpReLU of a pattern's pre-activations, `[n_pairs]` in their dtype.
+class PairActivation(Protocol):
+    """An activation function of pre-activations at pairs.
 
-    Args:
-        pattern: the pairs.
-        threshold: `[d_sae]`.
-        backend: `"triton"` or `"torch"`.
+    Attributes:
+        threshold: `[d_sae]`, a parameter of the function that gets a gradient; or None.
     """
-    if backend == "triton":
-        from saelens_sparse.ops.activation import pairs_kernels as pair_gate_triton
 
-        return pair_gate_triton.pair_gate(pattern, threshold)
-    pre_acts = pattern.pre_acts
-    # As SAELens: a product, so that a NaN stays one.
-    return pre_acts * (pre_acts > threshold.to(pre_acts.dtype)[pattern.latents])
+    @property
+    def threshold(self) -> torch.Tensor | None: ...
+
+    def values(self, pairs: ActivePairs, backend: Backend) -> torch.Tensor:
+        """Activations `[n_pairs]`, in the dtype of the pre-activations."""
+        ...
+
+    def gradients(
+        self,
+        pairs: ActivePairs,
+        grad_acts: torch.Tensor | None,
+        grad_l0: torch.Tensor | None,
+        backend: Backend,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Gradients of the pre-activations, and of the threshold at each pair; `[n_pairs]`.
+
+        Pairs that take part in no sum may get any.
+
+        Args:
+            pairs: the pairs.
+            grad_acts: gradient of the activations, `[n_pairs]`, or None.
+            grad_l0: gradient of each row's number of active latents, `[n_rows]`, or None.
+            backend: `"triton"` or `"torch"`.
+        """
+        ...
 
 
-def pair_gate_gradients(
-    pattern: GatePattern,
-    threshold: torch.Tensor,
-    bandwidth: float,
-    ste_to_input: bool,
-    grad_acts: torch.Tensor | None,
-    grad_l0: torch.Tensor | None,
-    backend: Backend,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `pair_gate` and of L0 (see `gate_autograd.py`), pair by pair.
+@dataclass(frozen=True)
+class ReLU:
+    """Zero for what is not positive. A NaN stays one, and passes its gradient on.
 
-    Pairs that are not of the pattern get values too, but sums over latents skip them.
+    Pairs that it clips take part in no sum: the search says so.
+    """
 
-    Args:
-        pattern: the pairs.
+    threshold: torch.Tensor | None = None
+
+    def values(self, pairs: ActivePairs, backend: Backend) -> torch.Tensor:  # noqa: ARG002
+        return pairs.pre_acts.relu()
+
+    def gradients(
+        self,
+        pairs: ActivePairs,
+        grad_acts: torch.Tensor | None,
+        grad_l0: torch.Tensor | None,  # noqa: ARG002
+        backend: Backend,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(pairs.pre_acts) if grad_acts is None else grad_acts, None
+
+
+@dataclass(frozen=True)
+class JumpReLU:
+    """
+    JumpReLU with straight-through gradients, as SAELens's `JumpReLU` and `Step`.
+
+    Formula: Rajamanoharan et al. 2024 (arXiv:2407.14435), section 4. With H = h - threshold and K
+    the rectangle that is `1 / bandwidth` for |H| < bandwidth / 2 and else 0,
+
+        acts = h * (H > 0)      d acts / d threshold = -threshold * K(H)
+        l0 = sum of (H > 0)     d l0   / d threshold = -K(H)
+
+    Attributes:
         threshold: `[d_sae]`.
         bandwidth: width of the straight-through window.
-        ste_to_input: whether the pre-activation gets the straight-through gradient too.
-        grad_acts: gradient of the activations, `[n_pairs]`, or None.
-        grad_l0: gradient of each row's number of active latents, `[n_rows]`, or None.
-        backend: `"triton"` or `"torch"`.
-
-    Returns:
-        Gradients of the pre-activations and of the thresholds at the pairs, `[n_pairs]`, in
-        float32 or better.
+        ste_to_input: whether the pre-activation gets the negative of the threshold's gradient too
+            (Conerly et al. 2025, transformer-circuits.pub/2025/january-update).
     """
-    if backend == "triton":
-        from saelens_sparse.ops.activation import pairs_kernels as pair_gate_triton
 
-        return pair_gate_triton.pair_gate_gradients(
-            pattern, threshold, bandwidth, ste_to_input, grad_acts, grad_l0
-        )
-    pre_acts = pattern.pre_acts
-    gates = threshold.to(pre_acts.dtype)[pattern.latents]
-    sum_dtype = torch.promote_types(pre_acts.dtype, torch.float32)
-    grad_act = pre_acts.new_zeros((), dtype=sum_dtype)
-    if grad_acts is not None:
-        grad_act = grad_acts.to(sum_dtype)
-    distance = (pre_acts - gates).to(sum_dtype) / bandwidth
-    straight_through = gates * grad_act
-    if grad_l0 is not None:
-        straight_through = straight_through + grad_l0.to(sum_dtype)[pattern.ragged.rows]
-    inside = (distance > -0.5) & (distance < 0.5)
-    straight_through = torch.where(inside, straight_through / bandwidth, 0.0)
-    grad_pre_acts = (distance > 0) * grad_act
-    if ste_to_input:
-        grad_pre_acts = grad_pre_acts + straight_through
-    return grad_pre_acts, -straight_through
+    threshold: torch.Tensor
+    bandwidth: float
+    ste_to_input: bool
+
+    def values(self, pairs: ActivePairs, backend: Backend) -> torch.Tensor:
+        if backend == "triton":
+            from saelens_sparse.ops.activation import pairs_kernels
+
+            return pairs_kernels.jumprelu(self.threshold, pairs)
+        # As SAELens: a product, so that a NaN stays one.
+        return pairs.pre_acts * (pairs.pre_acts > self._thresholds(pairs))
+
+    def gradients(
+        self,
+        pairs: ActivePairs,
+        grad_acts: torch.Tensor | None,
+        grad_l0: torch.Tensor | None,
+        backend: Backend,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if backend == "triton":
+            from saelens_sparse.ops.activation import pairs_kernels
+
+            return pairs_kernels.jumprelu_gradients(
+                self.threshold, pairs, self.bandwidth, self.ste_to_input, grad_acts, grad_l0
+            )
+        pre_acts, thresholds = pairs.pre_acts, self._thresholds(pairs)
+        sum_dtype = torch.promote_types(pre_acts.dtype, torch.float32)
+        grad_act = pre_acts.new_zeros((), dtype=sum_dtype)
+        if grad_acts is not None:
+            grad_act = grad_acts.to(sum_dtype)
+        distance = (pre_acts - thresholds).to(sum_dtype) / self.bandwidth
+        straight_through = thresholds * grad_act
+        if grad_l0 is not None:
+            assert pairs.rows.of_pairs is not None
+            straight_through = straight_through + grad_l0.to(sum_dtype)[pairs.rows.of_pairs]
+        inside = (distance > -0.5) & (distance < 0.5)
+        straight_through = torch.where(inside, straight_through / self.bandwidth, 0.0)
+        grad_pre_acts = (distance > 0) * grad_act
+        if self.ste_to_input:
+            grad_pre_acts = grad_pre_acts + straight_through
+        return grad_pre_acts, -straight_through
+
+    def _thresholds(self, pairs: ActivePairs) -> torch.Tensor:
+        """The threshold of each pair, as compared with its pre-activation."""
+        return self.threshold.to(pairs.pre_acts.dtype)[pairs.latents]

@@ -1,5 +1,7 @@
 """Numbers that travel from the device to the host while both go on working."""
 
+from __future__ import annotations
+
 import torch
 
 
@@ -26,20 +28,26 @@ class HostCopy:
             self._event.synchronize()
         return self._values
 
+    def renewed(self) -> HostCopy:
+        """A copy of what the replay of a CUDA graph has written into the same memory."""
+        return HostCopy(self._on_device)
 
-class HostCount(HostCopy):
-    """Number of True elements of a mask, counted on the device."""
 
-    def __init__(self, mask: torch.Tensor) -> None:
+class HostCount:
+    """Number of True elements of a mask, counted on the device.
+
+    Attributes:
+        mask: the mask.
+    """
+
+    def __init__(self, mask: torch.Tensor, count: HostCopy | None = None) -> None:
         self.mask = mask
-        super().__init__(mask.sum())
-
-    def again(self) -> "HostCount":
-        """The count that the replay of a CUDA graph has written anew, on its way to the host."""
-        count = HostCount.__new__(HostCount)
-        count.mask = self.mask
-        HostCopy.__init__(count, self._on_device)
-        return count
+        self._count = HostCopy(mask.sum()) if count is None else count
 
     def wait(self) -> int:
-        return int(self.values())
+        """The number."""
+        return int(self._count.values())
+
+    def renewed(self) -> HostCount:
+        """The count that the replay of a CUDA graph has written anew."""
+        return HostCount(self.mask, self._count.renewed())

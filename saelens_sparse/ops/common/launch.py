@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from inspect import signature
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 import triton
+
+from saelens_sparse.ops.common.ranges import Work, with_work
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -24,11 +27,22 @@ class kernel:
     Every launch says that a multiplication and an addition are fused into one operation, which
     rounds once. Published results rely on it bit by bit, and Triton's default changes in 3.10. The
     bounds of screening hold either way: Triton's interpreter does not fuse.
+
+    Args:
+        function: in Triton's language.
+        work: what a launch asks for, for profiles; by default each tensor argument once.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], work: Work | None = None) -> None:
         self.name = function.__name__
         self.jitted = triton.jit(function)
+        self.work = work
+        self._arguments = tuple(signature(function).parameters)
+
+    @classmethod
+    def asking(cls, work: Work) -> Callable[[Callable[..., None]], Self]:
+        """A kernel that asks for more or less than its arguments, such as rows that it gathers."""
+        return partial(cls, work=work)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         """
@@ -42,7 +56,8 @@ class kernel:
                 f"{self.name} needs a grid of {' x '.join(map(str, grid))} programs; "
                 f"at most {' x '.join(map(str, MAX_GRID))} can be launched"
             )
-        return partial(self.jitted[grid], enable_fp_fusion=True)
+        launch = partial(self.jitted[grid], enable_fp_fusion=True)
+        return with_work(launch, self._arguments, self.work)
 
 
 @cache

@@ -1,5 +1,7 @@
 """A few rows of a weight as one dense block."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +15,16 @@ class RowBlock:
     """Latents whose weight rows are wanted as one dense block, padded with zero rows.
 
     A weight that is used both sparsely and through `weight[latents]` would get two dense
-    `[d_sae, d_in]` gradients, added by autograd. So `encode_selected` and `decode_selected` hand
-    out the block themselves, and their backward adds its few rows to the gradient that it builds.
+    `[d_sae, d_in]` gradients, added by autograd. So encoders and decoders hand out the block
+    themselves, and their backward adds its few rows to the gradient that it builds.
+
+    Attributes:
+        latents: `[n]` int64, distinct.
+        width: rows of the block, at least n.
     """
 
-    latents: torch.Tensor  # [n] int64, distinct
-    width: int  # rows of the block, at least n
+    latents: torch.Tensor
+    width: int
 
     def of(self, rows: torch.Tensor) -> torch.Tensor:
         """The block of a weight given as `[d_sae, d]` rows, `[width, d]`."""

@@ -1,18 +1,19 @@
 """Products between rows of a weight matrix and a sparse batch of latents.
 
-With `latents[n, i]` the i-th selected latent of row n:
+For pairs p of a batch, each with a row n(p) and a latent j(p):
 
-- `gather_sum`:  out[n]    = sum_i coefficients[n, i] * weight[latents[n, i]]   (decode)
-- `gather_dot`:  out[n, i] = <batch[n], weight[latents[n, i]]>                  (its adjoint)
-- `segment_sum`: out[j]    = sum over active (n, i) with latents[n, i] = j of
-                             coefficients[n, i] * batch[n]               (weight gradients)
+- `gather_sum`:  out[n] = sum over the pairs p of row n of coefficients[p] * weight[j(p)]   (decode)
+- `gather_dot`:  out[p] = <batch[n(p)], weight[j(p)]>                                (its adjoint)
+- `segment_sum`: out[j] = sum over the pairs p of latent j of coefficients[p] * batch[n(p)]
+                                                                               (weight gradients)
 
 with `segment_totals`, the last without a batch; `add_rows`, which adds a few dense rows to such a
-gradient; `row_combination` and `row_norms` of a weight. Rows have k latents each, or are ragged:
-then what has shape `[n_rows, k]` is flat, `[n_pairs]`.
+gradient; `row_combination` and `row_norms` of a weight.
 
 All sums run in float32 or better and in a fixed order.
 """
+
+from __future__ import annotations
 
 import warnings
 from functools import cache
@@ -21,8 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from saelens_sparse.ops.common.backend import Backend
-from saelens_sparse.ops.pairs.order import LatentOrder
-from saelens_sparse.ops.pairs.ragged import RaggedRows
+from saelens_sparse.ops.pairs import LatentOrder, Rows
 
 # Gathered rows per chunk in the PyTorch path: small enough to stay in a CPU's cache.
 _CHUNK_BYTES = 16 * 2**20
@@ -32,19 +32,19 @@ _MIN_LONG_SEGMENT = 128
 def gather_sum(
     coefficients: torch.Tensor,
     latents: torch.Tensor,
+    rows: Rows,
     weight: torch.Tensor,
     backend: Backend,
-    ragged: RaggedRows | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weighted sum of each row's selected weight rows, plus a bias if there is one.
+    """Weighted sum of each row's weight rows, plus a bias if there is one.
 
     Args:
-        coefficients: `[n_rows, k]` floating point.
-        latents: `[n_rows, k]` int64, each in `[0, d_sae)`.
+        coefficients: `[n_pairs]` floating point.
+        latents: `[n_pairs]` int64, each in `[0, d_sae)`.
+        rows: the rows of the pairs.
         weight: `[d_sae, d]`, contiguous rows.
         backend: `"triton"` or `"torch"`.
-        ragged: the rows, if `coefficients` and `latents` are flat.
         bias: `[d]` or None.
 
     Returns:
@@ -53,39 +53,40 @@ def gather_sum(
     if bias is not None and list(bias.shape) != [weight.shape[1]]:
         raise ValueError(f"bias must have shape {[weight.shape[1]]}; got {list(bias.shape)}")
     if bias is not None and (backend != "triton" or bias.dtype != weight.dtype):
-        return gather_sum(coefficients, latents, weight, backend, ragged) + bias
-    _check_pairs(latents, weight, ragged, coefficients=coefficients)
+        return gather_sum(coefficients, latents, rows, weight, backend) + bias
+    _check_pairs(latents, rows, weight, coefficients=coefficients)
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels as row_ops_triton
+        from saelens_sparse.ops.rows import kernels
 
-        return row_ops_triton.gather_sum(coefficients, latents, weight, ragged, bias)
+        return kernels.gather_sum(coefficients, latents, rows, weight, bias)
     if weight.dtype in (torch.float32, torch.float64) and _has_embedding_bag(weight):
-        n_pairs = _pairs_in_rows(latents, ragged)
+        in_rows = slice(rows.count())
         return F.embedding_bag(
-            latents[:n_pairs],
+            latents[in_rows],
             weight,
-            None if ragged is None else ragged.offsets,
-            per_sample_weights=coefficients[:n_pairs].to(weight.dtype),
+            rows.starts(weight.device),
+            per_sample_weights=coefficients[in_rows].to(weight.dtype),
             mode="sum",
-            include_last_offset=ragged is not None,
+            include_last_offset=True,
         )
-    if ragged is not None:
-        out = weight.new_zeros(ragged.n_rows, weight.shape[1], dtype=_sum_dtype(weight))
-        for pairs in _pair_chunks(_pairs_in_rows(latents, ragged), weight):
+    if rows.k is None:
+        out = weight.new_zeros(rows.n_rows, weight.shape[1], dtype=_sum_dtype(weight))
+        for pairs in _pair_chunks(rows.count(), weight):
             gathered = F.embedding(latents[pairs], weight).to(out.dtype)
-            _add_to_rows(out, ragged, pairs, gathered, coefficients[pairs].to(out.dtype))
+            _add_to_rows(out, rows, pairs, gathered, coefficients[pairs].to(out.dtype))
         return out.to(weight.dtype)
-    out = weight.new_empty(latents.shape[0], weight.shape[1])
+    out = weight.new_empty(rows.n_rows, weight.shape[1])
+    latents, coefficients = (part.view(rows.n_rows, rows.k) for part in (latents, coefficients))
     with _full_precision(weight):
-        for rows in _row_chunks(latents, weight):
-            gathered = F.embedding(latents[rows], weight).float()
-            out[rows] = torch.bmm(coefficients[rows].float().unsqueeze(1), gathered).squeeze(1)
+        for chunk in _row_chunks(latents, weight):
+            gathered = F.embedding(latents[chunk], weight).float()
+            out[chunk] = torch.bmm(coefficients[chunk].float().unsqueeze(1), gathered).squeeze(1)
     return out
 
 
 def _add_to_rows(
     out: torch.Tensor,
-    ragged: RaggedRows,
+    rows: Rows,
     pairs: slice,
     gathered: torch.Tensor,
     coefficients: torch.Tensor,
@@ -94,14 +95,15 @@ def _add_to_rows(
 
     The order of additions is fixed, which on a GPU `index_add_` does not see to.
     """
-    rows = ragged.rows[pairs].long()
+    assert rows.of_pairs is not None and rows.offsets is not None
+    row = rows.of_pairs[pairs].long()
     if not _has_embedding_bag(out):
-        out.index_add_(0, rows, gathered * coefficients.unsqueeze(1))
+        out.index_add_(0, row, gathered * coefficients.unsqueeze(1))
         return
-    first, last = int(rows[0]), int(rows[-1])
-    offsets = ragged.offsets[first : last + 2].clamp(pairs.start, pairs.stop) - pairs.start
+    first, last = int(row[0]), int(row[-1])
+    offsets = rows.offsets[first : last + 2].clamp(pairs.start, pairs.stop) - pairs.start
     out[first : last + 1] += F.embedding_bag(
-        torch.arange(rows.numel(), device=out.device),
+        torch.arange(row.numel(), device=out.device),
         gathered,
         offsets,
         per_sample_weights=coefficients,
@@ -113,68 +115,63 @@ def _add_to_rows(
 def gather_dot(
     batch: torch.Tensor,
     latents: torch.Tensor,
+    rows: Rows,
     weight: torch.Tensor,
     backend: Backend,
-    ragged: RaggedRows | None = None,
 ) -> torch.Tensor:
-    """Dot product of each batch row with each of its selected weight rows.
+    """Dot product of the batch row and the weight row of each pair.
 
     Args:
         batch: `[n_rows, d]` floating point.
-        latents: `[n_rows, k]` int64, each in `[0, d_sae)`.
+        latents: `[n_pairs]` int64, each in `[0, d_sae)`.
+        rows: the rows of the pairs.
         weight: `[d_sae, d]`, contiguous rows.
         backend: `"triton"` or `"torch"`.
-        ragged: the rows, if `latents` is flat.
 
     Returns:
-        `[n_rows, k]`, float32 (float64 for a float64 weight); zero beyond the last ragged row.
+        `[n_pairs]`, float32 (float64 for a float64 weight); zero beyond the last row.
     """
-    _check_pairs(latents, weight, ragged, batch=batch)
+    _check_pairs(latents, rows, weight, batch=batch)
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels as row_ops_triton
+        from saelens_sparse.ops.rows import kernels
 
-        return row_ops_triton.gather_dot(batch, latents, weight, ragged)
+        return kernels.gather_dot(batch, latents, rows, weight)
     sum_dtype = _sum_dtype(weight)
     if weight.device.type == "cpu" and weight.dtype == batch.dtype == sum_dtype:
-        return _sampled_product(batch, latents, weight, ragged)
-    if ragged is not None:
+        return _sampled_product(batch, latents, rows, weight)
+    if rows.k is None:
+        assert rows.of_pairs is not None
         out = weight.new_zeros(latents.shape, dtype=sum_dtype)
-        for pairs in _pair_chunks(_pairs_in_rows(latents, ragged), weight):
+        for pairs in _pair_chunks(rows.count(), weight):
             gathered = F.embedding(latents[pairs], weight).to(sum_dtype)
-            terms = gathered * F.embedding(ragged.rows[pairs], batch)
-            out[pairs] = terms.sum(1)
+            out[pairs] = (gathered * F.embedding(rows.of_pairs[pairs], batch)).sum(1)
         return out
+    latents = latents.view(rows.n_rows, rows.k)
     out = weight.new_empty(latents.shape, dtype=sum_dtype)
     with _full_precision(weight):
-        for rows in _row_chunks(latents, weight):
-            gathered = F.embedding(latents[rows], weight).to(sum_dtype)
-            out[rows] = torch.bmm(gathered, batch[rows].to(sum_dtype).unsqueeze(2)).squeeze(2)
-    return out
+        for chunk in _row_chunks(latents, weight):
+            gathered = F.embedding(latents[chunk], weight).to(sum_dtype)
+            out[chunk] = torch.bmm(gathered, batch[chunk].to(sum_dtype).unsqueeze(2)).squeeze(2)
+    return out.view(-1)
 
 
 def _sampled_product(
-    batch: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, ragged: RaggedRows | None
+    batch: torch.Tensor, latents: torch.Tensor, rows: Rows, weight: torch.Tensor
 ) -> torch.Tensor:
-    """`batch @ weight.T` at the latents alone, in a fifth of the time that gathering rows takes."""
+    """`batch @ weight.T` at the pairs alone, in a fifth of the time that gathering rows takes."""
     _expect_sparse_csr()
-    n_rows = batch.shape[0]
-    if ragged is None:
-        offsets = torch.arange(n_rows + 1, device=batch.device) * latents.shape[1]
-        n_pairs = latents.numel()
-    else:
-        offsets, n_pairs = ragged.offsets, int(ragged.offsets[-1])
     out = weight.new_zeros(latents.shape)
-    pairs = slice(n_pairs)
+    in_rows = slice(rows.count())
     pattern = torch.sparse_csr_tensor(
-        offsets,
-        latents.flatten()[pairs],
-        out.flatten()[pairs],
-        (n_rows, weight.shape[0]),
+        rows.starts(weight.device),
+        latents[in_rows],
+        out[in_rows],
+        (rows.n_rows, weight.shape[0]),
         device=weight.device,
         check_invariants=False,
     )
     with _full_precision(weight):
-        out.view(-1)[pairs] = torch.sparse.sampled_addmm(pattern, batch, weight.T).values()
+        out[in_rows] = torch.sparse.sampled_addmm(pattern, batch, weight.T).values()
     return out
 
 
@@ -197,7 +194,7 @@ def segment_sum(
 
     Args:
         order: the active pairs by latent.
-        coefficients: `[n_rows, k]` floating point, in the selection's own order.
+        coefficients: `[n_pairs]` floating point, in the pairs' order by row.
         batch: `[n_rows, d]` floating point.
         dtype: dtype of the result.
         backend: `"triton"` or `"torch"`.
@@ -206,18 +203,18 @@ def segment_sum(
         `[d_sae, d]`, every row written (zero where a latent is inactive), and the sums of
         the coefficients alone, `[d_sae]`; both in `dtype`.
     """
-    expected = [order.pairs.numel()] if order.ragged else [batch.shape[0], order.k]
-    if list(coefficients.shape) != expected:
-        raise ValueError(f"coefficients must have shape {expected}; got {list(coefficients.shape)}")
+    _check_values(order, coefficients, "coefficients")
+    if batch.shape[0] != order.rows.n_rows:
+        raise ValueError(f"batch must have {order.rows.n_rows} rows; got {list(batch.shape)}")
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels as row_ops_triton
+        from saelens_sparse.ops.rows import segment_kernels
 
-        return row_ops_triton.segment_sum(order, coefficients, batch, dtype)
+        return segment_kernels.segment_sum(order, coefficients, batch, dtype)
     sum_dtype = _sum_dtype(batch)
     pairs = order.pairs[: int(order.offsets[-1])]
     latents = order.keys[: pairs.numel()].long()
-    weights = coefficients.flatten()[pairs].to(sum_dtype)
-    rows, values = order.rows_of(pairs), batch.to(sum_dtype)
+    weights = coefficients[pairs].to(sum_dtype)
+    rows, values = order.rows.of(pairs), batch.to(sum_dtype)
 
     # Latents active on many rows are few: a dense product does not add their rows one by one.
     is_long = order.counts > max(_MIN_LONG_SEGMENT, batch.shape[0] // 8)
@@ -261,22 +258,19 @@ def segment_totals(order: LatentOrder, values: torch.Tensor, backend: Backend) -
 
     Args:
         order: the active pairs by latent.
-        values: `[n_rows, k]`, in the selection's own order.
+        values: `[n_pairs]`, in the pairs' order by row.
         backend: `"triton"` or `"torch"`.
 
     Returns:
         `[d_sae]`, float32 (float64 for float64 values).
     """
-    if values.numel() != order.pairs.numel():
-        raise ValueError(
-            f"values must have {order.pairs.numel()} elements; got shape {list(values.shape)}"
-        )
+    _check_values(order, values, "values")
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels as row_ops_triton
+        from saelens_sparse.ops.rows import segment_kernels
 
-        return row_ops_triton.segment_totals(order, values)
+        return segment_kernels.segment_totals(order, values)
     pairs = order.pairs[: int(order.offsets[-1])]
-    sorted_values = values.flatten()[pairs].to(_sum_dtype(values))
+    sorted_values = values[pairs].to(_sum_dtype(values))
     if _has_embedding_bag(values):
         return _bag_totals(sorted_values, order.offsets)
     totals = sorted_values.new_zeros(order.d_sae)
@@ -309,9 +303,9 @@ def row_combination(
             f"coefficients must have shape {[weight.shape[0]]}; got {list(coefficients.shape)}"
         )
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels as row_ops_triton
+        from saelens_sparse.ops.rows import kernels
 
-        return row_ops_triton.row_combination(coefficients, weight)
+        return kernels.row_combination(coefficients, weight)
     with _full_precision(weight):
         return coefficients.to(weight.dtype) @ weight
 
@@ -323,9 +317,9 @@ def row_norms(weight: torch.Tensor, backend: Backend) -> torch.Tensor:
     By kernels they are float32 and the same, bit for bit, as those that an update writes.
     """
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels as row_ops_triton
+        from saelens_sparse.ops.rows import kernels
 
-        return row_ops_triton.row_norms(weight)
+        return kernels.row_norms(weight)
     return weight.norm(dim=-1)
 
 
@@ -345,33 +339,36 @@ def add_rows(
             f"values must have shape {[rows.numel(), weight.shape[1]]}; got {list(values.shape)}"
         )
     if backend == "triton":
-        from saelens_sparse.ops.rows import kernels as row_ops_triton
+        from saelens_sparse.ops.rows import kernels
 
-        row_ops_triton.add_rows(weight, rows, values)
+        kernels.add_rows(weight, rows, values)
     else:
         weight.index_add_(0, rows, values.to(weight.dtype))
 
 
 def _check_pairs(
-    latents: torch.Tensor,
-    weight: torch.Tensor,
-    ragged: RaggedRows | None,
-    **others: torch.Tensor,
+    latents: torch.Tensor, rows: Rows, weight: torch.Tensor, **others: torch.Tensor
 ) -> None:
-    if latents.ndim != (2 if ragged is None else 1) or weight.ndim != 2:
+    if latents.ndim != 1 or weight.ndim != 2:
         raise ValueError(
-            "latents and weight must have two dimensions (latents one if rows are ragged); "
+            "latents must have one dimension and weight two; "
             f"got shapes {list(latents.shape)} and {list(weight.shape)}"
         )
-    n_rows = latents.shape[0] if ragged is None else ragged.n_rows
-    expected = {"coefficients": list(latents.shape), "batch": [n_rows, weight.shape[1]]}
+    if rows.k is not None and latents.numel() != rows.n_rows * rows.k:
+        raise ValueError(
+            f"latents must have {rows.n_rows} x {rows.k} elements; got {latents.numel()}"
+        )
+    expected = {"coefficients": list(latents.shape), "batch": [rows.n_rows, weight.shape[1]]}
     for name, tensor in others.items():
         if list(tensor.shape) != expected[name]:
             raise ValueError(f"{name} must have shape {expected[name]}; got {list(tensor.shape)}")
 
 
-def _pairs_in_rows(latents: torch.Tensor, ragged: RaggedRows | None) -> int:
-    return latents.shape[0] if ragged is None else int(ragged.offsets[-1])
+def _check_values(order: LatentOrder, values: torch.Tensor, name: str) -> None:
+    if values.shape != order.pairs.shape:
+        raise ValueError(
+            f"{name} must have shape {list(order.pairs.shape)}; got {list(values.shape)}"
+        )
 
 
 def _has_embedding_bag(tensor: torch.Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Screening of the encoder's products on a CPU that multiplies bfloat16 faster than float32.
 
-As `screen_triton` does on a GPU: a product of rounded operands, and a proven bound on its error,
+As `gpu.py` does on a GPU: a product of rounded operands, and a proven bound on its error,
 say which latents can matter; those are computed in float32. Here the bound is added to the scores,
 so that whoever compares them needs no second tensor. For latent j of row n, with rounded operands
 x' and w', residuals dx and dw, and Cauchy-Schwarz twice:
@@ -8,7 +8,8 @@ x' and w', residuals dx and dw, and Cauchy-Schwarz twice:
     |x.w - x'.w'| <= |dx| |w| + |x'| |dw| + accumulation + rounding of the result to bfloat16
                   <= |x| (|w| (max over rows of |dx| / |x|  +  accumulation  +  2^-8) + |dw|)
 
-that is one factor of the row times one of the latent (each taken 1% larger than it need be).
+that is one factor of the row times one of the latent (taken 1% larger than it need be). `BOUND.md`
+proves it, with every constant.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from itertools import pairwise
 import torch
 
 from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.screen import bound
 
 # Products this small take less time than what surrounds them. At 256 -> 4,096, 256 rows (2.7e8)
 # screening gains nothing, at 576 -> 8,192, 1024 rows (4.8e9) a third of encoding and selecting.
@@ -32,17 +34,13 @@ SCORE_BYTES = 4 * 2**20
 # point at which threads wait for each other, which takes long where others use the cores.
 _ROUNDED_ELEMENTS = 2**21
 
-_BFLOAT16_ROUNDING = 2.0**-8
-_SLACK = 1.01
-# Norms below this may have lost squares to underflow.
-_TINY_NORM = 1e-14
-
 
 def can_screen(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether screening is possible for these operands, and worth it."""
     return (
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == matmul_dtype(weight) == torch.float32
+        and x.shape[1] <= bound.CPU_MAX_D_IN
         and x.shape[0] * weight.numel() >= _MIN_PRODUCT
         and _multiplies_bfloat16()
         and bool(torch.backends.mkldnn.enabled)
@@ -51,10 +49,17 @@ def can_screen(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it and PyTorch tells of them and uses them."""
+    """Whether the processor multiplies bfloat16 faster than float32, and PyTorch tells so.
+
+    Intel's AVX-512 BF16 does not without AMX, which virtual machines may hide: at 576 -> 8,192,
+    1024 rows, the product takes 61 ms in bfloat16 and 35 ms in float32 on 2 cores of a Xeon
+    (Emerald Rapids). On an EPYC bfloat16 takes less than half of float32's time.
+    """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return bool(native) and torch.backends.mkldnn.is_available()
+    faster = capabilities.get("amx_bf16") or (
+        capabilities.get("avx512_bf16") and "Intel" not in capabilities.get("cpu_name", "")
+    )
+    return bool(faster) and torch.backends.mkldnn.is_available()
 
 
 def upper_bounds(
@@ -83,17 +88,16 @@ def upper_bounds(
     d_sae, d_in = weight.shape
     x_rounded, x_norms, x_residuals = _round_rows(x)
     rounded, weight_norms, residuals = _round_rows(weight)
-    x_norms += _TINY_NORM
-    weight_norms += _TINY_NORM
-    # Of the sums over d_in here, and in the float32 products that are compared with the bounds.
-    accumulation = d_in * torch.finfo(torch.float32).eps
+    x_norms += bound.CPU_TINY_NORM
+    weight_norms += bound.CPU_TINY_NORM
     # Of a row that is not finite the norm is not either, which is enough.
     x_relative = (x_residuals / x_norms).nan_to_num_(0.0).max()
-    relative = x_relative + _BFLOAT16_ROUNDING + accumulation
-    error = _SLACK * (relative * weight_norms + residuals)
+    relative = x_relative + bound.BFLOAT16 + bound.cpu_accumulation(d_in)
+    error = bound.CPU_SLACK * (relative * weight_norms + residuals)
     if norms is not None:
         bias, error = bias * norms, error * norms
-    offset = torch.where(bias < 0, bias * (1 - 4e-7), bias * (1 + 4e-7))  # may be -inf
+    slack = bound.CPU_BIAS_ROUNDING
+    offset = torch.where(bias < 0, bias * (1 - slack), bias * (1 + slack))  # may be -inf
 
     buffer = x.new_empty(max(1, SCORE_BYTES // (d_sae * x.element_size())), d_sae)
     buffer_bytes = min(buffer_bytes, _CHUNK_BYTES)

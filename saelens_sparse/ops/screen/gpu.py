@@ -10,14 +10,16 @@ The bound, for latent j of row n, with rounding residuals dx and dw, Cauchy-Schw
 
     |x.w - x'.w'| <= |dx| |w| + |x'| |dw| + accumulation + rounding of the result to float16
 
-Accumulation is in float32: `float16_product.py` sees to that.
+`BOUND.md` proves it, with every constant. Accumulation is in float32: `float16_product.py` sees to
+that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,11 +27,48 @@ import triton.language as tl
 
 from saelens_sparse.ops.common.launch import MAX_GRID, kernel, max_warps
 from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.screen import bound
+from saelens_sparse.ops.screen.bound import MAX_D_IN
 from saelens_sparse.ops.screen.float16_product import multiply_float16
-from saelens_sparse.ops.update.weight_copy import WeightCopy
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 
-# Rows up to this width are held in one program's registers.
-MAX_D_IN = 32768
+__all__ = ["MAX_D_IN", "Chunk", "Screen", "row_terms", "score_of", "screened", "warps"]
+
+NORM_SLACK = tl.constexpr(bound.NORM_SLACK)
+ROUNDING = tl.constexpr(bound.ROUNDING)
+UNDERFLOW = tl.constexpr(bound.UNDERFLOW)
+BIAS_ROUNDING = tl.constexpr(bound.BIAS_ROUNDING)
+
+
+@dataclass(frozen=True)
+class ScreenLaunch:
+    """Tiles of the kernels that prepare a screen: one pass over a weight of 2304 -> 65,536 in
+    float32, which an H200's memory bounds whatever they are.
+    """
+
+    ROUNDED_PER_WARP: int = 512
+    TERMS: int = 1024
+    TERMS_WARPS: int = 4
+
+
+LAUNCH = ScreenLaunch()
+
+
+class Chunk(NamedTuple):
+    """Products of a chunk of rows, and what their scores and bounds are made of.
+
+    `row_errors` and `terms` are None where the screen is the computation that the caller asks for.
+    """
+
+    products: Any  # [N, L]
+    row_errors: Any  # [3, *] float32: what undoes the scale, |row|, |row - rounded / 2^e|
+    row_stride: Any  # of `row_errors`
+    accumulation: Any  # relative error of sums
+    terms: Any  # [5, L] float32: inverse scale, bias, norm, residual, what underflows
+    bias: Any  # [L] float32
+    norms: Any  # [L] float32 or None
+    N: Any
+    L: Any
 
 
 @kernel
@@ -41,7 +80,10 @@ def _round_rows_kernel(
     D,
     BLOCK_D: tl.constexpr,
 ):
-    """rounded = fp16(row * 2^e), of norm 64 to 128"""
+    """rounded = fp16(row * 2^e), of norm 64 to 128
+
+    Grid: a program a row, [R].
+    """
     r = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     x = tl.load(rows_ptr + r * D + cols, mask=cols < D, other=0.0)
@@ -63,19 +105,21 @@ def _round_rows_kernel(
 
 @kernel
 def _latent_terms_kernel(
-    terms_ptr,  # [5, L]: inverse scale, bias, norm, residual, rest; each times the decoder norm
+    terms_ptr,  # [5, L], see Chunk; each but the last times the decoder norm
     errors_ptr,  # [3, L]
     bias_ptr,  # [L]
-    norms_ptr,  # [L] or unused
+    norms_ptr,  # [L] or None
     L,
-    HAS_NORMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What of the score and its bound depends on the latent alone."""
+    """What of the score and its bound depends on the latent alone.
+
+    Grid: a program for BLOCK latents, [L / BLOCK].
+    """
     latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = latent < L
     factor = tl.full((BLOCK,), 1.0, tl.float32)
-    if HAS_NORMS:
+    if norms_ptr is not None:
         factor = tl.load(norms_ptr + latent, mask=live, other=0.0)
     bias = tl.load(bias_ptr + latent, mask=live, other=0.0) * factor
     tl.store(terms_ptr + L + latent, bias, mask=live)
@@ -84,88 +128,59 @@ def _latent_terms_kernel(
     norm = tl.load(errors_ptr + L + latent, mask=live, other=0.0) * factor
     tl.store(terms_ptr + 2 * L + latent, norm, mask=live)
     residual = tl.load(errors_ptr + 2 * L + latent, mask=live, other=0.0) * factor
-    tl.store(terms_ptr + 3 * L + latent, residual, mask=live)
-    # Additions of the bias in float32, here and in the recomputation.
-    tl.store(terms_ptr + 4 * L + latent, 4.0e-7 * tl.abs(bias), mask=live)
+    tl.store(terms_ptr + 3 * L + latent, residual + UNDERFLOW, mask=live)
+    tl.store(terms_ptr + 4 * L + latent, (1.0 + factor) * UNDERFLOW, mask=live)
 
 
 @triton.jit
-def row_terms(
-    errors_ptr,  # [3, *], unused if EXACT
-    stride,
-    rows,
-    mask,
-    accumulation,
-    EXACT: tl.constexpr,
-):
+def row_terms(chunk, rows, mask):
     """What of a score and its bound depends on the row alone: three factors for `screened`."""
     inverse, weight_norm, weight_residual = 0.0, 0.0, 0.0
-    if not EXACT:
-        inverse = tl.load(errors_ptr + rows, mask=mask, other=0.0)
-        norm = tl.load(errors_ptr + stride + rows, mask=mask, other=0.0)
-        residual = tl.load(errors_ptr + 2 * stride + rows, mask=mask, other=0.0)
-        weight_norm = 1.001 * residual + accumulation * norm
-        weight_residual = 1.001 * (norm + residual)
+    if chunk.row_errors is not None:
+        errors = chunk.row_errors + rows
+        inverse = tl.load(errors, mask=mask, other=0.0)
+        norm = tl.load(errors + chunk.row_stride, mask=mask, other=0.0)
+        residual = tl.load(errors + 2 * chunk.row_stride, mask=mask, other=0.0)
+        weight_norm = residual * NORM_SLACK + norm * chunk.accumulation + UNDERFLOW
+        weight_residual = (norm + residual) * NORM_SLACK
     return inverse, weight_norm, weight_residual
 
 
 @triton.jit
-def score_of(
-    s,
-    latent,
-    mask,
-    row_inverse,
-    terms_ptr,  # [5, L]; if EXACT: bias and norm, [2, L]
-    L,
-    EXACT: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-):
-    """Pre-activation (if EXACT) and score of screened products s.
+def score_of(s, chunk, latent, mask, row_inverse):
+    """Pre-activation (if the screen has no errors) and score of products s.
 
     Where `mask` is False the score is minus infinity if s and the row are finite.
     """
-    if EXACT:
-        pre_act = s + tl.load(terms_ptr + latent, mask=mask, other=float("-inf"))
+    if chunk.terms is None:
+        pre_act = s + tl.load(chunk.bias + latent, mask=mask, other=float("-inf"))
         score = pre_act
-        if HAS_NORMS:
-            score = pre_act * tl.load(terms_ptr + L + latent, mask=mask, other=1.0)
+        if chunk.norms is not None:
+            score = pre_act * tl.load(chunk.norms + latent, mask=mask, other=1.0)
     else:
-        scale = row_inverse * tl.load(terms_ptr + latent, mask=mask, other=0.0)
-        score = s * scale + tl.load(terms_ptr + L + latent, mask=mask, other=float("-inf"))
+        scale = row_inverse * tl.load(chunk.terms + latent, mask=mask, other=0.0)
+        bias = tl.load(chunk.terms + chunk.L + latent, mask=mask, other=float("-inf"))
+        score = s * scale + bias
         pre_act = score
     return pre_act, score
 
 
-# 2^-11 of a product for its rounding to float16, and 2^-25 of its scale for subnormals; and more,
-# for float32.
-ROUNDING = tl.constexpr(4.887e-4)
-SUBNORMAL = tl.constexpr(2.9803e-8)
-
-
 @triton.jit
-def screened(
-    s,
-    latent,
-    mask,
-    row_inverse,
-    row_weight_norm,
-    row_weight_residual,
-    terms_ptr,  # as for score_of
-    L,
-    EXACT: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-):
+def screened(s, chunk, latent, mask, row_inverse, row_weight_norm, row_weight_residual):
     """As `score_of`, and a bound on the score's error, of which the module's docstring has the
     formula. Where `mask` is False it is zero if s and the row are finite.
     """
-    pre_act, score = score_of(s, latent, mask, row_inverse, terms_ptr, L, EXACT, HAS_NORMS)
+    pre_act, score = score_of(s, chunk, latent, mask, row_inverse)
     bound = tl.zeros_like(s)
-    if not EXACT:
-        scale = row_inverse * tl.load(terms_ptr + latent, mask=mask, other=0.0)
-        bound = tl.load(terms_ptr + 4 * L + latent, mask=mask, other=0.0)
-        bound += row_weight_norm * tl.load(terms_ptr + 2 * L + latent, mask=mask, other=0.0)
-        bound += row_weight_residual * tl.load(terms_ptr + 3 * L + latent, mask=mask, other=0.0)
-        bound += ROUNDING * tl.abs(s * scale) + SUBNORMAL * scale
+    if chunk.terms is not None:
+        L = chunk.L
+        terms = chunk.terms + latent
+        scale = row_inverse * tl.load(terms, mask=mask, other=0.0)
+        bias = tl.load(terms + L, mask=mask, other=0.0)
+        bound = tl.abs(bias) * BIAS_ROUNDING + tl.load(terms + 4 * L, mask=mask, other=0.0)
+        bound += row_weight_norm * tl.load(terms + 2 * L, mask=mask, other=0.0)
+        bound += row_weight_residual * tl.load(terms + 3 * L, mask=mask, other=0.0)
+        bound += tl.abs(s * scale) * ROUNDING
     return pre_act, score, bound
 
 
@@ -176,24 +191,28 @@ class Screen:
     Attributes:
         x: `[n_rows, d_in]` in the dtype of the screen.
         weight: `[d_sae, d_in]`, likewise.
-        x_error: scales to undo, norms and residuals of the rows of x, `[3, n_rows]` float32;
-            anything if `exact`.
-        terms: what `screened` takes of the latents, `[5, d_sae]` float32; if `exact`, bias and
-            norms, `[2, d_sae]`, or the bias alone.
+        x_errors: scales to undo, norms and residuals of the rows of x, `[3, n_rows]` float32; None
+            if the screen is the computation that the caller asks for.
+        terms: what scores and bounds take of the latents, `[5, d_sae]` float32; None likewise.
         bias: `[d_sae]` float32.
         norms: `[d_sae]` float32, or None.
-        exact: whether the screen is the computation that the caller asks for.
         pre_acts_dtype: dtype that the dense encoder would give.
+        accumulation: error of sums, relative to norms.
     """
 
     x: torch.Tensor
     weight: torch.Tensor
-    x_error: torch.Tensor
-    terms: torch.Tensor
+    x_errors: torch.Tensor | None
+    terms: torch.Tensor | None
     bias: torch.Tensor
     norms: torch.Tensor | None
-    exact: bool
     pre_acts_dtype: torch.dtype
+    accumulation: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the screen is the computation that the caller asks for."""
+        return self.terms is None
 
     @classmethod
     def of(
@@ -201,41 +220,47 @@ class Screen:
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor,
+        *,
+        tile: int,
         norms: torch.Tensor | None = None,
         rounded: WeightCopy | None = None,
     ) -> Screen:
         """The screen of an encoder's operands, which are contiguous; obeys autocast.
 
-        `rounded` may be a copy of the weight in the dtype of the screen.
+        Args:
+            x: `[n_rows, d_in]`.
+            weight: `[d_sae, d_in]`.
+            bias: `[d_sae]`.
+            tile: columns that the float32 recomputation of candidates adds at a time.
+            norms: `[d_sae]` or None.
+            rounded: a copy of the weight, used if it has the dtype of the screen; or None.
         """
+        assert x.is_contiguous() and weight.is_contiguous()
         compute_dtype = matmul_dtype(x)
-        exact = compute_dtype != torch.float32
         bias32 = bias.float().contiguous()
         norms32 = None if norms is None else norms.float().contiguous()
-        if exact:
-            screen_x = x.to(compute_dtype)
+        if compute_dtype != torch.float32:
             is_copy = rounded is not None and rounded.values.dtype == compute_dtype
+            screen_x = x.to(compute_dtype)
             screen_weight = rounded.values if is_copy else weight.to(compute_dtype)
-            x_error = terms = bias32 if norms32 is None else torch.stack([bias32, norms32])
+            x_errors = terms = None
         else:
-            screen_x, x_error = _round_rows(x)
-            screen_weight, w_error = _round_rows(weight)
-            terms = _latent_terms(w_error, bias32, norms32)
+            screen_x, x_errors = _round_rows(x)
+            screen_weight, w_errors = _round_rows(weight)
+            terms = _latent_terms(w_errors, bias32, norms32)
         return cls(
             screen_x,
             screen_weight,
-            x_error,
+            x_errors,
             terms,
             bias32,
             norms32,
-            exact,
             torch.promote_types(compute_dtype, bias.dtype),
+            bound.accumulation(x.shape[1], tile, _capability(x.device)),
         )
 
-    def chunks(
-        self, buffer_bytes: int, rows_per_program: int
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Row ranges and their products `[rows, d_sae]`, in a buffer that the next one reuses.
+    def chunks(self, buffer_bytes: int, rows_per_program: int) -> Iterator[tuple[slice, Chunk]]:
+        """Row ranges and their products, in a buffer that the next one reuses.
 
         Kernels with `rows_per_program` can be launched on the rows of any.
         """
@@ -245,39 +270,48 @@ class Screen:
         buffer = torch.empty(step, d_sae, dtype=self.x.dtype, device=self.x.device)
         for start in range(0, n_rows, step):
             rows = slice(start, min(start + step, n_rows))
-            chunk = buffer[: rows.stop - rows.start]
+            products = buffer[: rows.stop - rows.start]
             if self.exact:  # autocast leaves a product into a buffer alone
-                torch.mm(self.x[rows], self.weight.T, out=chunk)
+                torch.mm(self.x[rows], self.weight.T, out=products)
             else:
-                multiply_float16(self.x[rows], self.weight, chunk)
-            yield rows, chunk
+                multiply_float16(self.x[rows], self.weight, products)
+            yield rows, self._chunk(rows, products)
 
-    def arguments(self, rows: slice) -> tuple[Any, ...]:
-        """What kernels over a chunk take for `row_terms` and `screened`: rows' errors and their
-        stride, terms of the latents, and the relative error of accumulation.
-        """
-        x_error = self.x_error if self.exact else self.x_error[:, rows.start :]
-        # Tensor cores add sums of at least 8 products one after the other, each time off by at
-        # most 2^-22 of the partial sum. The recomputation adds a tile of 256 or more at a time,
-        # each time off by 2^-24.
-        d_in = self.x.shape[1]
-        accumulation = (d_in / 8 + d_in / 1024 + 16) * 2.0**-22
-        return x_error, self.x_error.shape[-1], self.terms, accumulation
+    def _chunk(self, rows: slice, products: torch.Tensor) -> Chunk:
+        return Chunk(
+            products=products,
+            row_errors=None if self.x_errors is None else self.x_errors[:, rows.start :],
+            row_stride=self.x.shape[0],
+            accumulation=self.accumulation,
+            terms=self.terms,
+            bias=self.bias,
+            norms=self.norms,
+            N=products.shape[0],
+            L=products.shape[1],
+        )
 
-    @property
-    def modes(self) -> dict[str, bool]:
-        """Compile-time arguments of kernels that call `screened`."""
-        return {"EXACT": self.exact, "HAS_NORMS": self.norms is not None}
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's compute capability; None for what is no card of NVIDIA's."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_nvidia else None
 
 
 def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float16 rows, each scaled by a power of two, and their errors (`Screen.x_error`)."""
+    """float16 rows, each scaled by a power of two, and their errors (`Chunk.row_errors`)."""
     n_rows, d = rows.shape
     rounded = torch.empty(n_rows, d, dtype=torch.float16, device=rows.device)
     errors = torch.empty(3, n_rows, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(d)
     _round_rows_kernel[(n_rows,)](
-        rounded, errors, rows, n_rows, d, BLOCK_D=block, num_warps=warps(block, 512, rows.device)
+        rounded_ptr=rounded,
+        errors_ptr=errors,
+        rows_ptr=rows,
+        R=n_rows,
+        D=d,
+        BLOCK_D=block,
+        num_warps=warps(block, LAUNCH.ROUNDED_PER_WARP, rows.device),
     )
     return rounded, errors
 
@@ -287,10 +321,15 @@ def _latent_terms(
 ) -> torch.Tensor:
     d_sae = bias.numel()
     terms = torch.empty(5, d_sae, dtype=torch.float32, device=bias.device)
-    _latent_terms_kernel[(triton.cdiv(d_sae, 1024),)](
-        terms, errors, bias, bias if norms is None else norms, d_sae,
-        HAS_NORMS=norms is not None, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+    _latent_terms_kernel[(triton.cdiv(d_sae, LAUNCH.TERMS),)](
+        terms_ptr=terms,
+        errors_ptr=errors,
+        bias_ptr=bias,
+        norms_ptr=norms,
+        L=d_sae,
+        BLOCK=LAUNCH.TERMS,
+        num_warps=LAUNCH.TERMS_WARPS,
+    )
     return terms
 
 

@@ -1,6 +1,6 @@
 """Triton search for the pairs that matter to a JumpReLU: screen, mark, list, recompute.
 
-1. A low-precision GEMM fills a `[rows, d_sae]` buffer (`screen_triton.py`).
+1. A low-precision GEMM fills a `[rows, d_sae]` buffer (`screen/gpu.py`).
 2. One read of the buffer marks, a bit each, the latents that may be above the lower edge of their
    window: in float32 those whose screened pre-activation plus its proven bound is.
 3. The marked latents are listed row by row, in order, each row where the one before it ends.
@@ -18,33 +18,41 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments
-from saelens_sparse.ops.pairs.ragged import RaggedRows
-from saelens_sparse.ops.rows.kernels import gather_dot
+from saelens_sparse.ops.pairs import ActivePairs, Rows
+from saelens_sparse.ops.rows.kernels import GATHER_DOT, gather_dot
+from saelens_sparse.ops.screen import bound
 from saelens_sparse.ops.screen.float16_product import has_float32_sums
 from saelens_sparse.ops.screen.gpu import (
     MAX_D_IN,
-    ROUNDING,
-    SUBNORMAL,
+    UNDERFLOW,
+    Chunk,
     Screen,
     row_terms,
     score_of,
     warps,
 )
-from saelens_sparse.ops.search.types import GatePattern, gate_and_edge
-from saelens_sparse.ops.update.weight_copy import WeightCopy
+from saelens_sparse.ops.search.found import threshold_and_edge
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 _WORD = tl.constexpr(32)
+MARK_SLACK = tl.constexpr(bound.MARK_SLACK)
+MARK_BIAS_ROUNDING = tl.constexpr(bound.MARK_BIAS_ROUNDING)
+MARK_EDGE_ROUNDING = tl.constexpr(bound.MARK_EDGE_ROUNDING)
 
 
 @dataclass(frozen=True)
 class GateLaunch:
-    """Tile sizes of the search kernels, chosen at 2304 -> 65,536, batch 4096 (H200)."""
+    """Tiles of the search kernels, chosen at 2304 -> 65,536, batch 4096, with float32 weights, on
+    an H200.
+    """
 
     MARK_COLS: int = 512
     MARK_ROWS: int = 8
     MARK_WARPS: int = 2
     LIST_WORDS: int = 32768  # at most: more marks of a row are listed by several programs
+    WORDS_PER_WARP: int = 512
     RESOLVE_PAIRS: int = 256
+    RESOLVE_WARPS: int = 4
 
 
 LAUNCH = GateLaunch()
@@ -54,44 +62,41 @@ LAUNCH = GateLaunch()
 def _mark_kernel(
     words_ptr,  # [N, W] int32, bit i of word w is latent 32 w + i
     edges_ptr,  # [L]
-    screen_ptr,  # [N, L]
-    x_error_ptr,  # this and the next three: see row_terms and score_of
-    x_stride,
-    terms_ptr,
-    accumulation,
-    N,
-    L,
+    chunk,  # Chunk
     W,
-    EXACT: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """words: pre-activation + bound reaches the edge; one read of the buffer."""
+    """words: pre-activation + bound reaches the edge; one read of the buffer.
+
+    Grid: a program for COLS latents of ROWS rows, [L / COLS, N / ROWS].
+    """
+    N, L = chunk.N, chunk.L
     latent = (tl.program_id(0) * COLS + tl.arange(0, COLS))[None, :]
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
     rows = rows.to(tl.int64)
     live = latent < L
     mask = row_mask[:, None] & live
-    inverse, weight_norm, weight_residual = row_terms(
-        x_error_ptr, x_stride, rows[:, None], row_mask[:, None], accumulation, EXACT
-    )
-    weight_norm *= 1.001
-    weight_residual *= 1.001
-    s = tl.load(screen_ptr + rows[:, None] * L + latent, mask=mask, other=0.0).to(tl.float32)
+    inverse, weight_norm, weight_residual = row_terms(chunk, rows[:, None], row_mask[:, None])
+    weight_norm *= MARK_SLACK
+    weight_residual *= MARK_SLACK
+    s = tl.load(chunk.products + rows[:, None] * L + latent, mask=mask, other=0.0).to(tl.float32)
     edge = tl.load(edges_ptr + latent, mask=live, other=0.0)
-    if EXACT:
-        _, most = score_of(s, latent, live, inverse, terms_ptr, L, EXACT, HAS_NORMS=False)
+    if chunk.terms is None:
+        _, most = score_of(s, chunk, latent, live, inverse)
     else:
         # product + c |product| + bias + d >= edge if product + (1 + 2c) d reaches what follows:
         # the bias, and all that is proportional to a product at the edge, go to the other side.
-        bias = tl.load(terms_ptr + L + latent, mask=live, other=0.0)
-        edge = edge - bias - 5e-7 * tl.abs(bias)
-        edge -= (ROUNDING + 1e-6) * tl.abs(edge)
-        scale = inverse * tl.load(terms_ptr + latent, mask=live, other=0.0)
-        most = (s + 1.001 * SUBNORMAL) * scale
-        most += weight_norm * tl.load(terms_ptr + 2 * L + latent, mask=live, other=0.0)
-        most += weight_residual * tl.load(terms_ptr + 3 * L + latent, mask=live, other=0.0)
+        terms = chunk.terms + latent
+        bias = tl.load(terms + L, mask=live, other=0.0)
+        edge = edge - bias - tl.abs(bias) * MARK_BIAS_ROUNDING
+        edge -= tl.abs(edge) * MARK_EDGE_ROUNDING
+        edge -= 2.0 * UNDERFLOW
+        scale = inverse * tl.load(terms, mask=live, other=0.0)
+        most = s * scale
+        most += weight_norm * tl.load(terms + 2 * L, mask=live, other=0.0)
+        most += weight_residual * tl.load(terms + 3 * L, mask=live, other=0.0)
     # A NaN does not fall short of the edge.
     bits = tl.where(most < edge, 0, tl.where(live, 1 << (latent % _WORD), 0))
     WORDS: tl.constexpr = COLS // _WORD
@@ -117,7 +122,10 @@ def _count_marks_kernel(
     W,
     BLOCK_W: tl.constexpr,
 ):
-    """counts[n, b] = marks in block b of BLOCK_W words of row n"""
+    """counts[n, b] = marks in block b of BLOCK_W words of row n
+
+    Grid: a program a block, [N, B].
+    """
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     w = block * BLOCK_W + tl.arange(0, BLOCK_W)
     words = tl.load(words_ptr + n * W + w, mask=w < W, other=0).to(tl.uint32, bitcast=True)
@@ -129,20 +137,19 @@ def _count_marks_kernel(
 def _list_marks_kernel(
     latents_ptr,  # [P] int64
     rows_ptr,  # [P] int32
-    pre_acts_ptr,  # [P], written only if EXACT
+    pre_acts_ptr,  # [P], or None where pairs are recomputed
     offsets_ptr,  # [N B + 1], where the marks of each block of words begin
     words_ptr,  # [N, W]
-    screen_ptr,  # [N, L]
-    bias_ptr,  # [L]
+    chunk,  # Chunk
     first_row,
     P,
-    L,
     W,
-    EXACT: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """The marked latents of a block of words in order; each turn lists the lowest mark left in
     every word.
+
+    Grid: a program a block, [N, B].
     """
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     w = block * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -157,9 +164,9 @@ def _list_marks_kernel(
         tl.store(latents_ptr + position, latent.to(tl.int64), mask=live)
         row = tl.full((BLOCK_W,), 0, tl.int32) + (first_row + n).to(tl.int32)
         tl.store(rows_ptr + position, row, mask=live)
-        if EXACT:
-            s = tl.load(screen_ptr + n * L + latent, mask=live, other=0.0).to(tl.float32)
-            pre_act = s + tl.load(bias_ptr + latent, mask=live, other=0.0)
+        if pre_acts_ptr is not None:
+            s = tl.load(chunk.products + n * chunk.L + latent, mask=live, other=0.0)
+            pre_act = s.to(tl.float32) + tl.load(chunk.bias + latent, mask=live, other=0.0)
             tl.store(pre_acts_ptr + position, pre_act.to(pre_acts_ptr.dtype.element_ty), mask=live)
         words = words & (words - 1)
         position += 1
@@ -169,16 +176,18 @@ def _list_marks_kernel(
 def _resolve_kernel(
     keys_ptr,  # [P] int32
     row_counts_ptr,  # [N] int32
-    pre_acts_ptr,  # [P]; unless EXACT, read without the bias and written with it
+    pre_acts_ptr,  # [P]; with a bias, read without it and written with it
     latents_ptr,  # [P]
     offsets_ptr,  # [N + 1]
     gates_ptr,  # [L]
     edges_ptr,  # [L]
-    bias_ptr,  # [L], unused if EXACT
-    EXACT: tl.constexpr,
+    bias_ptr,  # [L] or None
     BLOCK_P: tl.constexpr,
 ):
-    """Keys of the pairs that reach their edge; how many of a row are above their gate."""
+    """Keys of the pairs that reach their edge; how many of a row are above their gate.
+
+    Grid: a program a row, [N].
+    """
     n = tl.program_id(0).to(tl.int64)
     first = tl.load(offsets_ptr + n)
     n_pairs = (tl.load(offsets_ptr + n + 1) - first).to(tl.int32)
@@ -188,7 +197,7 @@ def _resolve_kernel(
         live = i < n_pairs
         latent = tl.load(latents_ptr + first + i, mask=live, other=0)
         pre_act = tl.load(pre_acts_ptr + first + i, mask=live, other=0.0).to(tl.float32)
-        if not EXACT:
+        if bias_ptr is not None:
             pre_act += tl.load(bias_ptr + latent, mask=live, other=0.0)
             tl.store(pre_acts_ptr + first + i, pre_act, mask=live)
         below = pre_act < tl.load(edges_ptr + latent, mask=live, other=0.0)
@@ -216,58 +225,85 @@ def find_pattern(
     capacity: int,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
-) -> tuple[GatePattern, torch.Tensor]:
-    """The pattern, as far as it fits, and `[2]` int64: its number of pairs and of active ones.
+) -> tuple[ActivePairs, torch.Tensor]:
+    """The pairs, as far as they fit, and `[2]` int64: number of pairs and of active ones.
 
-    Arguments as `saelens_sparse.ops.start_find_pattern`'s; `can_screen` must hold.
+    Arguments as `search_above_threshold`'s; `can_screen` must hold.
     """
     device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
-    x, weight = x.contiguous(), weight.contiguous()
-    screen = Screen.of(x, weight, bias, rounded=rounded)
-    gate, edge = gate_and_edge(threshold, bandwidth, screen.pre_acts_dtype)
+    x = x.contiguous()
+    screen = Screen.of(x, weight, bias, tile=GATHER_DOT.BLOCK_D, rounded=rounded)
+    gate, edge = threshold_and_edge(threshold, bandwidth, screen.pre_acts_dtype)
     gate, edge = gate.float(), edge.float()
 
     latents = torch.zeros(capacity, dtype=torch.int64, device=device)
     rows_of_pairs = torch.zeros(capacity, dtype=torch.int32, device=device)
     # Written while the buffer is at hand, if that is all the precision there is to be had.
-    pre_acts = torch.zeros(
-        capacity if screen.exact else 0, dtype=screen.pre_acts_dtype, device=device
-    )
+    pre_acts = None
+    if screen.exact:
+        pre_acts = torch.zeros(capacity, dtype=screen.pre_acts_dtype, device=device)
     keys = torch.full((capacity,), d_sae, dtype=torch.int32, device=device)
     row_counts = torch.empty(n_rows, dtype=torch.int32, device=device)
     n_words = triton.cdiv(d_sae, _WORD.value)
     block_w = min(triton.next_power_of_2(n_words), LAUNCH.LIST_WORDS)
-    n_blocks, n_warps = triton.cdiv(n_words, block_w), warps(block_w, 512, device)
+    n_blocks, n_warps = triton.cdiv(n_words, block_w), warps(block_w, LAUNCH.WORDS_PER_WARP, device)
     offsets = torch.zeros(n_rows * n_blocks + 1, dtype=torch.int64, device=device)
-    for rows, products in screen.chunks(buffer_bytes, LAUNCH.MARK_ROWS):
-        n_chunk = products.shape[0]
-        words = torch.empty(n_chunk, n_words, dtype=torch.int32, device=device)
-        grid = (triton.cdiv(d_sae, LAUNCH.MARK_COLS), triton.cdiv(n_chunk, LAUNCH.MARK_ROWS))
-        _mark_kernel[grid](
-            words, edge, products, *screen.arguments(rows), n_chunk, d_sae, n_words,
-            EXACT=screen.exact, COLS=LAUNCH.MARK_COLS, ROWS=LAUNCH.MARK_ROWS,
-            num_warps=LAUNCH.MARK_WARPS,
-        )  # fmt: skip
-        counts = torch.empty(n_chunk * n_blocks, dtype=torch.int64, device=device)
-        _count_marks_kernel[(n_chunk, n_blocks)](
-            counts, words, n_words, BLOCK_W=block_w, num_warps=n_warps
+    for rows, chunk in screen.chunks(buffer_bytes, LAUNCH.MARK_ROWS):
+        words = marks_of(chunk, edge)
+        counts = torch.empty(chunk.N * n_blocks, dtype=torch.int64, device=device)
+        _count_marks_kernel[(chunk.N, n_blocks)](
+            counts_ptr=counts, words_ptr=words, W=n_words, BLOCK_W=block_w, num_warps=n_warps
         )
         chunk_offsets = offsets[rows.start * n_blocks : rows.stop * n_blocks + 1]
         torch.cumsum(counts, 0, out=chunk_offsets[1:])
         if rows.start > 0:
             chunk_offsets[1:] += chunk_offsets[0]
-        _list_marks_kernel[(n_chunk, n_blocks)](
-            latents, rows_of_pairs, pre_acts, chunk_offsets, words, products,
-            screen.bias, rows.start, capacity, d_sae, n_words, EXACT=screen.exact,
-            BLOCK_W=block_w, num_warps=n_warps,
-        )  # fmt: skip
+        _list_marks_kernel[(chunk.N, n_blocks)](
+            latents_ptr=latents,
+            rows_ptr=rows_of_pairs,
+            pre_acts_ptr=pre_acts,
+            offsets_ptr=chunk_offsets,
+            words_ptr=words,
+            chunk=chunk,
+            first_row=rows.start,
+            P=capacity,
+            W=n_words,
+            BLOCK_W=block_w,
+            num_warps=n_warps,
+        )
     # Where there is no room, rows end early.
-    ragged = RaggedRows(offsets[::n_blocks].clamp(max=capacity), rows_of_pairs)
-    if not screen.exact:
-        pre_acts = gather_dot(x, latents, weight, ragged)
+    row_offsets = offsets[::n_blocks].clamp(max=capacity)
+    pair_rows = Rows.ragged(row_offsets, rows_of_pairs)
+    if pre_acts is None:
+        pre_acts = gather_dot(x, latents, pair_rows, weight)
     _resolve_kernel[(n_rows,)](
-        keys, row_counts, pre_acts, latents, ragged.offsets, gate, edge, screen.bias,
-        EXACT=screen.exact, BLOCK_P=LAUNCH.RESOLVE_PAIRS, num_warps=4,
-    )  # fmt: skip
-    pattern = GatePattern(latents, keys, pre_acts, ragged, row_counts)
-    return pattern, torch.stack([offsets[-1], row_counts.sum()])
+        keys_ptr=keys,
+        row_counts_ptr=row_counts,
+        pre_acts_ptr=pre_acts,
+        latents_ptr=latents,
+        offsets_ptr=row_offsets,
+        gates_ptr=gate,
+        edges_ptr=edge,
+        bias_ptr=None if screen.exact else screen.bias,
+        BLOCK_P=LAUNCH.RESOLVE_PAIRS,
+        num_warps=LAUNCH.RESOLVE_WARPS,
+    )
+    pairs = ActivePairs(latents, keys, pre_acts, pair_rows, row_counts)
+    return pairs, torch.stack([offsets[-1], row_counts.sum()])
+
+
+def marks_of(chunk: Chunk, edge: torch.Tensor) -> torch.Tensor:
+    """`[rows, d_sae / 32]` int32: a bit for each latent that may reach its edge, `[d_sae]`."""
+    n_words = triton.cdiv(chunk.L, _WORD.value)
+    words = torch.empty(chunk.N, n_words, dtype=torch.int32, device=edge.device)
+    grid = (triton.cdiv(chunk.L, LAUNCH.MARK_COLS), triton.cdiv(chunk.N, LAUNCH.MARK_ROWS))
+    _mark_kernel[grid](
+        words_ptr=words,
+        edges_ptr=edge,
+        chunk=chunk,
+        W=n_words,
+        COLS=LAUNCH.MARK_COLS,
+        ROWS=LAUNCH.MARK_ROWS,
+        num_warps=LAUNCH.MARK_WARPS,
+    )
+    return words

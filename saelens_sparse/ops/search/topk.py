@@ -1,4 +1,4 @@
-"""Selection of each row's top k latents, without a full-precision `[n_rows, d_sae]` tensor."""
+"""Search for each row's top k latents, without a full-precision `[n_rows, d_sae]` tensor."""
 
 from __future__ import annotations
 
@@ -6,62 +6,19 @@ from collections.abc import Callable
 
 import torch
 
+from saelens_sparse.measured import MAX_UNCERTAIN_ROWS
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.chunks import pre_act_chunks
 from saelens_sparse.ops.common.host_copy import HostCount
+from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.operations import gather_dot
 from saelens_sparse.ops.screen import cpu as screen_cpu
-from saelens_sparse.ops.search.types import Selection
-from saelens_sparse.ops.update.weight_copy import WeightCopy
-
-# Share of rows that a screen on a CPU may leave to the full product, as far as it saves anything.
-_MAX_UNCERTAIN = 1 / 4
+from saelens_sparse.ops.search.found import FoundPairs, NoneUncertain
+from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 
-class PendingSelection:
-    """A selection that is queued on the device, and a check of it that is on its way.
-
-    Work queued between `start_select_topk` and `result` hides the wait for the check.
-    """
-
-    def __init__(
-        self,
-        selection: Selection,
-        uncertain: torch.Tensor | None = None,
-        recompute: Callable[[torch.Tensor], Selection] | None = None,
-        n_uncertain: HostCount | None = None,
-    ) -> None:
-        self.selection = selection
-        self._uncertain = uncertain
-        self._recompute = recompute
-        if uncertain is not None and n_uncertain is None:
-            n_uncertain = HostCount(uncertain)
-        self._n_uncertain = n_uncertain
-
-    def holds(self) -> bool:
-        """Whether `selection` is right as it stands. Waits until the device has got there."""
-        return self._n_uncertain is None or self._n_uncertain.wait() == 0
-
-    def again(self) -> PendingSelection:
-        """The same tensors, which the replay of a CUDA graph has written anew, and their check."""
-        count = None if self._n_uncertain is None else self._n_uncertain.again()
-        return PendingSelection(self.selection, self._uncertain, self._recompute, count)
-
-    def result(self) -> Selection:
-        """`selection` itself, or a corrected one if any of its rows was uncertain."""
-        if self.holds():
-            return self.selection
-        assert self._uncertain is not None and self._recompute is not None
-        rows = self._uncertain.nonzero().squeeze(1)
-        exact = self._recompute(rows)
-        parts: dict[str, torch.Tensor] = {}
-        for name in ("latents", "pre_acts", "scores", "keys"):
-            part: torch.Tensor = getattr(self.selection, name)
-            parts[name] = part.index_copy(0, rows, getattr(exact, name).to(part.dtype))
-        return Selection(**parts, rows_recomputed=rows.numel())
-
-
-def select_topk(
+@torch.no_grad()
+def search_topk(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -69,12 +26,14 @@ def select_topk(
     k: int,
     backend: Backend,
     buffer_bytes: int,
-) -> Selection:
-    """Each row's k latents with the largest `(x @ weight.T + bias) * norms`.
+    rounded: WeightCopy | None = None,
+) -> FoundPairs:
+    """Find each row's k latents with the largest `(x @ weight.T + bias) * norms`.
 
-    The pre-activations have the precision that the caller asks for: float32 for float32
-    inputs, the autocast dtype under autocast. Ties are broken arbitrarily. A NaN counts as
-    larger than any number, as in `torch.topk`.
+    The pre-activations, which do not have the norms, have the precision that the caller asks for:
+    float32 for float32 inputs, the autocast dtype under autocast. Ties are broken arbitrarily. A
+    NaN counts as larger than any number, as in `torch.topk`. A pair whose score a ReLU clips takes
+    part in no sum.
 
     Args:
         x: `[n_rows, d_in]`, centred encoder inputs.
@@ -85,45 +44,35 @@ def select_topk(
         backend: `"triton"` screens with a low-precision product and recomputes the candidates;
             so does `"torch"` on a CPU that is faster at it, and else computes row chunks in full.
         buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
-    """
-    return start_select_topk(x, weight, bias, norms, k, backend, buffer_bytes).result()
+        rounded: a copy of `weight` in the dtype of the screen, which is then not made; or None.
 
-
-@torch.no_grad()
-def start_select_topk(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norms: torch.Tensor | None,
-    k: int,
-    backend: Backend,
-    buffer_bytes: int,
-    rounded: WeightCopy | None = None,
-) -> PendingSelection:
-    """`select_topk` without waiting for the device to say whether a row must be recomputed.
-
-    `rounded` may be a copy of `weight` in the dtype of the screen, which is then not made.
+    Returns:
+        k pairs a row, in no particular order. They are wrong on rows for which a screen could not
+        vouch, until `complete` computes those in full.
     """
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must have shape [n_rows, {weight.shape[1]}]; got {list(x.shape)}")
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be between 1 and d_sae={weight.shape[0]}; got {k}")
 
-    def exactly(rows: torch.Tensor) -> Selection:
-        return _exact_topk(x[rows], weight, bias, norms, k, buffer_bytes)
+    def in_full(rows: torch.Tensor) -> ActivePairs:
+        return _topk_in_full(x[rows], weight, bias, norms, k, buffer_bytes)
 
     if backend == "triton":
-        from saelens_sparse.ops.search import topk_kernels as select_triton
+        from saelens_sparse.ops.search import topk_kernels
 
-        if select_triton.can_screen(x, weight, k):
-            screened = select_triton.select_topk(x, weight, bias, norms, k, buffer_bytes, rounded)
-            return PendingSelection(*screened, exactly)
+        if topk_kernels.can_screen(x, weight, k):
+            pairs, uncertain = topk_kernels.select_topk(
+                x, weight, bias, norms, k, buffer_bytes, rounded
+            )
+            check = NoneUncertain(HostCount(uncertain))
+            return FoundPairs(pairs, check, lambda: FoundPairs(_mend(pairs, uncertain, in_full)))
     elif screen_cpu.can_screen(x, weight) and _n_candidates(x, k) <= weight.shape[0] // 4:
         screened = _topk_by_cpu_screen(x, weight, bias, norms, k, buffer_bytes)
         if screened is not None:
             # Where the host computes, there is no wait that other work could hide.
-            return PendingSelection(PendingSelection(*screened, exactly).result())
-    return PendingSelection(_exact_topk(x, weight, bias, norms, k, buffer_bytes))
+            return FoundPairs(_mend(*screened, in_full))
+    return FoundPairs(_topk_in_full(x, weight, bias, norms, k, buffer_bytes))
 
 
 @torch.no_grad()
@@ -151,10 +100,10 @@ def topk_values(
     if not 1 <= k <= n <= width:
         raise ValueError(f"need 1 <= k <= len(bias) <= width; got k={k}, {n} and {width}")
     if backend == "triton":
-        from saelens_sparse.ops.search import topk_kernels as select_triton
+        from saelens_sparse.ops.search import topk_kernels
 
-        if n <= select_triton.MAX_KEEP_COLUMNS:
-            return select_triton.topk_values(products, bias, norms, k)
+        if n <= topk_kernels.MAX_KEEP_COLUMNS:
+            return topk_kernels.topk_values(products, bias, norms, k)
     pre_acts = products[:, :n] + bias
     scores = pre_acts if norms is None else pre_acts * norms
     kept = torch.zeros_like(products, dtype=torch.bool)
@@ -162,6 +111,23 @@ def topk_values(
     values = torch.zeros_like(products)
     values[:, :n] = torch.where(kept[:, :n], pre_acts, 0.0)
     return values, kept
+
+
+def _mend(
+    pairs: ActivePairs, uncertain: torch.Tensor, in_full: Callable[[torch.Tensor], ActivePairs]
+) -> ActivePairs:
+    """The pairs with those of uncertain rows, `[n_rows]` bool, found in full."""
+    uncertain_rows = uncertain.nonzero().squeeze(1)
+    if uncertain_rows.numel() == 0:
+        return pairs
+    exact, rows = in_full(uncertain_rows), pairs.rows
+    assert rows.k is not None
+    parts: dict[str, torch.Tensor] = {}
+    for name in ("latents", "pre_acts", "keys"):
+        part: torch.Tensor = getattr(pairs, name).view(rows.n_rows, rows.k)
+        new: torch.Tensor = getattr(exact, name).view(-1, rows.k)
+        parts[name] = part.index_copy(0, uncertain_rows, new.to(part.dtype)).view(-1)
+    return ActivePairs(**parts, rows=rows, rows_recomputed=uncertain_rows.numel())
 
 
 def _n_candidates(x: torch.Tensor, k: int) -> int:
@@ -181,8 +147,8 @@ def _topk_by_cpu_screen(
     norms: torch.Tensor | None,
     k: int,
     buffer_bytes: int,
-) -> tuple[Selection, torch.Tensor] | None:
-    """The selection, and which rows the screen cannot vouch for, `[n_rows]` bool.
+) -> tuple[ActivePairs, torch.Tensor] | None:
+    """The pairs, and which rows the screen cannot vouch for, `[n_rows]` bool.
 
     None if these are so many among the first rows that screening the others would save nothing.
     """
@@ -193,7 +159,7 @@ def _topk_by_cpu_screen(
         if start == 0 and bounds.shape[0] < x.shape[0]:
             first = x[: bounds.shape[0]]
             _, uncertain = _topk_of_candidates(first, weight, bias, norms, k, *found[0])
-            if uncertain.double().mean() > _MAX_UNCERTAIN:
+            if uncertain.double().mean() > MAX_UNCERTAIN_ROWS:
                 return None
     candidates, beyond = (torch.cat(parts) for parts in zip(*found, strict=True))
     return _topk_of_candidates(x, weight, bias, norms, k, candidates, beyond)
@@ -207,28 +173,29 @@ def _topk_of_candidates(
     k: int,
     candidates: torch.Tensor,
     beyond: torch.Tensor,
-) -> tuple[Selection, torch.Tensor]:
-    """The selection among candidates, `[n_rows, n]`, and on which rows others could be higher.
+) -> tuple[ActivePairs, torch.Tensor]:
+    """The pairs among candidates, `[n_rows, n]`, and on which rows others could be higher.
 
     `beyond`, `[n_rows]`, is what the scores of the others do not exceed.
     """
-    pre_acts = gather_dot(x, candidates, weight, "torch").add_(bias[candidates])
+    rows = Rows.regular(*candidates.shape)
+    products = gather_dot(x, candidates.flatten(), rows, weight, "torch")
+    pre_acts = products.view_as(candidates).add_(bias[candidates])
     scores = pre_acts if norms is None else pre_acts * norms[candidates]
     scores, places = scores.topk(k, dim=-1, sorted=False)
     latents = candidates.gather(1, places)
-    selection = _selection_of(latents, pre_acts.gather(1, places), scores, weight.shape[0])
-    return selection, scores.amin(1).ge(beyond).logical_not_()  # also where either is NaN
+    pairs = _pairs_of(latents, pre_acts.gather(1, places), scores, weight.shape[0])
+    return pairs, scores.amin(1).ge(beyond).logical_not_()  # also where either is NaN
 
 
-@torch.no_grad()
-def _exact_topk(
+def _topk_in_full(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     norms: torch.Tensor | None,
     k: int,
     buffer_bytes: int,
-) -> Selection:
+) -> ActivePairs:
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     d_sae, buffer = weight.shape[0], None
     for _, chunk in pre_act_chunks(x, weight, bias, buffer_bytes):
@@ -244,11 +211,13 @@ def _exact_topk(
             top_scores, latents = scores.topk(k, dim=-1, sorted=False)
             parts.append((latents, pre_acts.gather(1, latents), top_scores))
     latents, pre_acts, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return _selection_of(latents, pre_acts, scores, d_sae)
+    return _pairs_of(latents, pre_acts, scores, d_sae)
 
 
-def _selection_of(
+def _pairs_of(
     latents: torch.Tensor, pre_acts: torch.Tensor, scores: torch.Tensor, d_sae: int
-) -> Selection:
+) -> ActivePairs:
+    """Pairs from what lies by row, `[n_rows, k]`."""
     keys = torch.where(scores <= 0, d_sae, latents).to(torch.int32)
-    return Selection(latents, pre_acts, scores, keys)
+    rows = Rows.regular(*latents.shape)
+    return ActivePairs(latents.flatten(), keys.flatten(), pre_acts.flatten(), rows)

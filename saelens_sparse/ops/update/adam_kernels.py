@@ -1,8 +1,10 @@
 """Triton kernel of an Adam update that divides gradients on the way."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,37 +28,50 @@ class AdamSettings:
     beta2: float
     eps: float
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """What `adam_rule` takes from `lr_ptr` to `eps`."""
-        return (
-            self.lr, _log(self.beta1), _log(self.beta2), 1 - self.beta1, 1 - self.beta2, self.eps,
-        )  # fmt: skip
+    def rule(self, step: torch.Tensor, divisor: torch.Tensor) -> AdamRule:
+        """
+        What kernels take for an update.
+
+        Args:
+            step: one element, float32, the number of this update, counted from one.
+            divisor: one element, what the gradient is divided by first.
+        """
+        beta1, beta2 = self.beta1, self.beta2
+        return AdamRule(
+            step, divisor, self.lr, _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, self.eps
+        )
+
+
+class AdamRule(NamedTuple):
+    """One update's step, divisor and settings, as kernels take them."""
+
+    step: torch.Tensor  # one element, float32
+    divisor: torch.Tensor  # one element
+    lr: torch.Tensor  # one element, float32
+    log_beta1: float
+    log_beta2: float
+    gain1: float  # 1 - beta1
+    gain2: float
+    eps: float
 
 
 @triton.jit
 def adam_rule(
+    rule,  # AdamRule
     parameter,
     gradient,
     first,
     second,
-    step_ptr,  # one element, float32
-    divisor_ptr,  # one element
-    lr_ptr,  # one element
-    log_beta1,
-    log_beta2,
-    rest1,
-    rest2,
-    eps,
 ):
     """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) on gradient / divisor."""
-    step = tl.load(step_ptr).to(tl.float64)
-    correction1 = (1.0 - tl.exp(step * log_beta1)).to(tl.float32)
-    correction2 = tl.sqrt((1.0 - tl.exp(step * log_beta2)).to(tl.float32))
-    gradient = gradient / tl.load(divisor_ptr).to(tl.float32)
-    first += rest1 * (gradient - first)
-    second += rest2 * (gradient * gradient - second)
-    parameter -= (tl.load(lr_ptr) / correction1) * first / (tl.sqrt(second) / correction2 + eps)
+    step = tl.load(rule.step).to(tl.float64)
+    correction1 = (1.0 - tl.exp(step * rule.log_beta1)).to(tl.float32)
+    correction2 = tl.sqrt((1.0 - tl.exp(step * rule.log_beta2)).to(tl.float32))
+    gradient = gradient / tl.load(rule.divisor).to(tl.float32)
+    first += rule.gain1 * (gradient - first)
+    second += rule.gain2 * (gradient * gradient - second)
+    denominator = tl.sqrt(second) / correction2 + rule.eps
+    parameter -= (tl.load(rule.lr) / correction1) * first / denominator
     return parameter, first, second
 
 
@@ -66,27 +81,18 @@ def _adam_kernel(
     gradient_ptr,
     first_moment_ptr,
     second_moment_ptr,
-    step_ptr,  # one element, float32
-    divisor_ptr,  # one element
+    rule,  # AdamRule
     n,
-    lr_ptr,  # one element
-    log_beta1,
-    log_beta2,
-    rest1,
-    rest2,
-    eps,
     BLOCK: tl.constexpr,
 ):
+    """Adam on n elements. Grid: blocks of them."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < n
     gradient = tl.load(gradient_ptr + i, mask=live, other=0.0).to(tl.float32)
     first = tl.load(first_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
     second = tl.load(second_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
     parameter = tl.load(parameter_ptr + i, mask=live, other=0.0).to(tl.float32)
-    parameter, first, second = adam_rule(
-        parameter, gradient, first, second, step_ptr, divisor_ptr, lr_ptr, log_beta1, log_beta2,
-        rest1, rest2, eps,
-    )  # fmt: skip
+    parameter, first, second = adam_rule(rule, parameter, gradient, first, second)
     tl.store(parameter_ptr + i, parameter.to(parameter_ptr.dtype.element_ty), mask=live)
     tl.store(first_moment_ptr + i, first.to(first_moment_ptr.dtype.element_ty), mask=live)
     tl.store(second_moment_ptr + i, second.to(second_moment_ptr.dtype.element_ty), mask=live)
@@ -114,12 +120,17 @@ def adam_update(
         settings: the rest of what Adam needs.
     """
     n = parameter.numel()
-    if n == 0:
-        return
-    _adam_kernel[(triton.cdiv(n, _BLOCK),)](
-        parameter, gradient, first_moment, second_moment, step, divisor, n, *settings.arguments,
-        BLOCK=_BLOCK, num_warps=4,
-    )  # fmt: skip
+    if n > 0:
+        _adam_kernel[(triton.cdiv(n, _BLOCK),)](
+            parameter,
+            gradient_ptr=gradient,
+            first_moment_ptr=first_moment,
+            second_moment_ptr=second_moment,
+            rule=settings.rule(step, divisor),
+            n=n,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
 
 
 def _log(beta: float) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from saelens_sparse.ops.common.backend import Backend
-from saelens_sparse.ops.pairs.order import LatentOrder
+from saelens_sparse.ops.pairs import LatentOrder
 from saelens_sparse.ops.rows.block import RowBlock, add_block
 from saelens_sparse.ops.rows.operations import segment_sum
 
@@ -18,8 +18,8 @@ class RowGradient:
     coefficient times batch row, and a few dense rows.
 
     Attributes:
-        order: the active pairs by latent.
-        coefficients: `[n_rows, k]`, or `[n_pairs]` if the rows of `order` are ragged.
+        order: the pairs by latent.
+        coefficients: `[n_pairs]`.
         batch: `[n_rows, d]`.
         block: which rows `block_gradient` is added to, or None.
         block_gradient: `[block.width, d]` or None.

@@ -1,0 +1,321 @@
+"""
+Measure registered problem sizes against stock SAELens and other libraries.
+
+    python -m benchmarks [--quick]      the default cases of the device; tables and figures
+    python -m benchmarks step           whole training steps
+    python -m benchmarks forward        decode, forward, forward with backward
+    python -m benchmarks kernels        each operation of a step beside what the device can do
+    python -m benchmarks pair OTHER     whole steps of another checkout and this one, in turn
+    python -m benchmarks report         tables from the rows measured so far
+    python -m benchmarks figures        figures from the rows measured so far
+
+Rows are appended to a JSON Lines file as they come. An interrupted run goes on with the same
+command: what the file has from the same device, commit and versions is passed over. `--help` after
+a command lists its options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import figures, kernels, pair
+from benchmarks.cases import CASES, NamedCase, groups_of
+from benchmarks.contenders import SPARSE, SPARSE_RUNNER, STOCK
+from benchmarks.harness import FORWARD, STEP, Benchmark, Session, say
+from benchmarks.report import kernel_table, markdown, plain, tables
+from benchmarks.rows import FIGURES, RESULTS, Frame, ResultsFile, frame_of, load_rows
+from saelens_sparse.config.files import UsageError
+from saelens_sparse.profile.cases import PRECISIONS, Precision
+from saelens_sparse.reports.command_line import (
+    DEFAULT_STEPS,
+    Parser,
+    add_measuring_options,
+    parse_shape,
+    whole_number,
+)
+from saelens_sparse.reports.presentation import can_draw
+from saelens_sparse.reports.results import environment
+
+HELP = {
+    "step": """
+Time `SAETrainer.step` of the sparse architectures against SAELens's own.
+
+    python -m benchmarks step --cases gemma2b,jumprelu_l0_64 --precision float32,autocast
+
+For each case and precision, every contender in turn starts from the same trained-like weights, is
+checked to train the same model as stock (see `agreement.py`), is timed, and is freed before the
+next. The peers "sparsify" and "dictionary_learning" take steps of their own trainers.
+""",
+    "forward": """
+Time the parts of a sparse SAE that published kernels report, against SAELens's own.
+
+    python -m benchmarks forward --cases flash_sae
+
+`decode` is `sae.decode(feature_acts)` on activations encoded beforehand, `forward` is `sae(x)`,
+both without gradients; `forward_backward` adds the backward of a mean squared error, and no
+optimizer.
+""",
+}
+
+
+class CommandParser(Parser):
+    """Options of a command of `python -m benchmarks`."""
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(command, description)
+        self.prog = f"python -m benchmarks {command}".strip()
+
+    def add_running_options(self, *, training: bool = True, resumes: bool = True) -> None:
+        """Those of commands that append rows: `training` weights, or passing over earlier rows."""
+        add_measuring_options(self, training=training)
+        self.add_argument(
+            "--out",
+            type=Path,
+            help=f"JSON Lines file that rows are appended to; by default the device's in {RESULTS}",
+        )
+        self.add_argument("--commit", help="recorded with the rows; read from git by default")
+        if resumes:
+            self.add_argument(
+                "--again", action="store_true", help="measure even what the file has good rows of"
+            )
+
+    def add_case_options(self, benchmark: Benchmark, contenders: Iterable[str]) -> None:
+        """Which cases, in which precisions, and who takes part by default."""
+        groups = groups_of(benchmark.name)
+        cases = {name: one for name, one in CASES.items() if benchmark.name in one.benchmarks}
+        single = [name for name, case in cases.items() if case.sweep is None]
+        self.add_argument(
+            "--cases",
+            type=names_of(cases, groups),
+            default=[],
+            help=f"separated by commas: {', '.join(single)}, or a group: {', '.join(groups)}; "
+            "by default those of the device",
+        )
+        self.add_argument(
+            "--precision",
+            type=names_of(PRECISIONS),
+            default=[],
+            help=f"{', '.join(PRECISIONS)}; by default each case's own",
+        )
+        allowed = list(contenders)
+        self.add_argument(
+            "--contenders",
+            "--arms",
+            type=names_of(allowed, {"all": tuple(allowed)}),
+            default=[one.name for one in (SPARSE, SPARSE_RUNNER) if one.name in allowed],
+            help=f"{', '.join(allowed)}, or all; by default the sparse ones",
+        )
+
+    def parse_files(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Frame]:
+        """Options of a command that reads files, and the rows of these."""
+        self.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
+        args = self.parse_args(argv)
+        rows = load_rows(args.files or sorted(RESULTS.glob("*.jsonl")))
+        if not rows:
+            raise UsageError("there are no rows; python -m benchmarks measures some")
+        return args, frame_of(rows)
+
+
+def names_of(
+    allowed: Iterable[str], groups: Mapping[str, tuple[str, ...]] | None = None
+) -> Callable[[str], list[str]]:
+    """argparse type: names separated by commas; those of groups stand for their members."""
+    members = {**{name: (name,) for name in allowed}, **(groups or {})}
+
+    def parse(text: str) -> list[str]:
+        asked = text.split(",")
+        if unknown := [name for name in asked if name not in members]:
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(unknown)}; known: {', '.join(members)}"
+            )
+        return list(dict.fromkeys(member for name in asked for member in members[name]))
+
+    return parse
+
+
+def shape_of(text: str) -> kernels.Shape:
+    """argparse type: the sizes of a problem."""
+    d_in, d_sae, k, rows = parse_shape(text)
+    if min(d_in, d_sae, k, rows) < 1 or k > d_sae:
+        raise argparse.ArgumentTypeError(f"all must be above 0 and K at most D_SAE; got {text!r}")
+    return kernels.Shape(d_in, d_sae, k, rows)
+
+
+def open_results(args: argparse.Namespace) -> ResultsFile:
+    """The file that rows go to; says where it is before anything is measured."""
+    results = ResultsFile(args.out, environment(args.device, args.commit))
+    print(f"{results.environment['device']}; rows go to {results.path}", flush=True)
+    return results
+
+
+def asked_cases(benchmark: str, args: argparse.Namespace) -> list[tuple[NamedCase, Precision]]:
+    """The cases that `args` asks for, each in its precisions."""
+    return [
+        (case, precision)
+        for case in (CASES[name] for name in args.cases or groups_of(benchmark)[args.device])
+        for precision in [PRECISIONS[name] for name in args.precision] or case.precisions
+    ]
+
+
+def run_session(benchmark: Benchmark, results: ResultsFile, args: argparse.Namespace) -> None:
+    """Measure what `args` asks for and `results` lacks; rows are appended as they come."""
+    steps = args.steps or DEFAULT_STEPS[args.device]
+    session = Session(benchmark, results, args.device, steps, args.warmup_train, args.again)
+    contenders = [one for one in benchmark.contenders if one.name in {STOCK.name, *args.contenders}]
+    for contender in contenders:
+        if contender.peer is not None and (problem := contender.peer.problem(args.device)):
+            say(f"{contender.name} is left out: {problem}")
+    asked = asked_cases(benchmark.name, args)
+    pending = sum(len(session.pending(*measured, contenders)) for measured in asked)
+    progress: tqdm[Any] = tqdm(asked, unit="case", disable=not pending or None)
+    for case, precision in progress:
+        progress.set_description(f"{case.name} {precision.name}")
+        session.run(case, precision, contenders)
+    if pending < sum(session.takes(one, *measured) for measured in asked for one in contenders):
+        print("What was measured already is in the file; --again measures it again.")
+
+
+def run_benchmark(benchmark: Benchmark, argv: Sequence[str]) -> int:
+    """`python -m benchmarks step` or `forward`."""
+    parser = CommandParser(benchmark.name, HELP[benchmark.name])
+    parser.add_case_options(benchmark, [contender.name for contender in benchmark.contenders])
+    parser.add_running_options()
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    run_session(benchmark, results, args)
+    if results.rows:
+        print(f"\n{tables(frame_of(results.rows))}")
+    print(f"\nRows are in {results.path}.")
+    return 0
+
+
+def run_kernels(argv: Sequence[str]) -> int:
+    """`python -m benchmarks kernels`."""
+    parser = CommandParser("kernels", kernels.__doc__)
+    parser.add_argument(
+        "--shape",
+        type=shape_of,
+        metavar="D_IN,D_SAE,K,BATCH",
+        help="by default {cuda}, on a CPU {cpu}".format_map(kernels.DEFAULT_SHAPE),
+    )
+    parser.add_argument("--dtype", default=kernels.DTYPES[0], choices=kernels.DTYPES)
+    parser.add_running_options(training=False)
+    args = parser.parse_args(argv)
+    shape: kernels.Shape = args.shape or kernels.DEFAULT_SHAPE[args.device]
+    results = open_results(args)
+    # The last of the operations: with it, all have rows.
+    last = {"kernel": "Adam on a weight", "side": "stock"}
+    if not args.again and results.measured(shape=str(shape), dtype=args.dtype, **last):
+        print(f"{shape} {args.dtype} is measured already; --again measures it again.")
+        return 0
+    try:
+        steps = args.steps or DEFAULT_STEPS[args.device]
+        for row in kernels.measure(shape, args.dtype, args.device, steps):
+            results.append(row)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"--shape {shape} needs more memory than there is") from error
+    print(f"\n{plain(kernel_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    if args.device == "cpu":
+        print("On a CPU kernels have no stages, and caches are as the last call left them.")
+    return 0
+
+
+def run_pair(argv: Sequence[str]) -> int:
+    """`python -m benchmarks pair OTHER_CHECKOUT`."""
+    parser = CommandParser("pair", pair.__doc__)
+    parser.add_argument("other", type=Path, metavar="OTHER_CHECKOUT")
+    parser.add_case_options(STEP, [SPARSE.name, SPARSE_RUNNER.name])
+    parser.add_argument("--rounds", type=whole_number(1), default=10, help="by default %(default)s")
+    parser.add_running_options(resumes=False)
+    args = parser.parse_args(argv)
+    args.steps = args.steps or DEFAULT_STEPS[args.device]
+    contenders = [one for one in (SPARSE, SPARSE_RUNNER) if one.name in args.contenders]
+    return pair.run(open_results(args), asked_cases(STEP.name, args), contenders, args)
+
+
+def run_report(argv: Sequence[str]) -> int:
+    """`python -m benchmarks report`."""
+    parser = CommandParser("report", "Tables from the rows that the benchmarks have appended.")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    args, rows = parser.parse_files(argv)
+    print(tables(rows, markdown if args.markdown else plain))
+    return 0
+
+
+def run_figures(argv: Sequence[str]) -> int:
+    """`python -m benchmarks figures`."""
+    parser = CommandParser("figures", figures.__doc__)
+    parser.add_argument(
+        "--to", type=Path, help="folder to draw into; by default the project's or one beside FILE"
+    )
+    args, rows = parser.parse_files(argv)
+    if not can_draw():
+        return 1
+    default = figures.folder_for(args.files[0]) if args.files else FIGURES
+    return draw(rows, args.to or default)
+
+
+def draw(rows: Frame, folder: Path) -> int:
+    """Draw all figures and say where they are."""
+    for path in figures.draw(rows, folder):
+        print(f"drawn: {path}")
+    return 0
+
+
+def run_default(argv: Sequence[str]) -> int:
+    """`python -m benchmarks [OPTIONS]`: everything meant for the device, tables and figures."""
+    parser = CommandParser("", __doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="small cases and few steps: a minute on two CPU cores"
+    )
+    parser.add_running_options()
+    args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(steps=3, warmup_train=10)
+        args = parser.parse_args(argv)
+    results = open_results(args)
+    args.precision = []
+    for benchmark in (STEP, FORWARD):
+        args.cases = list(groups_of(benchmark.name)["quick" if args.quick else args.device])
+        args.contenders = [one.name for one in benchmark.contenders if one.sparse or not args.quick]
+        run_session(benchmark, results, args)
+
+    rows = frame_of(load_rows([results.path]))
+    of_device = rows[rows["device"] == results.environment["device"]]
+    print(f"\n{tables(of_device)}\n\nRows are in {results.path}.")
+    return draw(of_device, figures.folder_for(results.path)) if can_draw() else 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "step": lambda argv: run_benchmark(STEP, argv),
+    "forward": lambda argv: run_benchmark(FORWARD, argv),
+    "kernels": run_kernels,
+    "pair": run_pair,
+    "report": run_report,
+    "figures": run_figures,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m benchmarks ARGV`; returns the exit status."""
+    try:
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        return run_default(argv)
+    except UsageError as error:
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished rows are kept; the same command goes on from there.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

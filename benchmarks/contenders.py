@@ -1,0 +1,67 @@
+"""Who takes part in a benchmark: stock SAELens, the sparse SAEs, and other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainingSAE
+
+from benchmarks.cases import NamedCase
+from benchmarks.models import Model, SAELensModel
+from benchmarks.peers import DictionaryLearning, Peer, Sparsify
+from saelens_sparse.profile.cases import PRECISIONS, Precision
+from saelens_sparse.profile.trainers import Inputs
+
+
+def compile_sae(sae: TrainingSAE[Any]) -> None:
+    """Compile as SAELens's runner does when `compile_sae` is set."""
+    sae.training_forward_pass = torch.compile(  # pyright: ignore[reportAttributeAccessIssue]
+        sae.training_forward_pass, mode=None, backend="inductor"
+    )
+
+
+@dataclass(frozen=True)
+class Contender:
+    """
+    SAELens's class of a case's architecture, the sparse one or another library's, and how it runs.
+
+    Attributes:
+        name: key of its rows.
+        sparse: whether it trains the sparse architecture.
+        sparse_runner: whether its steps are those of `SparseTrainingRunner`.
+        precisions: names of the precisions in which it means something.
+        matmul_precision: of `torch.set_float32_matmul_precision`; "high" allows TF32.
+        prepare: applied to the SAE once its trainer exists, where the runner compiles it.
+        peer: the other library's model.
+    """
+
+    name: str
+    sparse: bool = False
+    sparse_runner: bool = False
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    matmul_precision: str = "highest"
+    prepare: Callable[[TrainingSAE[Any]], None] | None = None
+    peer: type[Peer] | None = None
+
+    def takes(self, case: NamedCase, precision: Precision) -> bool:
+        """Whether it means something for the case in this precision."""
+        trains = self.peer is None or self.peer.architecture == case.registered.stock
+        return trains and precision.name in self.precisions
+
+    def build(self, case: NamedCase, precision: Precision, device: str, inputs: Inputs) -> Model:
+        """Its model, with the weights of `inputs`."""
+        if self.peer is not None:
+            return self.peer(case, precision, device, inputs)
+        return SAELensModel(self, case, precision, device, inputs)
+
+
+STOCK = Contender("stock")
+STOCK_TF32 = Contender("stock_tf32", precisions=("float32",), matmul_precision="high")
+STOCK_COMPILE = Contender("stock_compile", precisions=("autocast",), prepare=compile_sae)
+SPARSE = Contender("sparse", sparse=True)
+SPARSE_RUNNER = Contender("sparse_runner", sparse=True, sparse_runner=True)
+SPARSIFY = Contender("sparsify", peer=Sparsify)
+DICTIONARY_LEARNING = Contender("dictionary_learning", peer=DictionaryLearning)

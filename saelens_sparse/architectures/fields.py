@@ -1,0 +1,53 @@
+"""The configuration that every sparse architecture has besides its stock one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sae_lens.util import str_to_dtype
+
+from saelens_sparse.choice.availability import IMPLEMENTATIONS, Implementation
+from saelens_sparse.config.require import require_bool, require_choice, require_int, require_number
+
+if TYPE_CHECKING:
+    from sae_lens.saes.sae import TrainingSAEConfig
+
+    _ConfigBase = TrainingSAEConfig
+else:
+    _ConfigBase = object
+
+
+@dataclass
+class SparseTrainingSAEConfigMixin(_ConfigBase):
+    """The fields that every sparse architecture adds to its stock configuration.
+
+    Raises:
+        TypeError: a field has a value of a wrong type; the message names it.
+        ValueError: a field has a value out of range; the message names it.
+    """
+
+    implementation: Implementation = "auto"
+    screen_buffer_mib: int = 1024
+    fused_adam: bool = True
+    gradient_buffers: bool = False
+    cuda_graph: bool = True
+
+    def __post_init__(self) -> None:
+        require_int("d_in", self.d_in, 1)
+        require_int("d_sae", self.d_sae, 1)
+        require_int("screen_buffer_mib", self.screen_buffer_mib, 1)
+        if self.decoder_init_norm is not None:
+            require_number("decoder_init_norm", self.decoder_init_norm)
+            if self.decoder_init_norm <= 0:
+                raise ValueError(
+                    f"decoder_init_norm must be positive or None; got {self.decoder_init_norm}"
+                )
+        require_bool("fused_adam", self.fused_adam)
+        require_bool("gradient_buffers", self.gradient_buffers)
+        require_bool("cuda_graph", self.cuda_graph)
+        require_bool("apply_b_dec_to_input", self.apply_b_dec_to_input)
+        if not str_to_dtype(self.dtype).is_floating_point:
+            raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
+        require_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        super().__post_init__()

@@ -1,0 +1,37 @@
+"""Where one way of computing overtakes another: every such limit, measured.
+
+Rows of the measurements are in `benchmarks/results`; `docs/performance.md` says what they show.
+"""
+
+# Shares of active latents above which SAELens's dense step is faster, where a configuration sets
+# them; by whether its products run in full precision. See "Dense or sparse" there.
+MAX_SPARSE_DENSITY = {True: 1 / 8, False: 1 / 40}
+
+# Shares of pairs above which dense products are faster, where a training changes them; by backend
+# ("cpu" for PyTorch on a CPU) and by whether products run in full precision.
+MAX_MEASURED_DENSITY = {
+    ("triton", True): 0.09,
+    ("triton", False): 0.0038,
+    ("torch", True): 0.03,
+    ("torch", False): 0.03,
+    ("cpu", True): 0.12,
+    ("cpu", False): 0.03,
+}
+# A path is left for the other only when that one is faster by this much.
+HYSTERESIS = 0.8
+
+# Without gradient buffers pairs are summed twice, for the norm and for the update. With more pairs
+# a latent than this, buffers are faster.
+MAX_PAIRS_PER_LATENT = 12
+
+# Elements of W_enc up to which launching a step's kernels takes longer than running them.
+MAX_GRAPH_ELEMENTS = 2**26
+
+# GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
+# Hopper's instructions.
+DEAD_ALIGNMENT = 64
+
+# On a CPU: share of rows that a Top-K screen may leave to the full product, as far as that saves
+# anything; and share of pairs that a threshold screen may leave open.
+MAX_UNCERTAIN_ROWS = 1 / 4
+MAX_CPU_CANDIDATES = 1 / 32
