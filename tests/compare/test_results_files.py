@@ -1,6 +1,5 @@
-"""Results files of compare, profile and bench: whole on the disk, and never over another's."""
+"""Results files of compare and profile: whole on the disk, and never over another's."""
 
-import json
 import os
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from saelens_sparse.reports.files import write_whole
 from tests.support.compare import contents
 
 PROFILE = ["profile", "--shape", "32,256,4,64", "--device", "cpu", "--steps", "1"]
-BENCH = ["bench", "step", "--device", "cpu", "--cases", "quick_topk", "--steps", "1"]
 
 
 def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(
@@ -79,27 +77,3 @@ def test_a_profile_needs_a_folder_that_can_be_made(
     for output in ("", str(tmp_path / "file"), str(tmp_path / "file" / "output")):
         assert cli.main([*PROFILE, "--output", output]) == 2
         assert "--output: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["notes\n", '{"text": "a data set"}\n' * 3, json.dumps([1, 2]), b"\x89PNG\r\n\x1a\n\xff\xfe"],
-)
-def test_rows_are_not_appended_to_a_file_of_others(
-    content: str | bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    before = contents(tmp_path)
-    assert cli.main([*BENCH, "--out", str(path)]) == 2
-    assert f"--out: {path} " in capsys.readouterr().err
-    assert contents(tmp_path) == before
-
-
-def test_a_file_of_rows_that_cannot_be_written_is_named_before_anything_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    path = tmp_path / "file" / "rows.jsonl"
-    assert cli.main([*BENCH, "--out", str(path)]) == 2
-    assert f"--out: {path} " in capsys.readouterr().err
