@@ -19,22 +19,20 @@ from tqdm import tqdm
 
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare import dictionaries
-from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS, damage_of_inputs, prepare
-from saelens_sparse.compare.options import Comparison, parse_comparison
-from saelens_sparse.compare.report import report
-from saelens_sparse.compare.side import train_side
-from saelens_sparse.compare.state import (
+from saelens_sparse.compare.comparison import (
     CHECKPOINTS,
     FINAL,
     INITIAL_DECODER,
     LOG,
     SAE,
     STATE_FILE,
-    State,
-    damage_of_results,
-    open_output,
-    read_state,
+    Comparison,
 )
+from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS, damage_of_inputs, prepare
+from saelens_sparse.compare.options import parse_comparison
+from saelens_sparse.compare.report import report
+from saelens_sparse.compare.side import train_side
+from saelens_sparse.compare.state import State, damage_of_results, open_output, read_state
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.reports.files import enter_output_folder
 

@@ -59,7 +59,7 @@ def share(
             "same_index": int((same >= threshold).sum()),
             "near_start": [int((cosine >= threshold).sum()) for cosine in moved],
         }
-    histogram = torch.histc(of_a, HISTOGRAM_BINS, min=0, max=1).int().tolist()
+    histogram = torch.histc(of_a.clamp(max=1), HISTOGRAM_BINS, min=0, max=1).int().tolist()
     return {**found, "alive_in_both": len(same), "histogram": histogram}
 
 

@@ -129,5 +129,7 @@ def _deviation(axes: Axes, sides: Sides, apart: Mapping[str, Any]) -> None:
 
 def _histogram(axes: Axes, sides: Sides, counts: list[int]) -> None:
     a, b = sides
-    axes.stairs(counts, [i / len(counts) for i in range(len(counts) + 1)], fill=True)
+    axes.stairs(
+        counts, [i / len(counts) for i in range(len(counts) + 1)], fill=True, color=SPARSE_COLOR
+    )
     axes.set(xlabel=f"cosine with the nearest latent of {b}", ylabel=f"latents of {a} (alive)")

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_sparse.architectures.registry import ARCHITECTURES
+from saelens_sparse.compare.comparison import CHECKPOINTS, SAE, Comparison, Settings
 from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS
-from saelens_sparse.compare.state import CHECKPOINTS, SAE, Settings
 from saelens_sparse.config import files
 from saelens_sparse.config.checks import check_fields, check_training
 from saelens_sparse.config.files import UsageError, usage_errors
@@ -41,33 +40,6 @@ EMBEDDED_ARCHITECTURE = "topk_sparse"
 """Where neither CONFIG nor an option names one."""
 # The embedded config's sizes are for a CPU; at those a GPU would mostly wait for its host.
 GPU_SIZES = [("sae.d_sae", 65_536), ("train_batch_size_tokens", 4096)]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All that decides what is trained, and where its results go."""
-
-    name: str  # of the config
-    output: Path  # folder of the results
-    settings: Settings
-    embedded: bool  # whether the inputs are those that `embedded_inputs` makes
-    overwrite: bool  # whether results of another comparison in `output` may go
-    notes: list[str]  # what a reader must know of how the sides' configs were made
-
-    @property
-    def folders(self) -> list[Path]:
-        """Where each side keeps what it makes, named by its architecture."""
-        return [self.output / architecture for architecture in self.settings.arms]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The first side's config, for what both have in common."""
-        return next(iter(self.settings.arms.values()))
-
-    @property
-    def n_steps(self) -> int:
-        """Training steps of each side."""
-        return -(-self.config["training_tokens"] // self.config["train_batch_size_tokens"])
 
 
 def parse_comparison(args: Sequence[str]) -> Comparison:

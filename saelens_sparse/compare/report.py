@@ -11,9 +11,9 @@ import torch
 
 import saelens_sparse
 from saelens_sparse.compare import tables
+from saelens_sparse.compare.comparison import EVALUATION, STEPS, Comparison
 from saelens_sparse.compare.figures import draw_all
-from saelens_sparse.compare.options import Comparison
-from saelens_sparse.compare.state import EVALUATION, STEPS, State
+from saelens_sparse.compare.state import State
 from saelens_sparse.compare.steps import deviation, load_steps, summarize, table_of
 from saelens_sparse.reports.files import damage, write_whole
 from saelens_sparse.reports.presentation import Section, can_draw, plain_table, write_page

@@ -30,7 +30,7 @@ from safetensors.torch import save
 from typing_extensions import override
 
 import saelens_sparse
-from saelens_sparse.compare.state import CONFIG, EVALUATION, FINAL, INITIAL_DECODER, LOG, STEPS
+from saelens_sparse.compare.comparison import CONFIG, EVALUATION, FINAL, INITIAL_DECODER, LOG, STEPS
 from saelens_sparse.compare.steps import Step, load_steps
 from saelens_sparse.reports.files import lock_folder, sync, write_whole
 from saelens_sparse.training import SparseSAETrainer
@@ -52,7 +52,7 @@ def train_side(
     Train the side of a folder: what its process runs.
 
     Args:
-        folder: Holds a runner config; see `state` for what is added.
+        folder: Holds a runner config; see `comparison` for what is added.
         runner: "stock" for SAELens's, "own" for `SparseTrainingRunner`.
         checkpoint: Where to go on from.
         environment: Environment variables of its Weights & Biases run.

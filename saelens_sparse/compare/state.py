@@ -9,49 +9,33 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sae_lens import constants
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_sparse.choice.policy import STATE_FILENAME
+from saelens_sparse.compare.comparison import (
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    FINAL,
+    INITIAL_DECODER,
+    LOG,
+    REPORT_FILES,
+    SAE,
+    STATE_FILE,
+    STEPS,
+    Comparison,
+    Settings,
+)
 from saelens_sparse.compare.steps import load_steps
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.reports.files import damage, has_files, write_whole
 from saelens_sparse.training.checkpoints import problem_of
 
-if TYPE_CHECKING:
-    from saelens_sparse.compare.options import Comparison
-
-# In the output folder; the last of the reports was written by earlier versions.
-STATE_FILE = "state.json"
-REPORT_FILES = ("results.json", "report.html", "dictionaries.json")
-# In the folder of each side: its runner config, what its process prints, and a `Step` a line,
-CONFIG, LOG, STEPS = "config.json", "log.txt", "steps.jsonl"
-# the decoder before the first step, the state after the last one, what SAELens's evals say,
-INITIAL_DECODER, FINAL = "initial_decoder.safetensors", "final.safetensors"
-EVALUATION = "evaluation.json"
-# and in folders the trained SAE and SAELens's checkpoints, named by their number of tokens.
-SAE, CHECKPOINTS = "sae", "checkpoints"
 OF_SAE = [getattr(constants, f"{name}_FILENAME") for name in ("SAE_WEIGHTS", "SAE_CFG", "SPARSITY")]
 OF_SAELENS = [STATE_FILENAME, *(v for k, v in vars(constants).items() if k.endswith("_FILENAME"))]
-
-
-def _architecture(name: str) -> str:
-    if name not in SAE_TRAINING_CLASS_REGISTRY or Path(name).name != name:
-        raise ValueError(f"{name!r} is not an architecture")
-    return name
-
-
-class Settings(BaseModel):
-    """What must be the same for results to be those of a comparison."""
-
-    # The runner config of each side by architecture, in the form of
-    # `LanguageModelSAERunnerConfig.to_dict`; the second side is held against the first.
-    arms: dict[Annotated[str, AfterValidator(_architecture)], dict[str, Any]]
-    runners: dict[str, str]  # SAELens's, "stock", or "own", `SparseTrainingRunner`
-    text_tokens: int | None  # how much of the embedded text to use; None is all of it
 
 
 class State(BaseModel):
