@@ -213,11 +213,11 @@ class TestCompiled:
                 with torch.set_grad_enabled(grad):
                     torch.testing.assert_close(compiled(x), getattr(stock, method)(x))
 
-    @arms(topk=ON_CPU, jumprelu=ON_CPU)
-    def test_a_dense_sae_is_one_graph_as_in_stock(self, arm: Arm) -> None:
-        stock, x = arm.case(n_rows=6)
+    @subjects(ON_CPU)
+    def test_a_dense_sae_is_one_graph_as_in_stock(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6)
         for method in ("forward", "encode"):
-            sparse = arm.sparse(stock, "dense")
+            sparse = subject.sparse(stock, "dense")
             compiled: Any = torch.compile(getattr(sparse, method), backend="eager", fullgraph=True)
             torch.testing.assert_close(compiled(x), getattr(stock, method)(x))
 
