@@ -14,6 +14,7 @@ from sae_lens.saes.sae import TrainStepInput
 from saelens_sparse.codes.step import StepContext
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.support.architectures import ON_CPU, SPARSE, Subject, subjects
+from tests.support.drift import nudges
 from tests.support.saes import make_stock, sparse_like, stock_like, superposed_rows
 from tests.support.trainers import N_ROWS, own_trainer, state_of, stock_trainer, train
 
@@ -34,15 +35,16 @@ class TestTrainer:
                     getattr(sae, name).mul_(strength)
         batches = [strength * superposed_rows(stock, N_ROWS) for _ in range(200)]
         # Stock in float64. How far float32 strays from it is the tolerance: that of stock, and of
-        # stock begun a unit in the last place away, for a gate that rounding decides may tell.
+        # stock on nudged batches, for rounding may decide a gate otherwise.
         reference = stock_trainer(stock_like(stock))
-        controls = [stock_trainer(sae) for sae in (stock, *nudged(stock))]
+        controls = [stock_trainer(copy.deepcopy(stock)) for _ in range(3)]
         trainers = [reference, own_trainer(sparse), *controls]
         norms: list[float] = []
         reference.optimizer.register_step_pre_hook(
             lambda optimizer, *_: norms.append(gradient_norm(optimizer))
         )
-        losses = [train(trainer, batches) for trainer in trainers]
+        inputs = [batches, batches, batches, *nudges(batches, n_pairs=1)]
+        losses = [train(*run) for run in zip(trainers, inputs, strict=True)]
         clipped = [norm > 0.99 for norm in norms]
         assert all(clipped) if strength == 1.0 else not any(clipped)
 
@@ -218,18 +220,6 @@ class TestTrainer:
         assert asked_at_once == [False, True]
         for name, value in state_of(trainer).items():
             assert torch.equal(value, expected[name]), name
-
-
-def nudged(stock: Any) -> list[Any]:
-    """Two copies with every weight moved by a unit in the last place, each its own way."""
-    copies = [copy.deepcopy(stock) for _ in range(2)]
-    for sign, sae in zip((1, -1), copies, strict=True):
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in sae.parameters():
-                ulps = sign * torch.randint(-1, 2, parameter.shape, generator=generator)
-                parameter.mul_(1 + torch.finfo(parameter.dtype).eps * ulps.to(parameter))
-    return copies
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
