@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from saelens_sparse.profile.trainers import Inputs, Trainer, hold_dead, take_step, train_step
+from saelens_sparse.profile.trainers import Inputs, Trainer, take_step
 
 UNTIMED_STEPS = 3
 GIB = 2**30
@@ -66,23 +66,17 @@ class TimedSteps(Timed):
 
 
 def time_calls(
-    call: Callable[[], object],
-    device: str,
-    repeats: int,
-    untimed: int = UNTIMED_STEPS,
-    before: Callable[[], object] = lambda: None,
+    call: Callable[[], object], device: str, repeats: int, untimed: int = UNTIMED_STEPS
 ) -> Timed:
-    """Time `repeats` calls after some `untimed` ones; `before` is called before each, untimed."""
+    """Time `repeats` calls after some `untimed` ones."""
     watch = Stopwatch(device)
     for _ in range(untimed):
-        before()
         call()
     if watch.on_cuda:
         torch.cuda.reset_peak_memory_stats()
     before_bytes = torch.cuda.memory_allocated() if watch.on_cuda else None
     marks: list[tuple[Mark, Mark]] = []
     for _ in range(repeats):
-        before()
         start = watch.mark()
         call()
         marks.append((start, watch.mark()))
@@ -91,33 +85,22 @@ def time_calls(
 
 
 def time_steps(
-    trainer: Trainer,
-    inputs: Inputs,
-    steps: int,
-    done: Callable[[], object] = lambda: None,
-    untimed: int = UNTIMED_STEPS,
+    trainer: Trainer, inputs: Inputs, steps: int, untimed: int = UNTIMED_STEPS
 ) -> TimedSteps:
     """
     Time steps after some `untimed` ones, as `SAETrainer.fit` takes them: with the output of one
-    alive during the next. `done` is called at each timed step.
+    alive during the next.
     """
-    output, batch = None, torch.empty(0)
-
-    def prepare() -> None:
-        nonlocal batch
-        hold_dead(trainer, inputs.dead_latents)
-        batch = next(trainer.data_provider)
-        done()
+    output: Any = None
 
     def step() -> None:
         nonlocal output
-        output = train_step(trainer, batch)
+        output = take_step(trainer, inputs)
 
     for _ in range(untimed):
-        output = take_step(trainer, inputs)
+        step()
     fired_before = trainer.act_freq_scores.clone()
-    timed = time_calls(step, trainer.cfg.device, steps, 0, prepare)
-    assert output is not None
+    timed = time_calls(step, trainer.cfg.device, steps, untimed=0)
     rows = steps * trainer.cfg.train_batch_size_samples
     firing = ((trainer.act_freq_scores - fired_before) / rows).cpu()
     metrics = {

@@ -39,21 +39,18 @@ def draw(results: Record, folder: Path) -> dict[str, dict[str, Path]]:
     """The pictures by the heading that they belong under and what they show, if any can be made."""
     if not reports.can_draw():
         return {}
-    drawn = {"Where a step goes": {"Milliseconds by phase": folder / "breakdown.png"}}
-    _draw_breakdown(results, folder / "breakdown.png")
-    points: Frame = _points(results)
-    if len(points):
-        figure, (axis,) = reports.new_figure(width=6.4, height=5.2)
-        ceilings = results["ceilings"]
-        gemms = {f"{dtype} GEMM": flops for dtype, flops in ceilings["gemm_flops"].items()}
-        draw_roofline(axis, ceilings["copy_bytes"], gemms, points)
+    paths = folder / "breakdown.png", folder / "roofline.png"
+    figures = _draw_breakdown(results), _draw_roofline(results)
+    for figure, path in zip(figures, paths, strict=True):
         reports.caption(figure, [results["environment"]])
-        reports.save_png(figure, folder / "roofline.png")
-        drawn["Ceilings"] = {"Rates of kernels over operations per byte": folder / "roofline.png"}
-    return drawn
+        reports.save_png(figure, path)
+    return {
+        "Where a step goes": {"Milliseconds by phase": paths[0]},
+        "Ceilings": {"Rates of kernels over operations per byte": paths[1]},
+    }
 
 
-def _draw_breakdown(results: Record, path: Path) -> None:
+def _draw_breakdown(results: Record) -> Any:
     """All contenders on one scale; where that leaves some too small to read, these again."""
     columns = {n: {**r["phases_ms"], "idle": r["idle_ms"]} for n, r in measured(results).items()}
     times: Frame = pd.DataFrame(columns)
@@ -68,8 +65,7 @@ def _draw_breakdown(results: Record, path: Path) -> None:
         _draw_bars(axis, panel, results["floor_ms"]["total"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     axes[-1].set_xlabel("milliseconds of a training step")
-    reports.caption(figure, [results["environment"]])
-    reports.save_png(figure, path)
+    return figure
 
 
 def _draw_bars(axis: Any, times: Frame, floor_ms: float) -> None:
@@ -92,16 +88,19 @@ def _draw_bars(axis: Any, times: Frame, floor_ms: float) -> None:
     axis.grid(visible=False, axis="y")
 
 
-def _points(results: Record) -> Frame:
+def _draw_roofline(results: Record) -> Any:
     """The kernels whose bytes and operations are known; the longest of each contender are named."""
     points: list[Record] = []
-    named: set[str] = set()
     for name, record in measured(results).items():
-        look = {"series": label_of(name), "color": style_of(name).color}
+        style = style_of(name)
         rows = [r for r in record["kernels"] if r["flops"] and r["ms"] > 0.004 * record["busy_ms"]]
         for index, row in enumerate(rows):
             label = row["name"].split(":")[0].strip("_").removesuffix("_kernel")
-            label = label if index < _NAMED_KERNELS and label not in named else ""
-            named.add(label)
-            points.append({**row, **look, "marker": style_of(name).marker, "label": label})
-    return pd.DataFrame(points)
+            is_named = index < _NAMED_KERNELS and all(label != point["label"] for point in points)
+            look = {"series": style.label, "color": style.color, "marker": style.marker}
+            points.append({**row, **look, "label": label if is_named else ""})
+    figure, (axis,) = reports.new_figure(width=6.4, height=5.2)
+    ceilings = results["ceilings"]
+    gemms = {f"{dtype} GEMM": flops for dtype, flops in ceilings["gemm_flops"].items()}
+    draw_roofline(axis, ceilings["copy_bytes"], gemms, pd.DataFrame(points))
+    return figure
