@@ -35,19 +35,11 @@ def measure_contender(
     settings = (architecture, case, case.precisions[0], device, inputs.batches, inputs.weights)
     trainer = build_trainer(*settings, sparse_runner=name == "sparse_runner")
     timed = time_steps(trainer, inputs, steps, untimed=FIRST_STEPS)
-    parameters, gradients = [*trainer.sae.parameters()], set[int]()
-
-    def note_gradients(*_: Any) -> None:
-        held = [p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None]
-        gradients.update(held)
-
-    hook = trainer.optimizer.register_step_pre_hook(note_gradients)
     path = folder / f"trace_{name}.json.gz"
     trace = record_steps(trainer, inputs, path, TRACED_STEPS[device])
-    hook.remove()
     moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
     standing = {
-        "parameters": sum(parameter.nbytes for parameter in parameters),
+        "parameters": sum(parameter.nbytes for parameter in trainer.sae.parameters()),
         "optimizer's moments": sum(m.nbytes for m in moments if isinstance(m, torch.Tensor)),
         "batches held for measuring": sum(batch.nbytes for batch in inputs.batches),
     }
@@ -70,7 +62,7 @@ def measure_contender(
         "backward_ms": trace.ms_by("part"),
         "tensor_core_ms": items.us[items.tensor_cores].sum() / 1e3 / trace.n_steps,
         "waiting_calls": trace.waits(),
-        "memory": {"peak_bytes": timed.peak_bytes, **peak_of(trace, standing, gradients)},
+        "memory": {"peak_bytes": timed.peak_bytes, **peak_of(trace, standing)},
         "l0": timed.firing.sum().item(),
         "hardware": {"estimated_occupancy": _mean(items.occupancy, items.us)},
         "kernels": kernel_rows(trace),
@@ -101,11 +93,11 @@ def kernel_rows(trace: StepTrace) -> list[Record]:
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def peak_of(trace: StepTrace, standing: dict[str, int], gradients: set[int]) -> Record:
+def peak_of(trace: StepTrace, standing: dict[str, int]) -> Record:
     """
     What holds memory when a trace's last step holds most: the `standing` bytes, which outlive it,
-    the rest that does (not known on a CPU), gradients (by address), and what the step has made, by
-    the phase that made it.
+    the rest that does (not known on a CPU), and what the step has made, by the phase that made it;
+    what the backward pass makes and does not give back is gradients.
     """
     changes: Frame = trace.memory[(trace.memory.device == 0) != trace.on_device]
     if changes.empty:
@@ -113,12 +105,13 @@ def peak_of(trace: StepTrace, standing: dict[str, int], gradients: set[int]) -> 
     peak = changes.loc[changes.total.idxmax()]
     live: Frame = changes.loc[: peak.name].drop_duplicates("address", keep="last")
     live = live[live.change > 0]
-    is_gradient = live.address.isin([*gradients]) & (live.phase == "backward")
+    freed_in = changes.loc[peak.name + 1 :].drop_duplicates("address").set_index("address").phase
+    is_gradient = (live.phase == "backward") & (live.address.map(freed_in) != "backward")
     made = live.change.groupby(("made in " + live.phase).mask(is_gradient, "gradients")).sum()
     parts = {**standing, **made.to_dict()}
     known = sum(parts.values())
     if trace.on_device and peak.total > known:
-        parts["kept between steps"] = peak.total - known
+        parts["kept between steps"] = float(peak.total - known)
     total = peak.total if trace.on_device else known
     return {"traced_peak_bytes": float(total), "peak_phase": peak.phase, "parts_bytes": parts}
 

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_sparse.profile.trainers import Inputs, Trainer, take_step
 
@@ -91,7 +92,7 @@ def time_steps(
     Time steps after some `untimed` ones, as `SAETrainer.fit` takes them: with the output of one
     alive during the next.
     """
-    output: Any = None
+    output: TrainStepOutput | None = None
 
     def step() -> None:
         nonlocal output
@@ -103,7 +104,6 @@ def time_steps(
     timed = time_calls(step, trainer.cfg.device, steps, untimed=0)
     rows = steps * trainer.cfg.train_batch_size_samples
     firing = ((trainer.act_freq_scores - fired_before) / rows).cpu()
-    metrics = {
-        name: float(value() if callable(value) else value) for name, value in output.metrics.items()
-    }
+    assert output is not None
+    metrics = {n: float(v() if callable(v) else v) for n, v in output.metrics.items()}
     return TimedSteps(**vars(timed), firing=firing, metrics=metrics)

@@ -55,26 +55,29 @@ def draw_roofline(
 
 def _write_names(axis: Any, points: Frame) -> None:
     """Name points beside them, clear of notes, points and other names as far as there is room."""
-    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     axis.figure.draw_without_rendering()  # settles the layout, by which names find room
-    frame, places = axis.get_window_extent(), axis.transData.transform(points[["x", "y"]])
+    frame, to_data = axis.get_window_extent(), axis.transData.inverted()
+    places = axis.transData.transform(points[["x", "y"]])
     taken = [text.get_window_extent() for text in axis.texts]
     taken += [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in places]
-    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
-    look = {"textcoords": "offset points", "fontsize": 8.5, "va": "center", "arrowprops": line}
     for point in points[points.label != ""].sort_values("y", ascending=False).itertuples():
-        at = (point.x, point.y)
-        name = axis.annotate(point.label, at, (0, 0), color=point.color, **look)
+        look = {"textcoords": "offset points", "color": point.color, "fontsize": 8.5}
+        name = axis.annotate(point.label, (point.x, point.y), (0, 0), va="center", **look)
 
-        def box_at(right: int, up: int, name: Any = name) -> Any:
+        def move(right: int, up: int, name: Any = name) -> Any:
             name.set(position=(right, up), ha="left" if right > 0 else "right")
-            return Text.get_window_extent(name)
+            return name.get_window_extent()
 
-        def cost(place: tuple[int, int]) -> float:
-            box = box_at(*place)
+        def cost(option: tuple[int, int]) -> float:
+            box = move(*option)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1
-            return 10 * outside + box.count_overlaps(taken) + abs(place[1]) / 100
+            return 10 * outside + box.count_overlaps(taken) + abs(option[1]) / 100
 
-        taken.append(box_at(*min(itertools.product((9, -9), range(-61, 62, 11)), key=cost)))
+        right, up = min(itertools.product((9, -9), range(-61, 62, 11)), key=cost)
+        box = move(right, up)
+        taken.append(box)
+        if abs(up) > 11:
+            x, y = to_data.transform((box.x0 if right > 0 else box.x1, (box.y0 + box.y1) / 2))
+            axis.plot([point.x, x], [point.y, y], color="0.6", linewidth=0.6)

@@ -32,7 +32,7 @@ def tables_of(results: Record, kernels: int) -> dict[str, Rows]:
         "Where a step goes": by_arm("phase, ms", _phases),
         "What holds the memory": by_arm("at the peak, GiB", _memory),
         "Where the host waits": by_arm("ms", _waits),
-        "Ceilings": _ceilings(results["ceilings"]),
+        "Ceilings": _ceilings(results["ceilings"], results["settings"]),
         **{
             f"Kernels: {label_of(name)}": kernel_table(results, record, kernels)
             for name, record in arms.items()
@@ -93,12 +93,12 @@ def _waits(record: Record) -> dict[str, str]:
     return {call: f"{milliseconds(c['ms'])} in {c['count']:.1f} calls" for call, c in calls}
 
 
-def _ceilings(ceilings: Record) -> Rows:
+def _ceilings(ceilings: Record, sizes: Record) -> Rows:
     """What the device can do at most."""
     rows = [["ceiling", "measured", "encoder's product, ms"]]
     rows.append(["copy within memory", quantity(ceilings["copy_bytes"], "B/s"), ""])
     for dtype, flops in ceilings["gemm_flops"].items():
-        product = milliseconds(ceilings["encoder_ms"][dtype])
+        product = milliseconds(2e3 * sizes["batch"] * sizes["d_in"] * sizes["d_sae"] / flops)
         rows.append([f"{dtype} GEMM", quantity(flops, "FLOP/s"), product])
     return rows
 
