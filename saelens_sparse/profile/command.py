@@ -148,7 +148,13 @@ def case_of(options: argparse.Namespace) -> Case:
         option, name = "--shape", f"{found.stock}_{d_in}_{d_sae}"
     else:
         option, name = "the config", Path(str(options.config)).stem
-        precision = options.precision or _precision_of(cfg)
+        dtype = str(cfg.sae.dtype).removeprefix("torch.")
+        # Autocast leaves bfloat16 as it is.
+        own = "autocast" if cfg.autocast and dtype == "float32" else dtype
+        precision = options.precision or own
+        if precision not in PRECISIONS:
+            allowed = "float32, bfloat16"
+            raise UsageError(f"sae.dtype: {dtype!r} is not measured; allowed: {allowed}")
         values = cfg.sae.to_dict()
         stock = {part.name for part in dataclasses.fields(found.stock_config)}
         given = {n: v for n, v in values.items() if n in stock - {*_NOT_OPTIONS, field}}
@@ -166,11 +172,3 @@ def case_of(options: argparse.Namespace) -> Case:
     if not 0 <= dead < 1:
         raise UsageError(f"--dead-fraction: must be at least 0 and below 1; got {dead:g}")
     return case
-
-
-def _precision_of(cfg: Any) -> str:
-    """The precision that a runner config trains in; autocast leaves bfloat16 as it is."""
-    name = str(cfg.sae.dtype).removeprefix("torch.")
-    if name not in ("float32", "bfloat16"):
-        raise UsageError(f"sae.dtype: {name!r} is not measured; allowed: float32, bfloat16")
-    return "autocast" if cfg.autocast and name == "float32" else name

@@ -39,15 +39,16 @@ def draw(results: Record, folder: Path) -> dict[str, dict[str, Path]]:
     """The pictures by the heading that they belong under and what they show, if any can be made."""
     if not reports.can_draw():
         return {}
-    paths = folder / "breakdown.png", folder / "roofline.png"
-    figures = _draw_breakdown(results), _draw_roofline(results)
-    for figure, path in zip(figures, paths, strict=True):
-        reports.caption(figure, [results["environment"]])
-        reports.save_png(figure, path)
-    return {
-        "Where a step goes": {"Milliseconds by phase": paths[0]},
-        "Ceilings": {"Rates of kernels over operations per byte": paths[1]},
-    }
+    drawn: dict[str, dict[str, Path]] = {}
+    for heading, shown, file, drawing in (
+        ("Where a step goes", "Milliseconds by phase", "breakdown.png", _draw_breakdown),
+        ("Ceilings", "Rates of kernels over operations per byte", "roofline.png", _draw_roofline),
+    ):
+        if (figure := drawing(results)) is not None:
+            reports.caption(figure, [results["environment"]])
+            reports.save_png(figure, folder / file)
+            drawn[heading] = {shown: folder / file}
+    return drawn
 
 
 def _draw_breakdown(results: Record) -> Any:
@@ -58,9 +59,8 @@ def _draw_breakdown(results: Record) -> Any:
     times = times[(times > 0.001 * times.sum()).any(axis=1)]
     small = times.loc[:, times.sum() < longest / 2.5]
     panels = [times, small] if small.shape[1] else [times]
-    heights = [0.5 * panel.shape[1] + 0.8 for panel in panels]
-    figure, axes = reports.new_figure(rows=len(panels), width=6.4, height=sum(heights) + 1.2)
-    axes[0].get_gridspec().set_height_ratios(heights)  # pyright: ignore[reportOptionalMemberAccess]
+    height = (0.5 * times.shape[1] + 0.8) * len(panels) + 1.2
+    figure, axes = reports.new_figure(rows=len(panels), width=6.4, height=height)
     for axis, panel in zip(axes, panels, strict=True):
         _draw_bars(axis, panel, results["floor_ms"]["total"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -99,6 +99,8 @@ def _draw_roofline(results: Record) -> Any:
             is_named = index < _NAMED_KERNELS and all(label != point["label"] for point in points)
             look = {"series": style.label, "color": style.color, "marker": style.marker}
             points.append({**row, **look, "label": label if is_named else ""})
+    if not points:
+        return None
     figure, (axis,) = reports.new_figure(width=6.4, height=5.2)
     ceilings = results["ceilings"]
     gemms = {f"{dtype} GEMM": flops for dtype, flops in ceilings["gemm_flops"].items()}

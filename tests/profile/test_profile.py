@@ -277,3 +277,11 @@ def test_what_fails_is_named_and_the_others_go_on(
     monkeypatch.setattr(command, "measure_contender", measure)
     assert cli_main([*arguments, "--arms", "sparse"]) == 0  # into the same folder
     assert list(json.loads((output / "results.json").read_text())["arms"]) == ["sparse"]
+
+
+def test_without_known_work_there_is_no_roofline(tmp_path: Path):
+    results = json.loads(PUBLISHED.read_text())
+    for arm in results["arms"].values():
+        arm["kernels"] = [{**row, "flops": None} for row in arm["kernels"]]
+    report.write_report(results, tmp_path)
+    assert (tmp_path / "report.html").read_text().count("data:image") == 1
