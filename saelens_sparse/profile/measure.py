@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 
-from saelens_sparse.profile.trainers import Inputs, Trainer, take_step
+from saelens_sparse.profile.trainers import Inputs, Trainer, hold_dead, take_step, train_step
 
 UNTIMED_STEPS = 3
 GIB = 2**30
@@ -67,17 +67,23 @@ class TimedSteps(Timed):
 
 
 def time_calls(
-    call: Callable[[], object], device: str, repeats: int, untimed: int = UNTIMED_STEPS
+    call: Callable[[], object],
+    device: str,
+    repeats: int,
+    untimed: int = UNTIMED_STEPS,
+    before: Callable[[], object] = lambda: None,
 ) -> Timed:
-    """Time `repeats` calls after some `untimed` ones."""
+    """Time `repeats` calls after some `untimed` ones; `before` is called before each, untimed."""
     watch = Stopwatch(device)
     for _ in range(untimed):
+        before()
         call()
     if watch.on_cuda:
         torch.cuda.reset_peak_memory_stats()
     before_bytes = torch.cuda.memory_allocated() if watch.on_cuda else None
     marks: list[tuple[Mark, Mark]] = []
     for _ in range(repeats):
+        before()
         start = watch.mark()
         call()
         marks.append((start, watch.mark()))
@@ -96,12 +102,14 @@ def time_steps(
 
     def step() -> None:
         nonlocal output
-        output = take_step(trainer, inputs)
+        output = train_step(trainer, next(trainer.data_provider))
 
     for _ in range(untimed):
-        step()
+        output = take_step(trainer, inputs)
     fired_before = trainer.act_freq_scores.clone()
-    timed = time_calls(step, trainer.cfg.device, steps, untimed=0)
+    timed = time_calls(
+        step, trainer.cfg.device, steps, 0, lambda: hold_dead(trainer, inputs.dead_latents)
+    )
     rows = steps * trainer.cfg.train_batch_size_samples
     firing = ((trainer.act_freq_scores - fired_before) / rows).cpu()
     assert output is not None
