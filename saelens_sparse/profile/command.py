@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from saelens_sparse.profile.ceilings import measure_ceilings
 from saelens_sparse.profile.contender import CONTENDERS, Record, measure_contender
 from saelens_sparse.profile.trainers import prepare_inputs
 from saelens_sparse.reports import command_line
-from saelens_sparse.reports.files import damage, enter_output_folder, write_whole
+from saelens_sparse.reports.files import damage, enter_output_folder
+from saelens_sparse.reports.presentation import label_of
 from saelens_sparse.reports.results import describe_failure, environment
 
 DEFAULT_ARCHITECTURE, DEFAULT_L0 = "topk_sparse", 64.0
@@ -75,15 +75,17 @@ def _measure(case: Case, options: argparse.Namespace, folder: Path) -> Record:
         **measure_ceilings(case, inputs, device),
         "arms": {},
     }
-    for name in tqdm([None, *options.arms], desc="contenders"):
-        if name is not None:
-            try:
-                record = measure_contender(name, case, device, inputs, settings["steps"], folder)
-            except Exception as error:
-                # The others go on: what fails may be memory that only this one needs.
-                record = describe_failure(error)
-            results["arms"][name] = record
-        write_whole(folder / report.RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    for name in (bar := tqdm(options.arms)):
+        bar.set_description(label_of(name))
+        # Also before the first trace: the folder is known by it.
+        report.write_results(results, folder)
+        try:
+            record = measure_contender(name, case, device, inputs, settings["steps"], folder)
+        except Exception as error:
+            # The others go on: what fails may be memory that only this one needs.
+            record = describe_failure(error)
+        results["arms"][name] = record
+    report.write_results(results, folder)
     return results
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from saelens_sparse.profile import pictures
 from saelens_sparse.profile.contender import Record
 from saelens_sparse.profile.tables import measured, tables_of
+from saelens_sparse.reports.files import write_whole
 from saelens_sparse.reports.presentation import Section, label_of, plain_table, write_page
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
@@ -30,6 +32,11 @@ _BYTES = (
     "Bytes asked: inputs and outputs of PyTorch's operations from recorded shapes, and what this "
     "package's kernels declare. Caches serve part of them: the rate can exceed a copy's."
 )
+
+
+def write_results(results: Record, folder: Path) -> None:
+    """Write `results.json`, which appears only once it is whole."""
+    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
 def write_report(results: Record, folder: Path) -> None:

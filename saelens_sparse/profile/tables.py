@@ -95,7 +95,7 @@ def _waits(record: Record) -> dict[str, str]:
 
 def _ceilings(ceilings: Record, sizes: Record) -> Rows:
     """What the device can do at most."""
-    rows = [["ceiling", "measured", "encoder's product, ms"]]
+    rows = [["ceiling", "measured", "encoder's product at it, ms"]]
     rows.append(["copy within memory", quantity(ceilings["copy_bytes"], "B/s"), ""])
     for dtype, flops in ceilings["gemm_flops"].items():
         product = milliseconds(2e3 * sizes["batch"] * sizes["d_in"] * sizes["d_sae"] / flops)
