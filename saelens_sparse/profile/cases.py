@@ -75,8 +75,7 @@ class Case:
         if hasattr(self.registered.stock_config, "l0_coefficient"):
             fixed["l0_coefficient"] = L0_COEFFICIENT
         if name := self.registered.sparsity_field:
-            whole = self.sparsity == int(self.sparsity)
-            fixed[name] = int(self.sparsity) if whole else self.sparsity
+            fixed[name] = self.sparsity
         return {**fixed, **self.options}
 
     @property

@@ -24,16 +24,14 @@ def measure_ceilings(case: Case, inputs: Inputs, device: str) -> dict[str, Any]:
     """
     copy_bytes, flops = copy_bandwidth(device), 2.0 * case.batch * case.d_in * case.d_sae
     gemm_flops: dict[str, float] = {}
-    encoder_ms: dict[str, float] = {}
     for dtype in DTYPES[device]:
         name = str(dtype).removeprefix("torch.")
         encoder = product_flops(dtype, device, (case.batch, case.d_in, case.d_sae))
-        encoder_ms[name] = 1e3 * flops / encoder
         gemm_flops[name] = max(encoder, product_flops(dtype, device))
     state_bytes = 6.0 * sum(weight.nbytes for weight in inputs.weights.values())
     product, update = 1e3 * flops / max(gemm_flops.values()), 1e3 * state_bytes / copy_bytes
     floor = {"encoder product": product, "update": update, "total": product + update}
-    ceilings = {"copy_bytes": copy_bytes, "gemm_flops": gemm_flops, "encoder_ms": encoder_ms}
+    ceilings = {"copy_bytes": copy_bytes, "gemm_flops": gemm_flops}
     return {"ceilings": ceilings, "floor_ms": floor}
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,19 @@ from tqdm import tqdm
 import saelens_sparse
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.config.files import UsageError, load_config, usage_errors
-from saelens_sparse.config.outputs import check_writable
 from saelens_sparse.profile import report
 from saelens_sparse.profile.cases import FLOAT32, PRECISIONS, Case
 from saelens_sparse.profile.ceilings import measure_ceilings
 from saelens_sparse.profile.contender import CONTENDERS, Record, measure_contender
 from saelens_sparse.profile.trainers import prepare_inputs
 from saelens_sparse.reports import command_line
-from saelens_sparse.reports.files import enter_output_folder
+from saelens_sparse.reports.files import damage, enter_output_folder
 from saelens_sparse.reports.presentation import label_of
-from saelens_sparse.reports.results import describe_failure, environment, same_source
+from saelens_sparse.reports.results import describe_failure, environment
 
 DEFAULT_ARCHITECTURE, DEFAULT_L0 = "topk_sparse", 64.0
 # Fields of an SAE's config that the case states itself, or that say nothing about a step.
 _NOT_OPTIONS = {"d_in", "d_sae", "dtype", "device", "metadata"}
-_BAR = "{desc:20} {percentage:3.0f}% |{bar:30}| {elapsed}"
 
 
 def main(args: Sequence[str]) -> int:
@@ -42,69 +38,90 @@ def main(args: Sequence[str]) -> int:
     saelens_sparse.register()
     options = _parser().parse_args(args)
     case = case_of(options)
-    asked = {name.strip() for name in options.arms.split(",")}
-    if unknown := asked - {*CONTENDERS}:
-        allowed = ", ".join(CONTENDERS)
-        raise UsageError(f"--arms: unknown {', '.join(sorted(unknown))}; allowed: {allowed}")
-    names = [name for name in CONTENDERS if name in asked]
-    precision = case.precisions[0].name
-    folder = options.output or Path("profile_output", f"{case.name}_{precision}")
-    settings: Record = {
+    folder = options.output or Path("profile_output", f"{case.name}_{case.precisions[0].name}")
+    earlier = folder / report.RESULTS_FILE
+    # Results of a comparison have no ceilings.
+    if earlier.exists() and (problem := damage(earlier, "ceilings")):
+        raise UsageError(f"--output: {problem}; name another folder")
+    try:
+        lock = enter_output_folder(folder, report.RESULTS_FILE)
+    except OSError as error:
+        raise UsageError(f"--output: {folder} cannot be used: {error}") from error
+    with lock:
+        results = _measure(case, options, folder)
+        report.write_report(results, folder)
+    page = folder / report.REPORT_FILE
+    print(f"\n{report.terminal_text(results)}\n\nThe report is {page}.")
+    return int(any(record["status"] != "ok" for record in results["arms"].values()))
+
+
+def _measure(case: Case, options: argparse.Namespace, folder: Path) -> Record:
+    """Measure what is asked for, one after the other; `results.json` always has what is done."""
+    device, precision = options.device, case.precisions[0]
+    settings = {name: getattr(case, name) for name in ("d_in", "d_sae", "batch", "dead_fraction")}
+    settings |= {
         "architecture": case.registered.stock,
-        **{name: getattr(case, name) for name in ("d_in", "d_sae", "batch", "dead_fraction")},
         "sparsity": case.label,
         "options": dict(case.options),
-        "precision": precision,
-        "device": options.device,
-        "steps": options.steps or command_line.DEFAULT_STEPS[options.device],
+        "precision": precision.name,
+        "device": device,
+        "steps": options.steps or command_line.DEFAULT_STEPS[device],
         "warmup_train": options.warmup_train,
     }
-    with usage_errors():
-        check_writable("--output", folder, 0)
-    with ExitStack() as lock:
+    inputs = prepare_inputs(case, precision, device, options.warmup_train)
+    results: Record = {
+        "settings": settings,
+        "environment": environment(device, None),
+        **measure_ceilings(case, inputs, device),
+        "arms": {},
+    }
+    for name in (bar := tqdm(options.arms)):
+        bar.set_description(label_of(name))
+        # Also before the first trace: the folder is known by it.
+        report.write_results(results, folder)
         try:
-            results = _results_to_continue(settings, folder)
-            lock.enter_context(enter_output_folder(folder, report.RESULTS_FILE))
-        except OSError as error:
-            raise UsageError(f"--output: {folder} cannot be used: {error}") from error
-        return _profile(names, case, results, folder)
+            record = measure_contender(name, case, device, inputs, settings["steps"], folder)
+        except Exception as error:
+            # The others go on: what fails may be memory that only this one needs.
+            record = describe_failure(error)
+        results["arms"][name] = record
+    report.write_results(results, folder)
+    return results
 
 
-def _profile(names: Sequence[str], case: Case, results: Record, folder: Path) -> int:
-    """Measure the contenders that the results lack, and report; returns the exit status."""
-    arms, interrupted = results["arms"], False
-    try:
-        if missing := [n for n in names if arms.get(n, {}).get("status") != "ok"]:
-            _measure(missing, case, results, folder)
-    except KeyboardInterrupt:
-        interrupted = True
-    shown = {**results, "arms": {name: arms[name] for name in names if name in arms}}
-    if shown["arms"]:
-        report.write_report(shown, folder)
-        page = folder / report.REPORT_FILE
-        print(f"\n{report.terminal_text(shown)}\n\nThe report is {page}.")
-    if interrupted:
-        print("Interrupted. What is finished is kept; the same command goes on.", file=sys.stderr)
-        return 130
-    return int(any(record["status"] != "ok" for record in shown["arms"].values()))
+def _arms(text: str) -> list[str]:
+    """argparse type: some of the contenders, in their order."""
+    asked = {name.strip() for name in text.split(",")}
+    if unknown := asked - {*CONTENDERS}:
+        allowed = ", ".join(CONTENDERS)
+        raise argparse.ArgumentTypeError(
+            f"unknown {', '.join(sorted(unknown))}; allowed: {allowed}"
+        )
+    return [name for name in CONTENDERS if name in asked]
 
 
 def _parser() -> command_line.Parser:
     parser = command_line.Parser("profile", __doc__)
-    add, sizes, folder = parser.add_argument, command_line.parse_shape, command_line.writable_folder
+    add, arms = parser.add_argument, ",".join(CONTENDERS)
+    add("config", nargs="?", help="runner config (JSON) whose SAE, batch and precision to take")
+    add(
+        "--shape",
+        type=command_line.parse_shape,
+        metavar="D_IN,D_SAE,K,BATCH",
+        help="these instead of a config",
+    )
     names = ", ".join(ARCHITECTURES)
+    add("--architecture", help=f"{names}; by default the config's or {DEFAULT_ARCHITECTURE}")
     without_k = (
         "mean L0 of an architecture without k; by default the config's target_l0 or 64, or K"
     )
-    add("config", nargs="?", help="runner config (JSON) whose SAE, batch and precision to take")
-    add("--shape", type=sizes, metavar="D_IN,D_SAE,K,BATCH", help="these instead of a config")
-    add("--architecture", help=f"{names}; by default the config's or {DEFAULT_ARCHITECTURE}")
     add("--l0", type=float, help=without_k)
     add("--precision", choices=list(PRECISIONS), help="by default the config's or float32")
-    add("--arms", default=",".join(CONTENDERS), help="what is measured; default %(default)s")
+    add("--arms", type=_arms, default=arms, help="what is measured; default %(default)s")
     add("--dead-fraction", type=float, default=0.0, help="share of latents held dead; default 0")
     command_line.add_measuring_options(parser)
-    add("--output", type=folder, help="folder of the results; by default named by the problem")
+    where = "folder of the results; by default named by the problem"
+    add("--output", type=command_line.writable_folder, help=where)
     return parser
 
 
@@ -133,7 +150,13 @@ def case_of(options: argparse.Namespace) -> Case:
         option, name = "--shape", f"{found.stock}_{d_in}_{d_sae}"
     else:
         option, name = "the config", Path(str(options.config)).stem
-        precision = options.precision or _precision_of(cfg)
+        dtype = str(cfg.sae.dtype).removeprefix("torch.")
+        # Autocast leaves bfloat16 as it is.
+        own = "autocast" if cfg.autocast and dtype == "float32" else dtype
+        precision = options.precision or own
+        if precision not in PRECISIONS:
+            allowed = "float32, bfloat16"
+            raise UsageError(f"sae.dtype: {dtype!r} is not measured; allowed: {allowed}")
         values = cfg.sae.to_dict()
         stock = {part.name for part in dataclasses.fields(found.stock_config)}
         given = {n: v for n, v in values.items() if n in stock - {*_NOT_OPTIONS, field}}
@@ -151,50 +174,3 @@ def case_of(options: argparse.Namespace) -> Case:
     if not 0 <= dead < 1:
         raise UsageError(f"--dead-fraction: must be at least 0 and below 1; got {dead:g}")
     return case
-
-
-def _precision_of(cfg: Any) -> str:
-    """The precision that a runner config trains in; autocast leaves bfloat16 as it is."""
-    name = str(cfg.sae.dtype).removeprefix("torch.")
-    if name not in ("float32", "bfloat16"):
-        raise UsageError(f"sae.dtype: {name!r} is not measured; allowed: float32, bfloat16")
-    return "autocast" if cfg.autocast and name == "float32" else name
-
-
-def _results_to_continue(settings: Record, folder: Path) -> Record:
-    """The folder's results if they are of the same settings, code and machine; else new ones."""
-    here = {"settings": settings, "environment": environment(settings["device"], None), "arms": {}}
-    earlier = report.read_results(folder)
-    if earlier is None:
-        return here
-    differing = [name for name in settings if earlier["settings"].get(name) != settings[name]]
-    if not same_source(earlier["environment"], here["environment"]):
-        differing.append("device, code or versions")
-    if differing:
-        print(f"{folder} has results of other settings ({', '.join(differing)}): measured again")
-        return here
-    if kept := [label_of(n) for n, record in earlier["arms"].items() if record["status"] == "ok"]:
-        print(f"kept from {earlier['environment']['date']}: {'; '.join(kept)} (in {folder})")
-    return earlier
-
-
-def _measure(names: Sequence[str], case: Case, results: Record, folder: Path) -> None:
-    """Measure contenders one after the other; `results` has and keeps each once it is done."""
-    settings = results["settings"]
-    device, steps = settings["device"], settings["steps"]
-    with tqdm(total=len(names) * steps, desc="inputs", bar_format=_BAR) as bar:
-        inputs = prepare_inputs(case, case.precisions[0], device, settings["warmup_train"])
-        if "ceilings" not in results:
-            bar.set_description("ceilings")
-            results |= measure_ceilings(case, inputs, device)
-        report.write_results(results, folder)  # before traces: the folder is known by it
-        for index, name in enumerate(names):
-            bar.set_description(label_of(name))
-            try:
-                record = measure_contender(name, case, device, inputs, steps, folder, bar.update)
-            except Exception as error:
-                # The others go on: what fails may be memory that only this one needs.
-                record = describe_failure(error)
-            bar.update((index + 1) * steps - bar.n)
-            results["arms"][name] = record
-            report.write_results(results, folder)

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_sparse.profile.trainers import Inputs, Trainer, hold_dead, take_step, train_step
 
@@ -91,36 +92,26 @@ def time_calls(
 
 
 def time_steps(
-    trainer: Trainer,
-    inputs: Inputs,
-    steps: int,
-    done: Callable[[], object] = lambda: None,
-    untimed: int = UNTIMED_STEPS,
+    trainer: Trainer, inputs: Inputs, steps: int, untimed: int = UNTIMED_STEPS
 ) -> TimedSteps:
     """
     Time steps after some `untimed` ones, as `SAETrainer.fit` takes them: with the output of one
-    alive during the next. `done` is called at each timed step.
+    alive during the next.
     """
-    output, batch = None, torch.empty(0)
-
-    def prepare() -> None:
-        nonlocal batch
-        hold_dead(trainer, inputs.dead_latents)
-        batch = next(trainer.data_provider)
-        done()
+    output: TrainStepOutput | None = None
 
     def step() -> None:
         nonlocal output
-        output = train_step(trainer, batch)
+        output = train_step(trainer, next(trainer.data_provider))
 
     for _ in range(untimed):
         output = take_step(trainer, inputs)
     fired_before = trainer.act_freq_scores.clone()
-    timed = time_calls(step, trainer.cfg.device, steps, 0, prepare)
-    assert output is not None
+    timed = time_calls(
+        step, trainer.cfg.device, steps, 0, lambda: hold_dead(trainer, inputs.dead_latents)
+    )
     rows = steps * trainer.cfg.train_batch_size_samples
     firing = ((trainer.act_freq_scores - fired_before) / rows).cpu()
-    metrics = {
-        name: float(value() if callable(value) else value) for name, value in output.metrics.items()
-    }
+    assert output is not None
+    metrics = {n: float(v() if callable(v) else v) for n, v in output.metrics.items()}
     return TimedSteps(**vars(timed), firing=firing, metrics=metrics)

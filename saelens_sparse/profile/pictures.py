@@ -39,21 +39,19 @@ def draw(results: Record, folder: Path) -> dict[str, dict[str, Path]]:
     """The pictures by the heading that they belong under and what they show, if any can be made."""
     if not reports.can_draw():
         return {}
-    drawn = {"Where a step goes": {"Milliseconds by phase": folder / "breakdown.png"}}
-    _draw_breakdown(results, folder / "breakdown.png")
-    points: Frame = _points(results)
-    if len(points):
-        figure, (axis,) = reports.new_figure(width=6.4, height=5.2)
-        ceilings = results["ceilings"]
-        gemms = {f"{dtype} GEMM": flops for dtype, flops in ceilings["gemm_flops"].items()}
-        draw_roofline(axis, ceilings["copy_bytes"], gemms, points)
-        reports.caption(figure, [results["environment"]])
-        reports.save_png(figure, folder / "roofline.png")
-        drawn["Ceilings"] = {"Rates of kernels over operations per byte": folder / "roofline.png"}
+    drawn: dict[str, dict[str, Path]] = {}
+    for heading, shown, file, drawing in (
+        ("Where a step goes", "Milliseconds by phase", "breakdown.png", _draw_breakdown),
+        ("Ceilings", "Rates of kernels over operations per byte", "roofline.png", _draw_roofline),
+    ):
+        if (figure := drawing(results)) is not None:
+            reports.caption(figure, [results["environment"]])
+            reports.save_png(figure, folder / file)
+            drawn[heading] = {shown: folder / file}
     return drawn
 
 
-def _draw_breakdown(results: Record, path: Path) -> None:
+def _draw_breakdown(results: Record) -> Any:
     """All contenders on one scale; where that leaves some too small to read, these again."""
     columns = {n: {**r["phases_ms"], "idle": r["idle_ms"]} for n, r in measured(results).items()}
     times: Frame = pd.DataFrame(columns)
@@ -61,15 +59,13 @@ def _draw_breakdown(results: Record, path: Path) -> None:
     times = times[(times > 0.001 * times.sum()).any(axis=1)]
     small = times.loc[:, times.sum() < longest / 2.5]
     panels = [times, small] if small.shape[1] else [times]
-    heights = [0.5 * panel.shape[1] + 0.8 for panel in panels]
-    figure, axes = reports.new_figure(rows=len(panels), width=6.4, height=sum(heights) + 1.2)
-    axes[0].get_gridspec().set_height_ratios(heights)  # pyright: ignore[reportOptionalMemberAccess]
+    height = (0.5 * times.shape[1] + 0.8) * len(panels) + 1.2
+    figure, axes = reports.new_figure(rows=len(panels), width=6.4, height=height)
     for axis, panel in zip(axes, panels, strict=True):
         _draw_bars(axis, panel, results["floor_ms"]["total"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     axes[-1].set_xlabel("milliseconds of a training step")
-    reports.caption(figure, [results["environment"]])
-    reports.save_png(figure, path)
+    return figure
 
 
 def _draw_bars(axis: Any, times: Frame, floor_ms: float) -> None:
@@ -92,16 +88,21 @@ def _draw_bars(axis: Any, times: Frame, floor_ms: float) -> None:
     axis.grid(visible=False, axis="y")
 
 
-def _points(results: Record) -> Frame:
+def _draw_roofline(results: Record) -> Any:
     """The kernels whose bytes and operations are known; the longest of each contender are named."""
     points: list[Record] = []
-    named: set[str] = set()
     for name, record in measured(results).items():
-        look = {"series": label_of(name), "color": style_of(name).color}
+        style = style_of(name)
         rows = [r for r in record["kernels"] if r["flops"] and r["ms"] > 0.004 * record["busy_ms"]]
         for index, row in enumerate(rows):
             label = row["name"].split(":")[0].strip("_").removesuffix("_kernel")
-            label = label if index < _NAMED_KERNELS and label not in named else ""
-            named.add(label)
-            points.append({**row, **look, "marker": style_of(name).marker, "label": label})
-    return pd.DataFrame(points)
+            is_named = index < _NAMED_KERNELS and all(label != point["label"] for point in points)
+            look = {"series": style.label, "color": style.color, "marker": style.marker}
+            points.append({**row, **look, "label": label if is_named else ""})
+    if not points:
+        return None
+    figure, (axis,) = reports.new_figure(width=6.4, height=5.2)
+    ceilings = results["ceilings"]
+    gemms = {f"{dtype} GEMM": flops for dtype, flops in ceilings["gemm_flops"].items()}
+    draw_roofline(axis, ceilings["copy_bytes"], gemms, pd.DataFrame(points))
+    return figure

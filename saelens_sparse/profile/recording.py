@@ -24,18 +24,14 @@ _BEGINS = {
 }
 
 
-def record_steps(
-    trainer: Trainer, inputs: Inputs, path: Path, steps: int, *, with_memory: bool = False
-) -> StepTrace:
+def record_steps(trainer: Trainer, inputs: Inputs, path: Path, steps: int) -> StepTrace:
     """
     Record steps of a warm trainer, after one that pays for the profiler's start, in `path`, a
-    `.json.gz`. None is a CUDA graph: its kernels are the same, but lie in no range. Recording
-    allocations takes time itself.
+    `.json.gz`. None is a CUDA graph: its kernels are the same, but lie in no range.
     """
-    activities = [ProfilerActivity.CPU]
+    activities = {ProfilerActivity.CPU}
     if trainer.cfg.device == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        activities.add(ProfilerActivity.CUDA)
     with (
         _marked_phases(trainer),
         profile(
@@ -43,7 +39,7 @@ def record_steps(
             schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
             record_shapes=True,
-            profile_memory=with_memory,
+            profile_memory=True,
         ) as profiler,
     ):
         output = None  # that of one step is alive during the next, as in training

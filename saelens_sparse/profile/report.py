@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from saelens_sparse.config.files import UsageError
-from saelens_sparse.profile import pictures, tables
+from saelens_sparse.profile import pictures
 from saelens_sparse.profile.contender import Record
-from saelens_sparse.reports.files import damage, write_whole
+from saelens_sparse.profile.tables import measured, tables_of
+from saelens_sparse.reports.files import write_whole
 from saelens_sparse.reports.presentation import Section, label_of, plain_table, write_page
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
@@ -39,25 +39,9 @@ def write_results(results: Record, folder: Path) -> None:
     write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
-def read_results(folder: Path) -> Record | None:
-    """
-    What an earlier run left in the folder; None if there was none.
-
-    Raises:
-        UsageError: the folder's results are not those of a profile, or damaged.
-    """
-    path = folder / RESULTS_FILE
-    if not path.exists():
-        return None
-    # Results of a comparison have no ceilings.
-    if problem := damage(path, "settings", "environment", "ceilings", "arms"):
-        raise UsageError(f"--output: {problem}; name another folder")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def write_report(results: Record, folder: Path) -> None:
     """Draw the pictures and write `report.html`, which holds all of them."""
-    images = pictures.draw(results, folder) if tables.measured(results) else {}
+    images = pictures.draw(results, folder) if measured(results) else {}
     sections = _sections(results, images, kernels=60)
     write_page(folder / REPORT_FILE, "One training step, taken apart", sections)
 
@@ -70,38 +54,29 @@ def terminal_text(results: Record) -> str:
 
 
 def _sections(results: Record, images: dict[str, dict[str, Path]], kernels: int) -> list[Section]:
-    arms, s = tables.measured(results), results["settings"]
+    arms, s, environment = measured(results), results["settings"], results["environment"]
     # Older results have the number under its name.
     active = s.get("sparsity") or (f"L0 {s['l0']:g}" if s["k"] is None else f"k {s['k']}")
     dead = f", {s['dead_fraction']:.0%} dead" if s["dead_fraction"] else ""
     sizes = f"{s['d_in']} -> {s['d_sae']:,}, {active}, batch {s['batch']}{dead}, {s['precision']}"
-    heading = [f"{s['architecture']}, {sizes}, on {results['environment']['device']}"]
+    heading = [f"{s['architecture']}, {sizes}, on {environment['device']}"]
     for name, record in results["arms"].items():
         if record["status"] != "ok":
             heading.append(f"{label_of(name)}: {record['status']}: {record['message']}")
     if not arms:
         return [Section("", heading)]
-    parts = {
-        "Where a step goes": tables.phase_table(results),
-        "What holds the memory": tables.memory_table(results),
-        "Where the host waits": tables.waits_table(results),
-        "Ceilings": tables.ceilings_table(results),
-    }
-    for name, record in arms.items():
-        parts[f"Kernels: {label_of(name)}"] = tables.kernel_table(results, record, kernels)
     names = ("torch", "triton", "sae_lens", "python", "commit", "date")
     sources = [
         _FLOOR.format(results["floor_ms"]["encoder product"], results["floor_ms"]["update"]),
         _SOURCES[s["device"]],
         _BYTES,
         f"Traces for https://ui.perfetto.dev: {', '.join(r['trace'] for r in arms.values())}.",
-        ", ".join(f"{name} {results['environment'].get(name)}" for name in names) + ".",
+        ", ".join(f"{name} {environment.get(name)}" for name in names) + ".",
     ]
     return [
-        Section("", heading, tables=[tables.summary_table(results)]),
         *(
-            Section(title, images=images.get(title, {}), tables=[table])
-            for title, table in parts.items()
+            Section(title, () if title else heading, images.get(title, {}), [table])
+            for title, table in tables_of(results, kernels).items()
             if len(table) > 1
         ),
         Section("Where the numbers are from", sources),

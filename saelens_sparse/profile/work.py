@@ -17,7 +17,7 @@ _DTYPES = {
     "int": torch.int32, "signed char": torch.int8, "unsigned char": torch.uint8,
     "bool": torch.bool,
 }  # fmt: skip
-_WRITE_ONLY = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
+_WRITE_ONLY = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::_foreach_copy_")
 
 
 @cache
@@ -35,32 +35,25 @@ def operation_work(name: str, arguments: str) -> tuple[float, float] | None:
     """
     packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
     given = [_argument(*parts) for parts in zip(*json.loads(arguments), strict=True)]
-    for overload in packet.overloads() if packet else ():
-        operation = getattr(packet, overload)
-        expected = operation._schema.arguments
-        if len(expected) != len(given):
-            continue
-        of = dict(zip((argument.name for argument in expected), given, strict=True))
-        written = [a.name for a in expected if a.alias_info and a.alias_info.is_write]
-        is_view = any(a.alias_info for a in operation._schema.returns) and not written
+    if packet is None or not _tensors(given):
+        return None
+    schema = getattr(packet, packet.overloads()[0])._schema
+    pairs = zip(schema.arguments, given, strict=False)
+    # A fused Adam writes gradients only where it scales them.
+    written = [v for a, v in pairs if a.alias_info and a.alias_info.is_write and a.name != "grads"]
+    if not written and any(result.alias_info for result in schema.returns):
+        return None  # a view
+    overwrites = name in _WRITE_ONLY
+    for n in range(len(given), 0, -1):  # the last ones may be those that are given by name only
         try:
-            output = None if written or is_view else operation(**of)
+            outputs = written or [packet(*given[:n])]
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             continue
-        # A fused Adam writes gradients only where it scales them.
-        outputs = [output, *(of[n] for n in written if n != "grads")]
-        outs = [a.name for a in expected if a.is_out]
-        overwritten = written if operation._schema.name.split("::")[-1] in _WRITE_ONLY else outs
-        moved = [_tensors(part) for n, part in of.items() if n not in overwritten]
-        moved.append(_tensors(outputs))
-        if is_view or not any(moved):
-            return None
-        flops = float(max(sum(tensor.numel() for tensor in part) for part in moved))
+        moved = [_tensors(v) for v in (given[1:] if overwrites else given[:n]) + outputs]
+        flops = 0.0 if overwrites else max(sum(t.numel() for t in part) for part in moved)
         if packet in flop_registry:
-            factors = [of[a.name] for a in expected if not a.kwarg_only]
-            flops = float(flop_registry[packet](*factors, out_val=output))
-        bytes_ = sum(tensor.nbytes for part in moved for tensor in part)
-        return float(bytes_), 0.0 if overwritten is written else flops
+            flops = flop_registry[packet](*given[:n], out_val=outputs[0])
+        return float(sum(t.nbytes for part in moved for t in part)), float(flops)
     return None
 
 

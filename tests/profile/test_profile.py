@@ -16,7 +16,7 @@ from saelens_sparse.profile import ceilings, command, report
 from saelens_sparse.profile.cases import AUTOCAST, BFLOAT16, FLOAT32, Case
 from saelens_sparse.profile.measure import time_steps
 from saelens_sparse.profile.recording import phase_ms
-from saelens_sparse.profile.tables import kernel_table, quantity, summary_table
+from saelens_sparse.profile.tables import kernel_table, quantity, tables_of
 from saelens_sparse.profile.trace import PHASES, StepTrace
 from saelens_sparse.profile.trainers import build_trainer, prepare_inputs
 
@@ -163,9 +163,8 @@ def test_steps_are_timed_with_what_fired():
     case = Case("tiny", "topk_sparse", 32, 256, 4, 64, dead_fraction=0.3)
     inputs = prepare_inputs(case, FLOAT32, "cpu", 2)
     trainer = build_trainer("topk_sparse", case, FLOAT32, "cpu", inputs.batches, inputs.weights)
-    done: list[int] = []
-    timed = time_steps(trainer, inputs, 3, lambda: done.append(1))
-    assert len(timed.ms) == len(done) == 3
+    timed = time_steps(trainer, inputs, 3)
+    assert len(timed.ms) == 3
     assert timed.firing.sum() == pytest.approx(4, rel=0.1)
     assert timed.peak_bytes is None and timed.metrics
 
@@ -224,7 +223,7 @@ def test_published_results_are_readable(tmp_path: Path):
     results = json.loads(PUBLISHED.read_text())
     text = report.terminal_text(results)
     assert "topk, 2304 -> 65,536, k 64, batch 4096, float32, on NVIDIA H100" in text
-    summary = {row[0].strip(): row[1] for row in summary_table(results)[1:]}
+    summary = {row[0].strip(): row[1] for row in tables_of(results, kernels=3)[""][1:]}
     assert (summary["step, ms"], summary["step over floor"]) == ("178.3", "45.04x")
     assert (summary["SM occupancy, counted"], summary["DRAM traffic"]) == ("22%", "111 GB")
     assert summary["peak memory, GiB"] == "13.41" and summary["waits of the host, ms"] == "167.9"
@@ -248,85 +247,41 @@ def test_without_matplotlib_there_are_tables_only(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.fixture(scope="module")
-def record_of_an_arm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("profile")
-    return profile_tiny(folder, "--arms", "sparse")["arms"]["sparse"]
-
-
-@pytest.fixture
-def measured_arms(monkeypatch: pytest.MonkeyPatch, record_of_an_arm: dict[str, Any]) -> list[str]:
-    """Replaces the measuring of an arm by a record made once; names the arms asked for."""
-    asked: list[str] = []
-
-    def measure(arm: Any, *_: Any) -> dict[str, Any]:
-        asked.append(arm)
-        return record_of_an_arm
-
-    monkeypatch.setattr(command, "measure_contender", measure)
-    return asked
-
-
-def test_what_is_measured_is_kept_and_the_rest_added(
-    measured_arms: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_what_fails_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     output = tmp_path / "out"
-    arguments = ["--shape", "32,512,4,64", *TINY, "--output", str(output)]
     measure = command.measure_contender
 
-    def interrupted_at_sparse(arm: Any, *rest: Any) -> dict[str, Any]:
-        if arm == "sparse":
-            raise KeyboardInterrupt
-        return measure(arm, *rest)
-
-    monkeypatch.setattr(command, "measure_contender", interrupted_at_sparse)
-    assert cli_main(["profile", *arguments]) == 130
-    assert list(json.loads((output / "results.json").read_text())["arms"]) == ["stock"]
-    assert (output / "report.html").exists()
-    assert "Interrupted" in capsys.readouterr().err
-
-    def without_memory_at_sparse(arm: Any, *rest: Any) -> dict[str, Any]:
-        if arm == "sparse":
+    def without_memory_at_sparse(name: str, *rest: Any) -> dict[str, Any]:
+        if name == "sparse":
             raise RuntimeError("CUDA out of memory. Tried to allocate 4 GiB. GPU 0 has ...")
-        return measure(arm, *rest)
+        return measure(name, *rest)
 
     monkeypatch.setattr(command, "measure_contender", without_memory_at_sparse)
-    measured_arms.clear()
-    assert cli_main(["profile", *arguments]) == 1
-    assert measured_arms == ["sparse_runner"]
-    arms = json.loads((output / "results.json").read_text())["arms"]
-    assert arms["sparse"]["status"] == "out of memory"
-    assert "out of memory" in capsys.readouterr().out
-
-    monkeypatch.setattr(command, "measure_contender", measure)
-    measured_arms.clear()
-    assert cli_main(["profile", *arguments]) == 0
-    assert measured_arms == ["sparse"]
-    measured_arms.clear()
-    assert cli_main(["profile", *arguments]) == 0
-    assert measured_arms == []
-
-
-def test_results_of_other_settings_are_measured_again(
-    measured_arms: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    output = tmp_path / "out"
-    profile_tiny(output, "--arms", "stock,sparse")
-    measured_arms.clear()
-    profile_tiny(output, "--arms", "stock", "--steps", "3")
-    assert measured_arms == ["stock"]
-    assert "other settings (steps)" in capsys.readouterr().out
-    assert list(json.loads((output / "results.json").read_text())["arms"]) == ["stock"]
-
-
-def test_a_config_can_be_profiled(measured_arms: list[str], tmp_path: Path):
     path = config_file(tmp_path, train_batch_size_tokens=64)
-    output = tmp_path / "out"
-    arguments = [str(path), *TINY, "--arms", "sparse", "--output", str(output)]
-    assert cli_main(["profile", *arguments]) == 0
-    settings = json.loads((output / "results.json").read_text())["settings"]
+    arguments = ["profile", str(path), *TINY, "--arms", "sparse,stock", "--output", str(output)]
+    assert cli_main(arguments) == 1
+    results = json.loads((output / "results.json").read_text())
+    settings = results["settings"]
     assert (settings["d_sae"], settings["batch"], settings["precision"]) == (256, 64, "float32")
-    assert measured_arms == ["sparse"]
+    statuses = {name: arm["status"] for name, arm in results["arms"].items()}
+    assert statuses == {"stock": "ok", "sparse": "out of memory"}
+    assert "sparse: out of memory: CUDA out of memory" in capsys.readouterr().out
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure_contender", interrupted)
+    assert cli_main(arguments) == 130
+    monkeypatch.setattr(command, "measure_contender", measure)
+    assert cli_main([*arguments, "--arms", "sparse"]) == 0  # into the same folder
+    assert list(json.loads((output / "results.json").read_text())["arms"]) == ["sparse"]
+
+
+def test_without_known_work_there_is_no_roofline(tmp_path: Path):
+    results = json.loads(PUBLISHED.read_text())
+    for arm in results["arms"].values():
+        arm["kernels"] = [{**row, "flops": None} for row in arm["kernels"]]
+    report.write_report(results, tmp_path)
+    assert (tmp_path / "report.html").read_text().count("data:image") == 1
