@@ -32,7 +32,7 @@ from benchmarks.rows import CHECKOUT, DisagreementError, Frame, ResultsFile, Row
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import Precision
 from saelens_sparse.profile.trainers import prepare_inputs, release_memory
-from saelens_sparse.reports.results import describe_failure
+from saelens_sparse.reports.results import describe_failure, git_commit
 
 SCRIPT = Path(__file__).with_name("timed_steps.py")
 
@@ -176,7 +176,7 @@ def run(
                     said = row["message"]
                 say(f"{case.name} {precision.name} {contender.name}: {said}")
                 key = {"case": case.name, "precision": precision.name, "contender": contender.name}
-                results.append({**key, "other_checkout": str(other), **sizes_of(case), **row})
+                results.append({**key, "other_checkout": git_commit(other) or other.name, **sizes_of(case), **row})
     print(f"\n{table(results.rows).to_string(index=False)}")
     return int(any(row["status"] != "ok" for row in results.rows))
 

@@ -31,7 +31,7 @@ def environment(device: str, commit: str | None) -> Row:
     """
     return {
         "device": _device_name(device),
-        "commit": commit or _git_commit() or f"v{saelens_sparse.__version__}",
+        "commit": commit or git_commit(Path(__file__).parents[2]) or f"v{saelens_sparse.__version__}",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "sae_lens": _version("sae-lens"),
@@ -86,9 +86,8 @@ def _machine() -> str:
     return uuid.uuid5(uuid.NAMESPACE_OID, f"{platform.node()} {boot}").hex[:8]
 
 
-def _git_commit() -> str | None:
-    """The commit of the package's checkout, marked where the package's files differ from it."""
-    checkout = Path(__file__).parents[2]
+def git_commit(checkout: Path) -> str | None:
+    """The commit of a checkout of this package, marked where the package's files differ from it."""
     if not (checkout / "benchmarks" / "results").is_dir():
         return None
 

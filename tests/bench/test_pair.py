@@ -33,7 +33,7 @@ def test_two_checkouts_are_timed_in_turn(
 ):
     assert pair(other, out) == 0
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
-    assert row["other_checkout"] == str(other)
+    assert row["other_checkout"] == other.name
     assert (row["steps"], len(row["ratio_by_round"])) == (4, 2)
     assert row["ratio"] == pytest.approx(sum(row["ratio_by_round"]) / 2)
     assert min(row["ms"], row["ms_other"]) > 0
