@@ -80,8 +80,9 @@ class ResultsFile:
 
 def load_rows(paths: Iterable[Path]) -> list[Row]:
     """
-    The rows of the files. Older ones do not name the only architecture that there was. Half a line,
-    left by a run that was killed while it wrote, is passed over.
+    The rows of the files, but for those of `pair`, which compare checkouts. Older ones do not name
+    the only architecture that there was. Half a line, left by a run that was killed while it wrote,
+    is passed over.
 
     Raises:
         UsageError: A file cannot be read.
@@ -90,7 +91,8 @@ def load_rows(paths: Iterable[Path]) -> list[Row]:
         lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the rows: {error}") from error
-    return [{"architecture": "topk", **row} for line in lines if (row := _parse(line)) is not None]
+    rows = [{"architecture": "topk", **row} for line in lines if (row := _parse(line)) is not None]
+    return [row for row in rows if "other_checkout" not in row]
 
 
 def slug(text: str) -> str:

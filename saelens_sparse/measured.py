@@ -4,7 +4,7 @@ Rows of the measurements are in `benchmarks/results`; `docs/performance.md` says
 """
 
 # Shares of active latents above which SAELens's dense step is faster, where a configuration sets
-# them; by whether its products run in full precision. See "Dense or sparse" there.
+# them; by whether its products run in full precision. See "When sparse loses" there.
 MAX_SPARSE_DENSITY = {True: 1 / 8, False: 1 / 40}
 
 # Shares of pairs above which dense products are faster, where a training changes them; by backend

@@ -115,9 +115,9 @@ def strike_within_steps(hits: Hits) -> None:
     stock_trainer: Any = SAETrainer
     step, update, show = own_adam.step, optim.adam, stock_trainer._update_pbar
 
-    def hit_step(self: Any) -> None:
+    def hit_step(self: Any, **options: Any) -> None:
         hits.at("gradients")
-        step(self)
+        step(self, **options)
 
     def hit_update(*args: Any, **options: Any) -> None:
         update(*args, **options)
