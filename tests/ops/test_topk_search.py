@@ -476,7 +476,7 @@ def test_select_topk_screens_live_latents_in_any_pattern_without_recomputing_any
     doubled again and again has copies at a stride of a power of two.
     """
     n_live = min(64, 2048 // stride)
-    problem = random_problem(8, 48, 2048, 4)
+    problem = random_problem(8, 48, 2048, 2)
     problem.bias[: n_live * stride : stride] += 10
     selection = problem.to(device).select(backend)
     assert_selects_topk(problem.to(device), selection)
