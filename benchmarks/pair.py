@@ -176,7 +176,8 @@ def run(
                     said = row["message"]
                 say(f"{case.name} {precision.name} {contender.name}: {said}")
                 key = {"case": case.name, "precision": precision.name, "contender": contender.name}
-                results.append({**key, "other_checkout": git_commit(other) or other.name, **sizes_of(case), **row})
+                key["other_checkout"] = git_commit(other) or other.name
+                results.append({**key, **sizes_of(case), **row})
     print(f"\n{table(results.rows).to_string(index=False)}")
     return int(any(row["status"] != "ok" for row in results.rows))
 

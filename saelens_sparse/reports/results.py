@@ -29,9 +29,10 @@ def environment(device: str, commit: str | None) -> Row:
         device: "cuda" or "cpu".
         commit: Instead of the checkout's, or of the version where there is no checkout.
     """
+    checkout = Path(__file__).parents[2]
     return {
         "device": _device_name(device),
-        "commit": commit or git_commit(Path(__file__).parents[2]) or f"v{saelens_sparse.__version__}",
+        "commit": commit or git_commit(checkout) or f"v{saelens_sparse.__version__}",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "sae_lens": _version("sae-lens"),
