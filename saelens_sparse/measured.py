@@ -35,3 +35,8 @@ DEAD_ALIGNMENT = 64
 # anything; and share of pairs that a threshold screen may leave open.
 MAX_UNCERTAIN_ROWS = 1 / 4
 MAX_CPU_CANDIDATES = 1 / 32
+
+# On a CPU: bytes of the products of one chunk of rows, and the number of multiplications from which
+# a screen saves time. See "On a CPU" there.
+CPU_CHUNK_BYTES = 32 * 2**20
+MIN_SCREENED_PRODUCT = 2**30

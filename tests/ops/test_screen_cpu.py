@@ -40,7 +40,7 @@ multiplies_bfloat16 = screen_cpu._multiplies_bfloat16.__wrapped__
 @pytest.fixture(autouse=True)
 def screened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Screens on any CPU, however little there is to compute; numbers of rows screened."""
-    monkeypatch.setattr(screen_cpu, "_MIN_PRODUCT", 0)
+    monkeypatch.setattr(screen_cpu, "MIN_SCREENED_PRODUCT", 0)
     monkeypatch.setattr(screen_cpu, "_multiplies_bfloat16", lambda: True)
     rows: list[int] = []
     original = screen_cpu.upper_bounds

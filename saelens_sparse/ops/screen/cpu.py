@@ -20,13 +20,10 @@ from itertools import pairwise
 
 import torch
 
+from saelens_sparse.measured import CPU_CHUNK_BYTES, MIN_SCREENED_PRODUCT
 from saelens_sparse.ops.common.precision import matmul_dtype
 from saelens_sparse.ops.screen import bound
 
-# Products this small take less time than what surrounds them. At 256 -> 4,096, 256 rows (2.7e8)
-# screening gains nothing, at 576 -> 8,192, 1024 rows (4.8e9) a third of encoding and selecting.
-_MIN_PRODUCT = 2**30
-_CHUNK_BYTES = 32 * 2**20
 # Scores that are compared at a time: few, so that they stay in the cache, and in memory that is
 # not fresh.
 SCORE_BYTES = 4 * 2**20
@@ -41,7 +38,7 @@ def can_screen(x: torch.Tensor, weight: torch.Tensor) -> bool:
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == matmul_dtype(weight) == torch.float32
         and x.shape[1] <= bound.CPU_MAX_D_IN
-        and x.shape[0] * weight.numel() >= _MIN_PRODUCT
+        and x.shape[0] * weight.numel() >= MIN_SCREENED_PRODUCT
         and _multiplies_bfloat16()
         and bool(torch.backends.mkldnn.enabled)
     )
@@ -51,9 +48,7 @@ def can_screen(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _multiplies_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 faster than float32, and PyTorch tells so.
 
-    Intel's AVX-512 BF16 does not without AMX, which virtual machines may hide: at 576 -> 8,192,
-    1024 rows, the product takes 61 ms in bfloat16 and 35 ms in float32 on 2 cores of a Xeon
-    (Emerald Rapids). On an EPYC bfloat16 takes less than half of float32's time.
+    Intel's AVX-512 BF16 does not without AMX, which virtual machines may hide.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     faster = capabilities.get("amx_bf16") or (
@@ -100,7 +95,7 @@ def upper_bounds(
     offset = torch.where(bias < 0, bias * (1 - slack), bias * (1 + slack))  # may be -inf
 
     buffer = x.new_empty(max(1, SCORE_BYTES // (d_sae * x.element_size())), d_sae)
-    buffer_bytes = min(buffer_bytes, _CHUNK_BYTES)
+    buffer_bytes = min(buffer_bytes, CPU_CHUNK_BYTES)
     chunk_rows = max(1, buffer_bytes // (d_sae * rounded.element_size()))
     # Little at first, so that whoever sees in it that screening does not help has lost little.
     starts = [0, *range(min(buffer.shape[0], chunk_rows), x.shape[0], chunk_rows)]

@@ -2,9 +2,8 @@
 
 A GEMM in low precision fills a `[rows, d_sae]` buffer, a chunk of rows at a time. For float32 the
 buffer is float16, of operands scaled by powers of two to norms of 64 to 128, so that no product
-overflows. float16 has an eighth of bfloat16's rounding error: at 2304 -> 65,536, k 64 a row has
-100 candidates on average, with bfloat16 153, without a bound 94. Where the caller computes in
-bfloat16, the screen is the computation, and bounds are zero.
+overflows. float16 has an eighth of bfloat16's rounding error, which keeps candidates few. Where the
+caller computes in bfloat16, the screen is the computation, and bounds are zero.
 
 The bound, for latent j of row n, with rounding residuals dx and dw, Cauchy-Schwarz twice:
 
