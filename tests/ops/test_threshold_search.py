@@ -1,5 +1,7 @@
 """The search for the pairs of rows and latents inside the window of a gate."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -223,6 +225,22 @@ def test_pattern_is_the_same_with_any_capacity(
     if backend == "triton":
         assert searches == ([capacity] if fits else [capacity, n_pairs])
         assert result.latents.numel() == max(capacity, n_pairs)
+
+
+def test_a_search_that_nobody_has_any_more_holds_no_memory(
+    backend: Backend, device: torch.device
+) -> None:
+    """Nor until Python looks for circles: a training would hold the inputs of many steps."""
+    problem = plain(3, 20, 170).to(device)
+    x = problem.x.clone()
+    was_dropped = weakref.ref(x)
+    gc.disable()
+    try:
+        search = replace(problem, x=x).start(backend)
+        del search, x
+        assert was_dropped() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("capacity", [1, 6 * 70])

@@ -58,26 +58,31 @@ def search_above_threshold(
         from saelens_sparse.ops.search import threshold_kernels
 
         if threshold_kernels.can_screen(x):
-
-            def with_room_for(capacity: int) -> FoundPairs:
-                pairs, totals = threshold_kernels.find_pattern(
-                    *arguments, capacity, buffer_bytes, rounded
-                )
-                found = HostCopy(totals)
-                return FoundPairs(
-                    pairs,
-                    EnoughRoom(found, capacity),
-                    lambda: with_room_for(int(found.values()[0])).complete(),
-                    found,
-                )
-
-            return with_room_for(capacity)
+            return _search_by_kernels(arguments, capacity, buffer_bytes, rounded)
     pairs = None
     if screen_cpu.can_screen(x, weight):
         pairs = _find_by_cpu_screen(*arguments, buffer_bytes)
     if pairs is None:
         pairs = _find_by_chunks(*arguments, buffer_bytes)
     return _found(*pairs, n_rows=x.shape[0])
+
+
+def _search_by_kernels(
+    arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float],
+    capacity: int,
+    buffer_bytes: int,
+    rounded: WeightCopy | None,
+) -> FoundPairs:
+    from saelens_sparse.ops.search import threshold_kernels
+
+    pairs, totals = threshold_kernels.find_pattern(*arguments, capacity, buffer_bytes, rounded)
+    found = HostCopy(totals)
+
+    def with_room_for_all() -> FoundPairs:
+        n_pairs = int(found.values()[0])
+        return _search_by_kernels(arguments, n_pairs, buffer_bytes, rounded).complete()
+
+    return FoundPairs(pairs, EnoughRoom(found, capacity), with_room_for_all, found)
 
 
 def _find_by_chunks(
