@@ -195,7 +195,7 @@ class SparseTrainingSAEMixin(_Base):
             offer=offer_to(self),
             dead_count=HostCount(mask) if mask is not None and counts else None,
             n_training_steps=step_input.n_training_steps,
-            instead_of=instead_of,
+            needed=None if instead_of is None else instead_of.pair_totals,
         )
 
     def propose(self, step_input: TrainStepInput, step: StepContext) -> TrainStepOutput:

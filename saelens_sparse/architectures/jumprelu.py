@@ -222,7 +222,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             self.b_enc,
             self.threshold,
             self.bandwidth,
-            self._capacity(x.shape[0], step.instead_of),
+            self._capacity(x.shape[0], step.needed),
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
@@ -264,13 +264,11 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             pre_acts_dtype=pre_acts_dtype,
         )
 
-    def _capacity(self, n_rows: int, dropped: StepContext | None) -> int:
+    def _capacity(self, n_rows: int, needed: PairTotals | None) -> int:
         """Room for the pairs of a batch, in coarse steps: what the last one needed and more, or
         what the step needed that was dropped for want of room.
         """
-        density = self._policy.density
-        if dropped is not None and dropped.pair_totals is not None:
-            density = dropped.pair_totals.density
+        density = self._policy.density if needed is None else needed.density
         expected = 64 * n_rows if density is None else _ROOM * density * n_rows * self.cfg.d_sae
         step = max(1024, 2 ** max(0, math.ceil(math.log2(max(expected, 1))) - 3))
         return min(math.ceil((expected + 1) / step) * step, n_rows * self.cfg.d_sae)

@@ -71,7 +71,7 @@ class StepContext:
         checks: what it relies on and nobody has asked yet.
         was_complete: whether all that was asked at once had been found at once.
         pair_totals: how many pairs its batch had, where the next choice depends on that.
-        instead_of: the step that was dropped for it because its searches had missed something.
+        needed: how many pairs the step had that was dropped for it, if its searches had missed some.
     """
 
     choice: Choice
@@ -82,7 +82,7 @@ class StepContext:
     checks: list[Check] = field(default_factory=list[Check])
     was_complete: bool = True
     pair_totals: PairTotals | None = None
-    instead_of: StepContext | None = None
+    needed: PairTotals | None = None
 
     def is_complete(self) -> bool:
         """Whether its searches have missed nothing. Waits for the device."""

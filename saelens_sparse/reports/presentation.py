@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: distinct in every common form of colour blindness.
 STOCK_COLOR, SPARSE_COLOR = "#D55E00", "#0072B2"
-PALETTE = (SPARSE_COLOR, STOCK_COLOR, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours of the lines or bars of a figure that compares more than stock and sparse."""
 NOTE_COLOR = "0.35"
 """Of remarks and marks inside a figure."""
 STYLE = Path(__file__).with_name("report.mplstyle")

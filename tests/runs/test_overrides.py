@@ -117,7 +117,7 @@ def test_is_never_given_an_incomplete_code(
 
     def incomplete(self: Sae, step_input: Any, step: StepContext) -> Any:
         output = propose(self, step_input, step)
-        if step.instead_of is None:
+        if not step.asks_at_once:
             output.loss = output.loss * 1e6
             step.checks.append(Missing())
         return output
