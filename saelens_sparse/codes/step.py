@@ -71,7 +71,7 @@ class StepContext:
         checks: what it relies on and nobody has asked yet.
         was_complete: whether all that was asked at once had been found at once.
         pair_totals: how many pairs its batch had, where the next choice depends on that.
-        needed: how many pairs the step had that was dropped for it, if its searches had missed some.
+        needed: how many pairs the step had that was dropped for it; None if none was dropped.
     """
 
     choice: Choice
