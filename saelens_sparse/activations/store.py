@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sae_lens.load_model import HookedProxyLM
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import tokenize_with_chat_template
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 from typing_extensions import override
 
 from saelens_sparse.activations import checks
 from saelens_sparse.activations.batches import BUFFER, GENERATOR, Batches, ModelBatch
+from saelens_sparse.activations.before_loading import hooks_of
 from saelens_sparse.activations.cached import CachedActivations
 from saelens_sparse.activations.epoch import (
     Epoch,
@@ -40,6 +39,7 @@ from saelens_sparse.activations.epoch import (
 from saelens_sparse.activations.mixing import EMPTY, MixingBuffer, to_device
 from saelens_sparse.activations.packing import ConcatenatedRows, SeparateRows, TokenizedRows
 from saelens_sparse.activations.rows import Rows, TokenSlices, can_slice
+from saelens_sparse.config.checks import check_buffer
 from saelens_sparse.private_names import input_token_device
 from saelens_sparse.warn import warn_caller
 
@@ -123,12 +123,13 @@ class FastActivationsStore(ActivationsStore):
             ValueError: the model has no such hook, the buffer is too small, or the dataset is.
         """
         prompts = self.n_batches_in_buffer
-        checks.check_buffer(prompts, self.training_context_size, self.train_batch_size_tokens)
+        check_buffer(prompts, self.training_context_size, self.train_batch_size_tokens)
         if self._cached is not None:
             checks.check_dataset_size(len(self._cached), prompts, "cached_activations_path")
             return
-        if isinstance(self.model, HookedTransformer | HookedProxyLM):
-            checks.check_hooks(self._hook_names or [self.hook_name], self.model.hook_dict)
+        known = hooks_of(self.model)
+        if known is not None:
+            checks.check_hooks(self._hook_names or [self.hook_name], known)
         if self.is_dataset_tokenized and isinstance(self.dataset, Dataset):
             checks.check_dataset_size(len(self.dataset), prompts, "the dataset")
 

@@ -38,7 +38,6 @@ from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.activations.batches import Batches
 from saelens_sparse.training import optimizer as optim
 from tests.support.runs import (
-    BATCH,
     CONTEXT,
     D_MODEL,
     VOCABULARY,
