@@ -41,7 +41,8 @@ class Rows(Iterator[Any]):
         if start == 0:
             self._iterator = iter(self._dataset)
         elif isinstance(self._dataset, Dataset):
-            self._iterator = iter(self._dataset.select(range(start, len(self._dataset))))
+            left = range(start, len(self._dataset))
+            self._iterator = iter(self._dataset.select(left if left else []))
         elif isinstance(self._dataset, IterableDataset) and stream is not None:
             self._dataset.load_state_dict(json.loads(stream))
             self._iterator = iter(self._dataset)

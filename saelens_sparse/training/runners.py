@@ -271,6 +271,9 @@ def _checked(cfg: _Config, names_of_saes: Sequence[str]) -> _Config:
 def _fit(trainer: SparseSAETrainer | SparseMultiSAETrainer) -> Any:
     """`trainer.fit()`, which leaves a checkpoint if it is stopped between two steps."""
     signals = trainer.stop_signals
+    # What a resumed trainer has passed, SAELens would save again with each of its steps.
+    passed = trainer.n_training_samples
+    trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= passed]
     if trainer.evaluator is not None:
         trainer.evaluator = signals.allowed_during(trainer.evaluator)
     try:
