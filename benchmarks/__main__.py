@@ -6,6 +6,8 @@ Measure registered problem sizes against stock SAELens and other libraries.
     python -m benchmarks forward        decode, forward, forward with backward
     python -m benchmarks kernels        each operation of a step beside what the device can do
     python -m benchmarks pair OTHER     whole steps of another checkout and this one, in turn
+    python -m benchmarks store          the activation store alone, SAELens's and this package's
+    python -m benchmarks run            whole runs, with language model, store, logging and evals
     python -m benchmarks report         tables from the rows measured so far
     python -m benchmarks figures        figures from the rows measured so far
 
@@ -25,11 +27,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import figures, kernels, pair
+from benchmarks import figures, kernels, pair, run, run_cases, store
 from benchmarks.cases import CASES, NamedCase, groups_of
 from benchmarks.contenders import SPARSE, SPARSE_RUNNER, STOCK
 from benchmarks.harness import FORWARD, STEP, Benchmark, Session, say
-from benchmarks.report import kernel_table, markdown, plain, tables
+from benchmarks.report import kernel_table, markdown, plain, run_table, store_table, tables
 from benchmarks.rows import FIGURES, RESULTS, Frame, ResultsFile, frame_of, load_rows
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import PRECISIONS, Precision
@@ -37,8 +39,11 @@ from saelens_sparse.reports.command_line import (
     DEFAULT_STEPS,
     Parser,
     add_measuring_options,
+    default_device,
+    device_name,
     parse_shape,
     whole_number,
+    writable_folder,
 )
 from saelens_sparse.reports.presentation import can_draw
 from saelens_sparse.reports.results import environment
@@ -75,16 +80,43 @@ class CommandParser(Parser):
     def add_running_options(self, *, training: bool = True, resumes: bool = True) -> None:
         """Those of commands that append rows: `training` weights, or passing over earlier rows."""
         add_measuring_options(self, training=training)
+        self.add_output_options()
+        if resumes:
+            self.add_argument(
+                "--again", action="store_true", help="measure even what the file has good rows of"
+            )
+
+    def add_output_options(self) -> None:
+        """Where rows go, and what they say of the checkout."""
         self.add_argument(
             "--out",
             type=Path,
             help=f"JSON Lines file that rows are appended to; by default the device's in {RESULTS}",
         )
         self.add_argument("--commit", help="recorded with the rows; read from git by default")
-        if resumes:
-            self.add_argument(
-                "--again", action="store_true", help="measure even what the file has good rows of"
-            )
+
+    def add_turn_options(self, rounds: int) -> None:
+        """Those of commands whose contenders read a data set from disk and take turns."""
+        self.add_argument(
+            "--device",
+            type=device_name,
+            choices=tuple(DEFAULT_STEPS),
+            default=default_device(),
+            help="by default the GPU if there is one",
+        )
+        self.add_argument(
+            "--rounds",
+            type=whole_number(1),
+            default=rounds,
+            help="turns of each contender; by default %(default)s",
+        )
+        self.add_argument(
+            "--cache",
+            type=writable_folder,
+            metavar="FOLDER",
+            help="keeps the data sets; by default they go into a temporary folder",
+        )
+        self.add_output_options()
 
     def add_case_options(self, benchmark: Benchmark, contenders: Iterable[str]) -> None:
         """Which cases, in which precisions, and who takes part by default."""
@@ -240,6 +272,70 @@ def run_pair(argv: Sequence[str]) -> int:
     return pair.run(open_results(args), asked_cases(STEP.name, args), contenders, args)
 
 
+def run_store(argv: Sequence[str]) -> int:
+    """`python -m benchmarks store`."""
+    parser = CommandParser("store", store.__doc__)
+    parser.add_argument(
+        "--cases",
+        type=names_of(store.CASES, store.GROUPS),
+        help=f"separated by commas: {', '.join(store.CASES)}; by default those of the device",
+    )
+    parser.add_argument(
+        "--refills",
+        type=whole_number(1),
+        default=3,
+        help="refills of the buffer in a turn; by default %(default)s",
+    )
+    parser.add_turn_options(rounds=5)
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    names = args.cases or store.GROUPS[args.device]
+    status = store.run(results, [store.CASES[name] for name in names], args)
+    print(f"\n{plain(store_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    return status
+
+
+def run_run(argv: Sequence[str]) -> int:
+    """`python -m benchmarks run`."""
+    parser = CommandParser("run", run.__doc__)
+    cases, contenders = run_cases.CASES, run_cases.CONTENDERS
+    parser.add_argument(
+        "--cases",
+        type=names_of(cases),
+        help=f"separated by commas: {', '.join(cases)}; by default those of the device",
+    )
+    parser.add_argument(
+        "--precision",
+        type=names_of(PRECISIONS),
+        default=[],
+        help=f"{', '.join(PRECISIONS)}; by default each case's own",
+    )
+    parser.add_argument(
+        "--contenders",
+        type=names_of(contenders, {"all": tuple(contenders)}),
+        default=run_cases.DEFAULT_CONTENDERS,
+        help=f"{', '.join(contenders)}, or all; by default {', '.join(run_cases.DEFAULT_CONTENDERS)}",
+    )
+    parser.add_argument(
+        "--windows",
+        type=whole_number(1),
+        default=3,
+        help="timed windows of a run; by default %(default)s",
+    )
+    parser.add_turn_options(rounds=2)
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    measured = [
+        (case, precision)
+        for case in (cases[name] for name in args.cases or run_cases.DEFAULT_CASES[args.device])
+        for precision in [PRECISIONS[name] for name in args.precision] or case.precisions
+    ]
+    entered = [one for one in contenders.values() if one.name in {"stock", *args.contenders}]
+    status = run.run(results, measured, entered, args)
+    print(f"\n{plain(run_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    return status
+
+
 def run_report(argv: Sequence[str]) -> int:
     """`python -m benchmarks report`."""
     parser = CommandParser("report", "Tables from the rows that the benchmarks have appended.")
@@ -298,6 +394,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "forward": lambda argv: run_benchmark(FORWARD, argv),
     "kernels": run_kernels,
     "pair": run_pair,
+    "store": run_store,
+    "run": run_run,
     "report": run_report,
     "figures": run_figures,
 }
