@@ -314,7 +314,8 @@ def run_run(argv: Sequence[str]) -> int:
         "--contenders",
         type=names_of(contenders, {"all": tuple(contenders)}),
         default=run_cases.DEFAULT_CONTENDERS,
-        help=f"{', '.join(contenders)}, or all; by default {', '.join(run_cases.DEFAULT_CONTENDERS)}",
+        help=f"{', '.join(contenders)}, or all; by default "
+        f"{', '.join(run_cases.DEFAULT_CONTENDERS)}",
     )
     parser.add_argument(
         "--windows",

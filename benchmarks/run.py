@@ -14,12 +14,11 @@ evaluates once in 1,000 steps, and so much of the time of an eval is added to th
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,20 +27,20 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import wandb
 from sae_lens.config import LoggingConfig
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
-from transformer_lens.HookedTransformer import HookedRootModule
+from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
-from benchmarks.harness import say
+from benchmarks.harness import describe, say
 from benchmarks.random_data import token_dataset
 from benchmarks.rows import ResultsFile, Row
-from benchmarks.run_cases import RunCase, RunContender, Runner
+from benchmarks.run_cases import CONTENDERS, RunCase, RunContender, Runner
 from benchmarks.store import CHECKED_REFILLS, first_batches, one_epoch, require_same_batches
 from benchmarks.wall_clock import PER_TOKENS, busy_ms, device_profile, now, peak_gib, start_peak
 from saelens_sparse.profile.cases import Precision
 from saelens_sparse.profile.trainers import implementation_of, release_memory
-from saelens_sparse.reports.results import describe_failure
 
 PERIOD = {"cuda": 50, "cpu": 10}
 _DEFAULTS = LoggingConfig()
@@ -178,8 +177,7 @@ class RunSession:
         Raises:
             DisagreementError: Batches differ.
         """
-        stock = RunContender("stock", Runner, sparse=False)
-        expected = list(self.first_batches(stock))
+        expected = list(self.first_batches(CONTENDERS["stock"]))
         for contender in contenders:
             require_same_batches(expected, self.first_batches(contender))
         return len(expected)
@@ -204,14 +202,17 @@ class RunSession:
         start_peak(self.device)
         runner = self.build(contender, calls=len(evaluates))
         evaluator = runner.evaluator = kind(runner.evaluator, evaluates, self.device)
-        runner.run()
+        try:
+            runner.run()
+        finally:
+            wandb.finish()
         autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.precision.autocast)
         evaluator.marks.implementation = implementation_of(runner.sae, autocast)
         return evaluator
 
 
 @contextmanager
-def wandb_offline(folder: Path) -> Iterator[None]:
+def wandb_offline(folder: Path) -> Generator[None]:
     """Let wandb write into the folder, without a network unless the user says otherwise."""
     settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **os.environ}
     with patch.dict(os.environ, {**settings, "WANDB_DIR": str(folder)}):
@@ -291,22 +292,21 @@ def run(
         contenders: Who takes part.
         args: The options `device`, `rounds`, `windows` and `cache`.
     """
+
+    def rows_of(case: RunCase, precision: Precision, folder: Path) -> list[Row]:
+        try:
+            model = case.model(args.device)
+            session = RunSession(case, precision, args.device, model, folder, args.windows)
+            return list(measure(session, contenders, args.rounds))
+        except Exception as error:
+            return [{"contender": "all", **describe(error)}]
+
     with tempfile.TemporaryDirectory() as temporary, one_epoch(), wandb_offline(Path(temporary)):
         for case, precision in measured:
             key = {"operation": "run", "case": case.name, "precision": precision.name}
-            folder = args.cache or Path(temporary)
-            session = None
-            try:
-                model = case.model(args.device)
-                session = RunSession(case, precision, args.device, model, folder, args.windows)
-                rows = list(measure(session, contenders, args.rounds))
-            except Exception as error:
-                rows = [{"contender": "all", **describe_failure(error)}]
-            for row in rows:
+            for row in rows_of(case, precision, args.cache or Path(temporary)):
                 said = f"{row['ms']:.2f} ms" if row["status"] == "ok" else row["message"]
                 say(f"{case.name} {precision.name} {row['contender']}: {said}")
                 results.append({**key, **sizes_of(case), **row})
-            model = session = None
-            gc.collect()
             release_memory(args.device)
     return int(any(row["status"] != "ok" for row in results.rows))

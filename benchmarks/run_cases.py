@@ -10,7 +10,8 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 from sae_lens.config import LoggingConfig
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.HookedTransformer import HookedRootModule
+from transformer_lens.HookedRootModule import HookedRootModule
+from typing_extensions import override
 
 from benchmarks.cases import TOPK
 from saelens_sparse import SparseTrainingRunner, use_fast_activations_store
@@ -115,6 +116,10 @@ class RunCase(Case):
 class StockStoreRunner(SparseTrainingRunner):
     """`SparseTrainingRunner` with SAELens's activation store."""
 
+    @override
+    def prepare_store(self) -> None:
+        """Leave the store as it is."""
+
 
 @dataclass(frozen=True)
 class RunContender:
@@ -154,9 +159,12 @@ CONTENDERS = {
         RunContender("sparse_fast_store", Runner, prepare=use_fast_activations_store),
         RunContender("sparse_runner_stock_store", StockStoreRunner),
         RunContender("sparse_runner", SparseTrainingRunner),
+        RunContender(
+            "sparse_runner_prefetch", SparseTrainingRunner, config={"prefetch_llm_batches": True}
+        ),
     )
 }
-DEFAULT_CONTENDERS = [name for name in CONTENDERS if name != "sparse_fast_store"]
+DEFAULT_CONTENDERS = ["stock", "sparse", "sparse_runner_stock_store", "sparse_runner"]
 
 CASES = {
     case.name: case
@@ -168,10 +176,10 @@ CASES = {
             model_prompts=64, buffer_prompts=640,
         ),
         RunCase(
-            "cpu", TOPK, 256, 4096, 16, 1024, (FLOAT32,),
-            model=gpt2_shaped(layers=4, d_model=256, context=128, vocabulary=8192),
-            vocabulary=8192, hook_name="blocks.2.hook_resid_post", context=128,
-            model_prompts=16, buffer_prompts=160,
+            "cpu", TOPK, 128, 2048, 16, 512, (FLOAT32,),
+            model=gpt2_shaped(layers=2, d_model=128, context=128, vocabulary=2048),
+            vocabulary=2048, hook_name="blocks.1.hook_resid_post", context=128,
+            model_prompts=8, buffer_prompts=80,
         ),
         RunCase(
             "tiny", TOPK, 16, 64, 4, 64, (FLOAT32,),

@@ -13,9 +13,9 @@ import logging
 import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,16 +25,15 @@ from sae_lens import logger
 from sae_lens.training.activations_store import ActivationsStore
 from torch import nn
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.HookedTransformer import HookedRootModule
+from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
-from benchmarks.harness import say
+from benchmarks.harness import describe, say
 from benchmarks.random_data import cached_activations, token_dataset
 from benchmarks.rows import DisagreementError, ResultsFile, Row
 from benchmarks.wall_clock import PER_TOKENS, now, peak_gib, profiled_ms, start_peak
 from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.profile.trainers import release_memory
-from saelens_sparse.reports.results import describe_failure
 
 STORES: dict[str, type[ActivationsStore]] = {
     "stock": ActivationsStore,
@@ -86,25 +85,26 @@ class StoreCase:
         return round(1.1 * served) + 2 * self.buffer_prompts
 
 
-_GPT2 = {"d_in": 768, "context": 128, "buffer_prompts": 640, "model_prompts": 64}
-_DEMO = {"d_in": 576, "context": 128, "buffer_prompts": 256, "model_prompts": 16, "batch": 1024}
+_GPT2 = StoreCase("gpt2", d_in=768, context=128, buffer_prompts=640, model_prompts=64)
+_DEMO = StoreCase(
+    "demo", d_in=576, context=128, buffer_prompts=256, model_prompts=16, batch=1024,
+    exclude_special_tokens=True,
+)  # fmt: skip
+_TINY = StoreCase("tiny", d_in=8, context=16, buffer_prompts=32, model_prompts=4, batch=64)
 CASES = {
     case.name: case
     for case in (
-        StoreCase("gpt2", **_GPT2),
+        _GPT2,
         StoreCase("gemma2b", d_in=2304, context=1024, buffer_prompts=160, model_prompts=8),
-        StoreCase("gpt2_special_tokens", **_GPT2, exclude_special_tokens=True),
-        StoreCase("gpt2_buffer_on_cpu", **_GPT2, act_store_device="cpu"),
-        StoreCase("gpt2_cached", **_GPT2, cached=True),
-        StoreCase("demo", **_DEMO, exclude_special_tokens=True),
-        StoreCase("demo_cached", **_DEMO, exclude_special_tokens=True, cached=True),
-        StoreCase("tiny", d_in=8, context=16, buffer_prompts=32, model_prompts=4, batch=64),
-        StoreCase(
-            "tiny_cached", d_in=8, context=16, buffer_prompts=32, model_prompts=4, batch=64,
-            exclude_special_tokens=True, cached=True,
-        ),
+        replace(_GPT2, name="gpt2_special_tokens", exclude_special_tokens=True),
+        replace(_GPT2, name="gpt2_buffer_on_cpu", act_store_device="cpu"),
+        replace(_GPT2, name="gpt2_cached", cached=True),
+        _DEMO,
+        replace(_DEMO, name="demo_cached", cached=True),
+        _TINY,
+        replace(_TINY, name="tiny_cached", exclude_special_tokens=True, cached=True),
     )
-}  # fmt: skip
+}
 GROUPS = {
     "cuda": tuple(name for name in CASES if name.startswith(("gpt2", "gemma2b"))),
     "cpu": ("demo", "demo_cached"),
@@ -212,7 +212,7 @@ def require_same_batches(expected: Sequence[torch.Tensor], found: Iterable[torch
 
 
 @contextmanager
-def one_epoch() -> Iterator[None]:
+def one_epoch() -> Generator[None]:
     """The end of an epoch is an error; SAELens's warnings of every run are not shown."""
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -232,6 +232,25 @@ def take(store: Iterator[torch.Tensor], n_batches: int, device: str) -> None:
         next(store).to(device)
 
 
+def check(case: StoreCase, folder: Path, refills: float, device: str) -> int:
+    """
+    Compare the first batches of both stores.
+
+    Returns:
+        How many were compared.
+
+    Raises:
+        DisagreementError: Batches differ.
+    """
+    model = FreeModel(case, device, by_token=True)
+    stock, fast = (
+        make_store(kind, case, model, open_data(case, refills, folder)) for kind in STORES.values()
+    )
+    n_batches = round(CHECKED_REFILLS * case.refill_batches)
+    require_same_batches(list(first_batches(stock, n_batches)), first_batches(fast, n_batches))
+    return n_batches
+
+
 def measure(case: StoreCase, folder: Path, args: Namespace) -> Iterator[Row]:
     """
     Check the stores of a case, then time them in turn; a row for each.
@@ -249,14 +268,7 @@ def measure(case: StoreCase, folder: Path, args: Namespace) -> Iterator[Row]:
     refills = 1 if case.cached else args.refills
     n_batches = refills * case.refill_batches
     in_all = WARM_UP_REFILLS + (args.rounds + 1) * refills
-    checked = round(CHECKED_REFILLS * case.refill_batches)
-
-    model = FreeModel(case, device, by_token=True)
-    data = [open_data(case, in_all, folder) for _ in STORES]
-    stores = [make_store(kind, case, model, one) for kind, one in zip(STORES.values(), data)]
-    expected = list(first_batches(stores[0], checked))
-    require_same_batches(expected, first_batches(stores[1], checked))
-    del model, stores, expected
+    checked = check(case, folder, in_all, device)
     release_memory(device)
 
     model = FreeModel(case, device, by_token=False)
@@ -307,7 +319,7 @@ def run(results: ResultsFile, cases: Iterable[StoreCase], args: Namespace) -> in
             try:
                 rows = list(measure(case, args.cache or Path(temporary), args))
             except Exception as error:
-                rows = [{"contender": "fast", **describe_failure(error)}]
+                rows = [{"contender": "fast", **describe(error)}]
             for row in rows:
                 said = f"{row['ms']:.3f} ms" if row["status"] == "ok" else row["message"]
                 say(f"{case.name} {row['contender']}: {said}")
