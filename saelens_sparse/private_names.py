@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from sae_lens import llm_sae_training_runner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.training import activations_store
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig
 
 # The releases that the test suite has been run with.
-TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13", "datasets": "5.2.0"}
+TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13"}
 
 # SAELens's command line: flags to a runner config.
 COMMAND_LINE = ("_parse_cfg_args",)
@@ -38,7 +37,7 @@ MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
 # Where its store puts tokens; what the store keeps of several hooks, and whether it was read from.
 STORE_MODULE = ("_get_input_token_device",)
 STORE = ("_hook_names", "_hook_d_ins", "_hook_head_indices", "_dataloader")
-# What a streaming dataset of `datasets` is made of.
+# What a streaming dataset of `datasets` is made of. Without it, positions are found by reading.
 EXAMPLES = "_ex_iterable"
 # PyTorch's registries of hooks: its public methods add to them and do not tell what is there.
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -85,12 +84,6 @@ def _check() -> None:
         ("sae-lens", "SAETrainer", TRAINERS, dir(SAETrainer)),
         ("sae-lens", "MultiSAETrainer", TRAINERS, dir(MultiSAETrainer)),
         ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
-        (
-            "datasets",
-            "IterableDataset",
-            [EXAMPLES],
-            vars(Dataset.from_dict({}).to_iterable_dataset()),
-        ),
         ("torch", "nn.Module", MODULE_HOOKS, dir(torch.nn.Module())),
         ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),
         ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),

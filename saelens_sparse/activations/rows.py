@@ -66,7 +66,8 @@ class Rows(Iterator[Any]):
         It must be where rows are shuffled in a buffer, whose content `datasets` does not save.
         """
         dataset = self._dataset
-        if not isinstance(dataset, IterableDataset) or _shuffles(getattr(dataset, EXAMPLES)):
+        examples = getattr(dataset, EXAMPLES, None)
+        if examples is None or not isinstance(dataset, IterableDataset) or _shuffles(examples):
             return None
         try:
             return json.dumps(dataset.state_dict())
