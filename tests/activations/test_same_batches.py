@@ -14,6 +14,8 @@ from tests.support.activations import (
     CASES,
     CONTEXT,
     DATA,
+    TRAINING,
+    WITH_EVALS,
     FastActivationsStore,
     Models,
     Player,
@@ -26,17 +28,6 @@ from tests.support.runs import what_libraries_say
 
 pytestmark = what_libraries_say
 
-TRAINING = ["batch"] * 45
-# Evals take tokens of any number between two batches.
-WITH_EVALS = [
-    *("tokens 3", "batch", "batch", "tokens", "tokens 9", "reset", "tokens 2"),
-    *["batch"] * 7,
-    *("unmoved tokens", "batch", "raw", "batch", "filtered", "epoch's tokens"),
-    *["batch"] * 3,
-    *["epoch's tokens"] * 7,
-    *["batch"] * 9,
-    *("tokens 30", *["batch"] * 12),
-]
 # Where stock raises, sooner or later.
 FAILING = ("short texts, not concatenated", "a row too short")
 

@@ -376,6 +376,19 @@ def several_hooks(
     )
 
 
+TRAINING = ["batch"] * 45
+# Evals take tokens of any number between two batches.
+WITH_EVALS = [
+    *("tokens 3", "batch", "batch", "tokens", "tokens 9", "reset", "tokens 2"),
+    *["batch"] * 7,
+    *("unmoved tokens", "batch", "raw", "batch", "filtered", "epoch's tokens"),
+    *["batch"] * 3,
+    *["epoch's tokens"] * 7,
+    *["batch"] * 9,
+    *("tokens 30", *["batch"] * 12),
+]
+
+
 @dataclass(frozen=True)
 class Event:
     """What an action on a store gave, and what it left behind."""
