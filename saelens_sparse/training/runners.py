@@ -28,11 +28,14 @@ from sae_lens.constants import (
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from typing_extensions import override
 
+from saelens_sparse.activations.store import FastActivationsStore
+from saelens_sparse.activations.swap import use_fast_activations_store
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
 from saelens_sparse.training.checkpoints import whole_checkpoint
 from saelens_sparse.training.interruption import StopSignals
@@ -72,7 +75,10 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
         override_dataset: Any = None,
         override_model: Any = None,
         override_sae: TrainingSAE[Any] | None = None,
+        *,
+        save_buffer: bool = True,
     ) -> None:
+        self._save_buffer = save_buffer
         if override_sae is not None:
             cfg = copy.copy(cfg)
             cfg.from_pretrained_path = None  # SAELens does not look at it then
@@ -82,6 +88,11 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
             override_sae = load_pretrained(path, cfg.sae)
         super().__init__(cfg, override_dataset, override_model, override_sae)
         self._stop_signals = StopSignals()
+        self.prepare_store()
+
+    def prepare_store(self) -> None:
+        """Take activations from a `FastActivationsStore`; called when all has been loaded."""
+        _use_fast_store(self, self._save_buffer)
 
     @override
     def run(self) -> TrainingSAE[Any]:
@@ -91,6 +102,9 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         self.trainer = SparseSAETrainer.taking_over(trainer)
+        store = self.activations_store
+        if isinstance(store, FastActivationsStore) and store.reads_ahead:
+            self.trainer.data_provider = store
         self.trainer.stop_signals = self._stop_signals
         self.trainer.write_runner_files = super().save_checkpoint
         return _fit(self.trainer)
@@ -137,11 +151,19 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
         override_dataset: Any = None,
         override_model: Any = None,
         override_saes: dict[str, TrainingSAE[Any]] | None = None,
+        *,
+        save_buffer: bool = True,
     ) -> None:
+        self._save_buffer = save_buffer
         check_multi_runner_outputs(cfg)
         cfg = _checked(cfg, names_of_saes=[*cfg.saes])
         super().__init__(cfg, override_dataset, override_model, override_saes)
         self._stop_signals = StopSignals()
+        self.prepare_store()
+
+    def prepare_store(self) -> None:
+        """Take activations from a `FastActivationsStore`; called when all has been loaded."""
+        _use_fast_store(self, self._save_buffer)
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
@@ -152,7 +174,11 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
     def _run_with_interruption_handling(
         self, trainer: MultiSAETrainer
     ) -> dict[str, TrainingSAE[Any]]:
-        return _fit(SparseMultiSAETrainer.taking_over(trainer, self._stop_signals))
+        own = SparseMultiSAETrainer.taking_over(trainer, self._stop_signals)
+        store = self.activations_store
+        if isinstance(store, FastActivationsStore) and store.reads_ahead:
+            own.data_provider = store.hook_batches()
+        return _fit(own)
 
     @override
     def _save_final_outputs(
@@ -173,6 +199,15 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             for name, sae in saes.items():
                 logged = SimpleNamespace(sae=sae, cfg=self.cfg.to_sae_trainer_config())
                 _log_final(logged, folder / name, has_sparsity=True)
+
+
+def _use_fast_store(
+    runner: SparseTrainingRunner | SparseMultiSAETrainingRunner, save_buffer: bool
+) -> None:
+    """Give a runner a `FastActivationsStore`, unless somebody has given it another one."""
+    if type(runner.activations_store) is ActivationsStore:
+        store = use_fast_activations_store(runner, save_buffer=save_buffer)
+        store.reads_ahead = bool(runner.cfg.prefetch_llm_batches)
 
 
 def checked(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:

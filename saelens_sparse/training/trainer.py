@@ -111,7 +111,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         if not isinstance(sae, SparseTrainingSAEMixin):
             return super().step(batch)
         sae.train()
-        batch = batch.to(sae.device)
+        batch = batch.to(sae.device, non_blocking=sae.device.type == "cuda")
         taken = self._take_passes(sae, self.activation_scaler(batch))
         if taken.step is not None:
             sae.commit(taken.step)
