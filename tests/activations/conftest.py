@@ -53,7 +53,11 @@ def train(
         monkeypatch.setattr(trainer, "step", recording(trainer.step))
     for name in ("init", "finish", "log_artifact"):
         monkeypatch.setattr(wandb, name, lambda *_, **__: None)
-    monkeypatch.setattr(wandb, "log", lambda *args, **kwargs: runs[-1].log(*args, **kwargs))
+
+    def log(record: dict[str, Any], step: int) -> None:
+        runs[-1].log(record, step)
+
+    monkeypatch.setattr(wandb, "log", log)
 
     def train(scenario: Scenario, runner: Any = None, **options: Any) -> Run:
         run = Run()

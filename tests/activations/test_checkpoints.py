@@ -8,12 +8,12 @@ import torch
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 
+from saelens_sparse import FastActivationsStore
 from tests.support.activations import (
     CASES,
     TRAINING,
     WITH_EVALS,
     Event,
-    FastActivationsStore,
     Models,
     Player,
     assert_same_events,
@@ -27,7 +27,7 @@ STATE = "activations_store_state.safetensors"
 # Where a run stops. The first batches are number 1, 2, 3 and so on of `WITH_EVALS`' actions.
 CUTS = [0, 1, 2, 8, 19, 20, 33, 51]
 RESUMED = (
-    "int64", "long rows", "rows of several lengths", "shuffled", "chunks on disk", "one row",
+    "int64", "long rows", "rows of several lengths", "shuffled", "chunks on disk", "selected",
     "streaming", "streaming, shuffled", "streaming, generated", "text", "text, streaming",
     "not concatenated", "no separator, no BOS", "chat", "special tokens excluded",
     "special tokens of a text excluded", "positions with a step", "no mixing", "no mixing, text",
@@ -87,7 +87,7 @@ def test_saving_changes_nothing(models: Models, tmp_path: Path) -> None:
 
 
 INTERCHANGED = [
-    "int64", "streaming", "text", "not concatenated", "chat", "one row", "hooks", "cached"
+    "int64", "streaming", "text", "not concatenated", "chat", "selected", "hooks", "cached"
 ]  # fmt: skip
 
 

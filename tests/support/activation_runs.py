@@ -9,16 +9,14 @@ from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 from sae_lens.config import LoggingConfig
 
 from saelens_sparse import SparseMultiSAETrainingRunner, SparseTrainingRunner
+from tests.support.activation_data import CONTEXT, DATA, PROMPTS
 from tests.support.activations import (
     BATCH,
     BUFFER_PROMPTS,
-    CONTEXT,
     D_IN,
     D_MODEL,
-    DATA,
     HOOK,
     POST,
-    PROMPTS,
 )
 from tests.support.runs import config_of, multi_config, runner_config
 
@@ -50,7 +48,7 @@ class Scenario:
 
 SCENARIOS = {
     "tokens": Scenario("int64"),
-    "one row": Scenario("one row"),
+    "a buffer of rows": Scenario("selected"),
     "tokens with evals": Scenario("int64", EVALS),
     "streaming with evals": Scenario("streaming, shuffled", EVALS),
     "text with evals": Scenario("text", EVALS | {"exclude_special_tokens": True}),

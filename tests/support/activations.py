@@ -1,52 +1,40 @@
 """Activation stores over tiny models and datasets, and what a store gives, action by action."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import tokenizers
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from sae_lens import HookedSAETransformer, TopKTrainingSAEConfig
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformerConfig
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
+from typing_extensions import override
 
+from tests.support.activation_data import (
+    BOS,
+    CONTEXT,
+    DATA,
+    EOS,
+    N_ROWS,
+    PROMPTS,
+    SEP,
+    VOCABULARY,
+    Int32,
+    tiny_tokenizer,
+    token_rows,
+)
 from tests.support.runs import runner_config
 
-FastActivationsStore = ActivationsStore
-
-CONTEXT, VOCABULARY, D_MODEL, D_HEAD = 8, 50, 16, 8
-N_ROWS, PROMPTS, BUFFER_PROMPTS, BATCH = 23, 4, 12, 16
-BOS, EOS, SEP = 0, 1, 2
+D_MODEL, D_HEAD, BUFFER_PROMPTS, BATCH = 16, 8, 12, 16
 HOOK = "blocks.1.hook_resid_pre"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }} {{ message.content }} <eos> {% endfor %}"
-)
 # What libraries say about themselves, and PyTorch about how SAELens copies a row.
 NOT_COMPARED = ("sourceTensor", "HookedTransformer is deprecated", "eterministic")
-
-
-def tiny_tokenizer(*, prepends_bos: bool = False) -> PreTrainedTokenizerFast:
-    """Words "w5" and so on are tokens; others are "w5"."""
-    words = {"<bos>": BOS, "<eos>": EOS, "<sep>": SEP, "user": 3, "assistant": 4}
-    words |= {f"w{i}": i for i in range(5, VOCABULARY)}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w5"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    if prepends_bos:
-        model.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", BOS)]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, bos_token="<bos>", eos_token="<eos>", sep_token="<sep>",
-        pad_token="<eos>",
-    )  # fmt: skip
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 def tiny_model(
@@ -74,133 +62,23 @@ def tiny_transformers_model() -> HookedProxyLM:
     return HookedProxyLM(GPT2LMHeadModel(cfg).eval(), tiny_tokenizer())
 
 
-Models = dict[str, Any]
+class Models(dict[str, Any]):
+    """By name."""
+
+    @override
+    def __repr__(self) -> str:
+        return "Models()"  # models are long
 
 
 def tiny_models() -> Models:
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
-    return {
-        **{str(dtype).removeprefix("torch."): tiny_model(dtype) for dtype in dtypes},
-        "prepends BOS": tiny_model(prepends_bos=True),
-        "transformers": tiny_transformers_model(),
-    }
-
-
-def token_rows(length: int = CONTEXT, n_rows: int = N_ROWS) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, VOCABULARY, (n_rows, length), generator=generator).tolist()
-
-
-def words(row: Sequence[int]) -> str:
-    names = {BOS: "<bos>", EOS: "<eos>", SEP: "<sep>", 3: "user", 4: "assistant"}
-    return " ".join(names.get(token, f"w{token}") for token in row)
-
-
-def texts() -> list[str]:
-    """Longer and shorter than the context, one as long, empty ones, some that begin with BOS."""
-    lengths = [3, 11, 0, 8, 1, 20, 7, 9, 0, 2, 33, 5, 8, 16, 4, 6, 7, 12, 1, 1, 10]
-    rows = [row[:length] for row, length in zip(token_rows(40), lengths, strict=False)]
-    for index in (1, 3, 4, 6, 7):
-        rows[index][0] = BOS
-    return [words(row) for row in rows]
-
-
-def conversations() -> list[list[dict[str, str]]]:
-    rows = token_rows(9, n_rows=8)
-    return [
-        [
-            {"role": "user", "content": words(row[: 1 + index % 9])},
-            {"role": "assistant", "content": words(row[index % 4 :])},
-        ]
-        for index, row in enumerate(rows)
-    ]
-
-
-def typed(feature: Any, rows: list[list[int]] | None = None, column: str = "input_ids") -> Dataset:
-    return Dataset.from_dict(
-        {column: token_rows() if rows is None else rows},
-        features=datasets.Features({column: feature}),
+    return Models(
+        {str(dtype).removeprefix("torch."): tiny_model(dtype) for dtype in dtypes}
+        | {
+            "prepends BOS": tiny_model(prepends_bos=True),
+            "transformers": tiny_transformers_model(),
+        }
     )
-
-
-def in_chunks(folder: Path) -> Dataset:
-    """On disk, in tables of several sizes."""
-    rows, parts = token_rows(), []
-    for index, (start, end) in enumerate([(0, 5), (5, 6), (6, 20), (20, N_ROWS)]):
-        Dataset.from_dict({"input_ids": rows[start:end]}).save_to_disk(folder / str(index))
-        parts.append(datasets.load_from_disk(folder / str(index)))
-    return datasets.concatenate_datasets(parts)
-
-
-def generated() -> IterableDataset:
-    def rows() -> Iterator[dict[str, list[int]]]:
-        for row in token_rows(CONTEXT + 1):
-            yield {"tokens": row}
-
-    return IterableDataset.from_generator(rows)
-
-
-def text_in_a_folder(folder: Path) -> str:
-    Dataset.from_dict({"text": texts()}).to_json(folder / "train.jsonl")
-    return str(folder)
-
-
-def special_rows() -> list[list[int]]:
-    """Some of a model batch's rows, and all rows of two model batches, are special tokens."""
-    rows = token_rows()
-    for index in (1, 2, *range(PROMPTS, 2 * PROMPTS), *range(4 * PROMPTS, 5 * PROMPTS)):
-        rows[index] = [BOS, EOS, SEP, EOS, EOS, BOS, SEP, EOS]
-    return rows
-
-
-Int32 = datasets.Value("int32")
-# Makes a dataset, or names one; the argument is an empty folder.
-DATA: dict[str, Callable[[Path], Any]] = {
-    "int64": lambda _: Dataset.from_dict({"input_ids": token_rows()}),
-    "int32": lambda _: typed(datasets.List(Int32)),
-    "large list": lambda _: typed(datasets.LargeList(Int32)),
-    "fixed-size list": lambda _: typed(datasets.List(Int32, length=CONTEXT)),
-    "array": lambda _: typed(datasets.Array2D((1, CONTEXT), "int64"), [[r] for r in token_rows()])
-    .map(lambda row: {"input_ids": row["input_ids"][0]}),
-    "uint16": lambda _: typed(datasets.List(datasets.Value("uint16"))),
-    "tokens": lambda _: Dataset.from_dict(
-        {"text": ["w5"] * N_ROWS, "tokens": token_rows(), "n": [1.0] * N_ROWS}
-    ),
-    "long rows": lambda _: typed(datasets.List(Int32), token_rows(CONTEXT + 3), "tokens"),
-    "long fixed-size rows": lambda _: typed(
-        datasets.List(Int32, length=CONTEXT + 3), token_rows(CONTEXT + 3)
-    ),
-    "rows of several lengths": lambda _: Dataset.from_dict(
-        {"input_ids": [row[: CONTEXT + i * i % 7] for i, row in enumerate(token_rows(16))]}
-    ),
-    "shuffled": lambda _: Dataset.from_dict({"input_ids": token_rows()}).shuffle(seed=3),
-    "selected": lambda _: Dataset.from_dict({"input_ids": token_rows()}).select(
-        [22, 3, 3, 4, 5, 19, 0, 1, 2, 11, 10, 9]
-    ),
-    "a range": lambda _: typed(datasets.List(Int32, length=CONTEXT)).select(range(3, 20)),
-    "chunks on disk": in_chunks,
-    "one row": lambda _: Dataset.from_dict({"input_ids": token_rows()[:1]}),
-    "special tokens": lambda _: Dataset.from_dict({"input_ids": special_rows()}),
-    "a row too short": lambda _: Dataset.from_dict(
-        {"input_ids": [*token_rows()[:20], token_rows()[20][:-1]]}
-    ),
-    "streaming": lambda _: Dataset.from_dict({"input_ids": token_rows()}).to_iterable_dataset(
-        num_shards=3
-    ),
-    "streaming, shuffled": lambda _: Dataset.from_dict({"input_ids": token_rows()})
-    .to_iterable_dataset(num_shards=3)
-    .shuffle(seed=4, buffer_size=5),
-    "streaming, generated": lambda _: generated(),
-    "text": lambda _: Dataset.from_dict({"text": texts()}),
-    "problem": lambda _: Dataset.from_dict({"problem": texts()}),
-    "text, streaming": lambda _: Dataset.from_dict({"text": texts()}).to_iterable_dataset(),
-    "text in a folder": text_in_a_folder,
-    "short texts": lambda _: Dataset.from_dict({"text": ["w5 w6", "w7"] * 20}),
-    "chat": lambda _: Dataset.from_dict({"messages": conversations()}),
-    "conversations, streaming": lambda _: Dataset.from_dict(
-        {"conversations": conversations()}
-    ).to_iterable_dataset(),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -216,15 +94,19 @@ class Case:
     model: str = "float32"
 
 
-def case(data: str = "int64", *, hooks: Sequence[str] = (), model: str = "float32", **options: Any):
+def case(
+    data: str = "int64", *, hooks: Sequence[str] = (), model: str = "float32", **options: Any
+) -> Case:
     return Case(data, options, tuple(hooks), model)
 
 
 Z, POST = "blocks.1.attn.hook_z", "blocks.0.mlp.hook_post"
 D_IN = {Z: 2 * D_HEAD, POST: 32}
-CACHED = {"use_cached_activations": True}
+CACHED: dict[str, Any] = {"use_cached_activations": True}
+# With other options, or not at all.
+NOT_AS_THEY_ARE = ("chat", "conversations, streaming", "a row too short", "one row", "many rows")
 CASES: dict[str, Case] = {
-    **{data: case(data) for data in DATA if data not in ("chat", "conversations, streaming")},
+    **{data: case(data) for data in DATA if data not in NOT_AS_THEY_ARE},
     "no BOS": case("text", prepend_bos=False),
     "eos": case("text", sequence_separator_token="eos"),
     "sep": case("text", sequence_separator_token="sep"),
@@ -233,7 +115,6 @@ CASES: dict[str, Case] = {
     "a token as separator": case("text", sequence_separator_token=7, prepend_bos=False),
     "not concatenated": case("text", disable_concat_sequences=True),
     "not concatenated, no BOS": case("text", disable_concat_sequences=True, prepend_bos=False),
-    "short texts, not concatenated": case("short texts", disable_concat_sequences=True),
     "chat": case("chat", use_chat_formatting=True),
     "chat, not concatenated": case(
         "conversations, streaming", use_chat_formatting=True, disable_concat_sequences=True
@@ -364,8 +245,10 @@ def several_hooks(
     of_runner = ("hook_name", "is_dataset_tokenized")
     options = {name: value for name, value in settings.items() if name not in of_runner}
     options["total_training_tokens"] = options.pop("training_tokens")
-    if options.get("exclude_special_tokens"):
-        options["exclude_special_tokens"] = torch.tensor([BOS, EOS, SEP])
+    excluded = options.pop("exclude_special_tokens", False)
+    if excluded:
+        excluded = [BOS, EOS, SEP] if excluded is True else excluded
+        options["exclude_special_tokens"] = torch.tensor(excluded)
     heads = options.get("hook_head_indices", {})
     return store_class.from_config_multi_hook(
         model,
@@ -437,7 +320,8 @@ class Player:
                 return store.get_filtered_llm_batch()
             case "reset":
                 return store.reset_input_dataset()
-        raise AssertionError(action)
+            case _:
+                raise AssertionError(action)
 
     def play(self, actions: Sequence[str]) -> list[Event]:
         """Notes results without copying them, as a caller may keep batches."""
@@ -449,8 +333,7 @@ class Player:
                 except Exception as error:
                     # Of other errors, only that there is one: messages may differ.
                     result = "the end" if isinstance(error, StopIteration) else "an error"
-            position = int(self.store.state_dict()["n_dataset_processed"])
-            random_state = torch.get_rng_state()
+            position, random_state = self.store.n_dataset_processed, torch.get_rng_state()
             self.events.append(Event(action, result, what_was_said(caught), position, random_state))
         return self.events
 
