@@ -16,6 +16,8 @@ from sae_lens import llm_sae_training_runner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.training import activations_store
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
 from torch.autograd import profiler
 from torch.optim import Adam
 from torch.optim.adam import adam
@@ -28,11 +30,13 @@ TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13"}
 
 # SAELens's command line: flags to a runner config.
 COMMAND_LINE = ("_parse_cfg_args",)
+# Called by its trainers after each step, before they count it.
+TRAINERS = ("_checkpoint_if_needed",)
 # Called by SAELens's runner of several SAEs, and overridden by `SparseMultiSAETrainingRunner`.
 MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
 # Where its store puts tokens; what the store keeps of several hooks, and whether it was read from.
 STORE_MODULE = ("_get_input_token_device",)
-STORE = ("_hook_names", "_hook_d_ins", "_dataloader")
+STORE = ("_hook_names", "_hook_d_ins", "_hook_head_indices", "_dataloader")
 # PyTorch's registries of hooks: its public methods add to them and do not tell what is there.
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -74,7 +78,9 @@ def _check() -> None:
             dir(llm_sae_training_runner),
         ),
         ("sae-lens", "activations_store", STORE_MODULE, dir(activations_store)),
-        ("sae-lens", "ActivationsStore", STORE, dir(ActivationsStore)),
+        ("sae-lens", "ActivationsStore", STORE, ActivationsStore.__annotations__),
+        ("sae-lens", "SAETrainer", TRAINERS, dir(SAETrainer)),
+        ("sae-lens", "MultiSAETrainer", TRAINERS, dir(MultiSAETrainer)),
         ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
         ("torch", "nn.Module", MODULE_HOOKS, dir(torch.nn.Module())),
         ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),

@@ -8,28 +8,6 @@ from typing import Any
 from saelens_sparse.config.messages import shown, suggestion
 
 
-def check_buffer(n_batches_in_buffer: int, context_size: int, batch_size: int) -> None:
-    """
-    Check that a batch fits into the buffer.
-
-    Args:
-        n_batches_in_buffer: SAELens's option: how many prompts the buffer holds.
-        context_size: Tokens of a prompt that activations are taken of.
-        batch_size: `train_batch_size_tokens`.
-
-    Raises:
-        ValueError: it does not; the message says what to set.
-    """
-    rows = n_batches_in_buffer * context_size
-    if rows < batch_size:
-        least = -(-batch_size // context_size)
-        raise ValueError(
-            f"n_batches_in_buffer: {n_batches_in_buffer} prompts of {context_size} tokens are "
-            f"{rows} activations, fewer than train_batch_size_tokens, {batch_size}; allowed: "
-            f"{least} or more, and {8 * least} mix well"
-        )
-
-
 def check_dataset_size(n_rows: int, n_batches_in_buffer: int, name: str) -> None:
     """
     Check that a dataset fills the buffer once.

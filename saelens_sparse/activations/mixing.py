@@ -17,6 +17,8 @@ from saelens_sparse.ops.common.host_copy import HostCopy
 _NARROW = (torch.bfloat16, torch.float16)
 # Rows that are copied to the host at a time: they need memory on the device as well.
 _ROWS_OF_COPY = 8192
+# The state of a buffer without rows.
+EMPTY = {"n_to_serve": torch.tensor(0)}
 
 
 class MixingBuffer:
@@ -35,9 +37,8 @@ class MixingBuffer:
         device: Where the rows are.
         dtype: Of the batches; None for that of the rows. Rows of 16 bits are kept as they are.
 
-    Attributes:
-        n_kept: Rows that wait for the next shuffle.
-        n_to_serve: Rows of the batches that are left of the last shuffle.
+    What a method changes, it changes at its end and at once, so that an exception from a signal's
+    handler leaves the buffer as it was.
 
     Raises:
         ValueError: `size` is below `batch_size`, or `mix_fraction` is not a fraction.
@@ -59,15 +60,30 @@ class MixingBuffer:
         self.size, self.batch_size, self.mix_fraction = size, batch_size, mix_fraction
         self.device, self.dtype = device, dtype
         self._n_at_once = n_at_once
-        self.n_kept = self.n_to_serve = 0
         self._n_left = int(size * mix_fraction)  # rows that a shuffle leaves for the next one
         # It leaves less than a batch more than that, and rows are added while it is not full.
         self._capacity = max(size, self._n_left + batch_size) + n_at_once
         self._rows: list[torch.Tensor] = []  # each [capacity, width]
         places = torch.empty(0, dtype=torch.long, device=device)
         self._free = self._serving = places
-        self._kept: list[torch.Tensor] = []  # places, in the order in which rows came
+        # Places in the order of rows: what the last shuffle has left, and what was added since.
+        self._kept: tuple[torch.Tensor, ...] = (places,)
         self._arriving: tuple[torch.Tensor, list[HostCopy]] | None = None
+
+    @property
+    def n_kept(self) -> int:
+        """Rows that wait for the next shuffle."""
+        return sum(map(len, self._kept))
+
+    @property
+    def n_to_serve(self) -> int:
+        """Rows of the batches that are left of the last shuffle."""
+        return len(self._serving)
+
+    @property
+    def n_added(self) -> int:
+        """How often rows were added since the last shuffle."""
+        return len(self._kept) - 1
 
     @property
     def is_full(self) -> bool:
@@ -86,22 +102,22 @@ class MixingBuffer:
         n = len(parts[0])
         if not self._rows or len(self._free) < n:
             self._grow(n, parts)
-        places, self._free = self._free[:n], self._free[n:]
-        self._kept.append(places)
-        self.n_kept += n
+        places, free = self._free[:n], self._free[n:]
+        kept = *self._kept, places
         if parts[0].is_cuda and self.device.type == "cpu":
             self._arriving = places, [HostCopy(part) for part in parts]
         else:
             is_async = self.device.type == "cuda"
             self._write(places, [part.to(self.device, non_blocking=is_async) for part in parts])
+        self._free, self._kept = free, kept
 
     @torch.no_grad()
-    def drop_last(self) -> None:
-        """Forget the rows that were added last."""
+    def drop(self, n_added: int) -> None:
+        """Forget what was added last, until `n_added` is as given."""
         self._settle()
-        places = self._kept.pop()
-        self.n_kept -= len(places)
-        self._free = torch.cat([places, self._free])
+        kept, dropped = self._kept[: n_added + 1], self._kept[n_added + 1 :]
+        free = torch.cat([*dropped, self._free])
+        self._free, self._kept = free, kept
 
     @torch.no_grad()
     def shuffle(self) -> None:
@@ -111,25 +127,29 @@ class MixingBuffer:
         if self.mix_fraction > 0:
             places = places[to_device(torch.randperm(len(places)), self.device)]
         n_batches = max(1, (len(places) - self._n_left) // self.batch_size)
-        self.n_to_serve = n_batches * self.batch_size
-        self._serving = places[: self.n_to_serve]
-        self._kept = [places[self.n_to_serve :]]
-        self.n_kept = len(self._kept[0])
+        n_served = n_batches * self.batch_size
+        serving, left = places[:n_served], places[n_served:]
+        self._serving, self._kept = serving, (left,)
 
     @torch.no_grad()
     def next_batch(self) -> list[torch.Tensor]:
         """The next batch, `[batch_size, width]` for each part, on the buffer's device."""
-        batch = self.batch_size
-        places, self._serving = self._serving[:batch], self._serving[batch:]
-        self.n_to_serve -= batch
-        self._free = torch.cat([self._free, places])
-        return [self._gathered(rows, places) for rows in self._rows]
+        places, serving = self._serving[: self.batch_size], self._serving[self.batch_size :]
+        batch = [self._gathered(rows, places) for rows in self._rows]
+        free = torch.cat([self._free, places])
+        self._free, self._serving = free, serving
+        return batch
 
     @torch.no_grad()
-    def state(self) -> dict[str, torch.Tensor]:
-        """Its rows on the host, in their order: those to serve first, then those that are kept."""
+    def state(self, n_added: int) -> dict[str, torch.Tensor]:
+        """
+        Its rows on the host, in their order: those to serve first, then those that are kept.
+
+        Args:
+            n_added: Rows that were added later than so often are left out.
+        """
         self._settle()
-        places = torch.cat([self._serving, *self._kept])
+        places = torch.cat([self._serving, *self._kept[: n_added + 1]])
         copies = {}
         for i, rows in enumerate(self._rows):
             copy = torch.empty(len(places), rows.shape[1], dtype=rows.dtype)
@@ -144,15 +164,15 @@ class MixingBuffer:
         """Go on where a buffer with that state stood."""
         parts = [state[f"rows.{i}"] for i in range(len(state) - 1)]
         n_to_serve = int(state["n_to_serve"])
-        self._rows, self._kept, self._arriving = [], [], None
-        self._serving = self._free = self._free[:0]
-        self.n_kept = self.n_to_serve = 0
+        nothing = self._free[:0]
+        self._rows, self._arriving = [], None
+        self._free = self._serving = nothing
+        self._kept = (nothing,)
         if not parts:
             return
         self.add(parts)
-        places = self._kept[0]
-        self._serving, self._kept = places[:n_to_serve], [places[n_to_serve:]]
-        self.n_to_serve, self.n_kept = n_to_serve, len(places) - n_to_serve
+        places = torch.cat(self._kept)
+        self._serving, self._kept = places[:n_to_serve], (places[n_to_serve:],)
 
     def _grow(self, n: int, parts: Sequence[torch.Tensor]) -> None:
         """Make room for `n` more rows like these."""

@@ -41,7 +41,8 @@ class Rows(Iterator[Any]):
         if start == 0:
             self._iterator = iter(self._dataset)
         elif isinstance(self._dataset, Dataset):
-            self._iterator = iter(self._dataset.select(range(start, len(self._dataset))))
+            left = range(start, len(self._dataset))
+            self._iterator = iter(self._dataset.select(left if left else []))
         elif isinstance(self._dataset, IterableDataset) and stream is not None:
             self._dataset.load_state_dict(json.loads(stream))
             self._iterator = iter(self._dataset)
@@ -115,8 +116,7 @@ class TokenSlices:
         if start >= stop:
             return torch.empty(0, context_size, dtype=torch.long)
         rows: pa.Array = pa.concat_arrays(self._dataset[start:stop][self._column].chunks)
-        counted = pc.call_function("list_value_length", [rows])
-        lengths = torch.from_numpy(counted.to_numpy(zero_copy_only=False))
+        lengths = torch.from_dlpack(pc.call_function("list_value_length", [rows])).long()
         short = (lengths < context_size).nonzero()
         if len(short):
             raise ValueError(
@@ -127,7 +127,7 @@ class TokenSlices:
         length = int(lengths[0])
         if (lengths == length).all():
             return tokens.view(-1, length)[:, :context_size]
-        begins = lengths.long().cumsum(0) - lengths
+        begins = lengths.cumsum(0) - lengths
         return tokens[begins[:, None] + torch.arange(context_size)]
 
 

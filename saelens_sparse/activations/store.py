@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sae_lens.load_model import HookedProxyLM
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import tokenize_with_chat_template
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 from typing_extensions import override
 
 from saelens_sparse.activations import checks
-from saelens_sparse.activations.batches import Batches, ModelBatch
+from saelens_sparse.activations.batches import BUFFER, GENERATOR, Batches, ModelBatch
+from saelens_sparse.activations.before_loading import hooks_of
 from saelens_sparse.activations.cached import CachedActivations
 from saelens_sparse.activations.epoch import (
     Epoch,
@@ -37,14 +36,20 @@ from saelens_sparse.activations.epoch import (
     as_value,
     part_of,
 )
-from saelens_sparse.activations.mixing import MixingBuffer, to_device
+from saelens_sparse.activations.mixing import EMPTY, MixingBuffer, to_device
 from saelens_sparse.activations.packing import ConcatenatedRows, SeparateRows, TokenizedRows
 from saelens_sparse.activations.rows import Rows, TokenSlices, can_slice
+from saelens_sparse.config.checks import check_buffer
 from saelens_sparse.private_names import input_token_device
 from saelens_sparse.warn import warn_caller
 
-_SETTINGS, _RANDOM, _CACHED_ROW = "settings", "random", "cached_row"
-_TOKENS, _BUFFER = "tokens.", "buffer."
+# Names in its state; the first is SAELens's.
+_PROCESSED, _SETTINGS, _CACHED_ROW, _TOKENS = (
+    "n_dataset_processed",
+    "settings",
+    "cached_row",
+    "tokens.",
+)
 # As SAELens says it.
 _NEW_EPOCH = "All samples in the training dataset have been exhausted, beginning new epoch."
 
@@ -118,12 +123,13 @@ class FastActivationsStore(ActivationsStore):
             ValueError: the model has no such hook, the buffer is too small, or the dataset is.
         """
         prompts = self.n_batches_in_buffer
-        checks.check_buffer(prompts, self.training_context_size, self.train_batch_size_tokens)
+        check_buffer(prompts, self.training_context_size, self.train_batch_size_tokens)
         if self._cached is not None:
             checks.check_dataset_size(len(self._cached), prompts, "cached_activations_path")
             return
-        if isinstance(self.model, HookedTransformer | HookedProxyLM):
-            checks.check_hooks(self._hook_names or [self.hook_name], self.model.hook_dict)
+        known = hooks_of(self.model)
+        if known is not None:
+            checks.check_hooks(self._hook_names or [self.hook_name], known)
         if self.is_dataset_tokenized and isinstance(self.dataset, Dataset):
             checks.check_dataset_size(len(self.dataset), prompts, "the dataset")
 
@@ -381,19 +387,32 @@ class FastActivationsStore(ActivationsStore):
             PyTorch's generator of the host.
         """
         with self._lock:
-            if self._batches is None:
-                buffer = self._buffer_state or {}
-            else:
-                self._batches.give_back()
-                buffer = self._batches.state() if self.saves_buffer else {}
-            state = super().state_dict()
-            state |= {_SETTINGS: as_tensor(self._settings()), _RANDOM: torch.get_rng_state()}
-            if self._cached is not None:
-                state[_CACHED_ROW] = torch.tensor(self.current_row_idx)
-            if self.dataset is not None:
-                epoch = self.iterable_sequences.state()
-                state |= {_TOKENS + name: part.clone() for name, part in epoch.items()}
-            return state | {_BUFFER + name: part for name, part in buffer.items()}
+            state = {_SETTINGS: as_tensor(self._settings())}
+            if self._batches is not None:
+                return state | self._batches.state(with_buffer=self.saves_buffer)
+            if self.saves_buffer:
+                buffer = self._buffer_state or EMPTY
+                state |= {BUFFER + name: part for name, part in buffer.items()}
+            return state | self.position() | {GENERATOR: torch.get_rng_state()}
+
+    def position(self) -> dict[str, torch.Tensor]:
+        """Where it stands in the dataset, in a form that can be saved."""
+        state = super().state_dict()
+        if self._cached is not None:
+            state[_CACHED_ROW] = torch.tensor(self.current_row_idx)
+        if self.dataset is not None:
+            epoch = self.iterable_sequences.state()
+            state |= {_TOKENS + name: part.clone() for name, part in epoch.items()}
+        return state
+
+    def go_to(self, position: Mapping[str, torch.Tensor]) -> None:
+        """Stand where it stood."""
+        self.n_dataset_processed = int(position[_PROCESSED])
+        if self._cached is not None and _CACHED_ROW in position:
+            self.current_row_idx = int(position[_CACHED_ROW])
+        if self.dataset is not None:
+            self.iterable_sequences = self._new_epoch()
+            self.iterable_sequences.load(part_of(position, _TOKENS))
 
     @override
     def load(self, file_path: str) -> None:
@@ -404,37 +423,26 @@ class FastActivationsStore(ActivationsStore):
         so.
         """
         state = load_file(file_path)
+        settings = as_value(state[_SETTINGS]) if _SETTINGS in state else {}
         with self._lock:
             if self._batches is not None:
                 self._batches.give_back()
-            settings = as_value(state[_SETTINGS]) if _SETTINGS in state else {}
-            if _RANDOM in state:
-                torch.set_rng_state(state[_RANDOM])
-            if self._cached is not None and _CACHED_ROW in state:
-                self.current_row_idx = int(state[_CACHED_ROW])
-            if self.dataset is not None:
-                self._load_position(state, settings)
-            self._load_buffer(part_of(state, _BUFFER), settings)
+            if GENERATOR in state:
+                torch.set_rng_state(state[GENERATOR])
+            if settings.get("position") == self._settings()["position"]:
+                self.go_to(state)
+            elif self.dataset is not None:
+                self._fast_forward(int(state.get(_PROCESSED, torch.tensor(0))))
+            self._load_buffer(part_of(state, BUFFER), settings)
 
-    def _load_position(
-        self, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
-    ) -> None:
-        tokens = part_of(state, _TOKENS)
-        target = int(state.get("n_dataset_processed", torch.tensor(0)))
-        if tokens and settings.get("tokens") == self._settings()["tokens"]:
-            self.iterable_sequences = self._new_epoch()
-            self.iterable_sequences.load(tokens)
-            self.n_dataset_processed = target
-            return
-        with tqdm(
-            desc="Fast-forwarding through dataset",
-            initial=self.n_dataset_processed,
-            total=target,
-            leave=False,
-        ) as bar:
-            while self.n_dataset_processed < target:
+    def _fast_forward(self, n_processed: int) -> None:
+        """Read and drop sequences, as SAELens does, until so many rows count as processed."""
+        done = self.n_dataset_processed
+        title = "Fast-forwarding through dataset"
+        with tqdm(desc=title, initial=done, total=n_processed, leave=False) as bar:
+            while self.n_dataset_processed < n_processed:
                 before = self.n_dataset_processed
-                self.iterable_sequences.pass_over(target)
+                self.iterable_sequences.pass_over(n_processed)
                 self.n_dataset_processed = self.iterable_sequences.n_processed
                 if self.iterable_sequences.has_ended:
                     self.iterable_sequences = self._new_epoch()
@@ -452,7 +460,7 @@ class FastActivationsStore(ActivationsStore):
                 f"the state of the activation store {why}: the buffer starts empty, and is filled "
                 "from the tokens that follow"
             )
-            buffer = {"n_to_serve": torch.tensor(0)}
+            buffer = EMPTY
         if self._batches is None:
             self._buffer_state = buffer
         else:
@@ -462,8 +470,9 @@ class FastActivationsStore(ActivationsStore):
         """What must be the same for a position, and for rows of a buffer, to have their meaning."""
         names = self._hook_names or [self.hook_name]
         return {
-            "tokens": {
+            "position": {
                 "context_size": self.context_size,
+                "is_cached": self._cached is not None,
                 "epoch": None if self.dataset is None else type(self.iterable_sequences).__name__,
             },
             "buffer": {
