@@ -15,7 +15,7 @@ Train = Callable[..., Run]
 def test_a_run_is_one_of_stock(train: Train, name: str) -> None:
     """With SAEs of SAELens's, which both runners train alike."""
     stock, own = (
-        train(SCENARIOS[name], architecture="topk", stock=stock) for stock in (True, False)
+        train(SCENARIOS[name], architecture="topk", kind=kind) for kind in ("stock", "own")
     )
     assert_same_run(own, stock)
 
@@ -23,7 +23,7 @@ def test_a_run_is_one_of_stock(train: Train, name: str) -> None:
 @pytest.mark.parametrize("name", ["text, streaming", "hooks"])
 def test_a_prefetching_run_is_one_of_stock(train: Train, name: str) -> None:
     stock, own = (
-        train(SCENARIOS[name], architecture="topk", stock=stock, prefetch_llm_batches=2)
-        for stock in (True, False)
+        train(SCENARIOS[name], architecture="topk", kind=kind, prefetch_llm_batches=2)
+        for kind in ("stock", "own")
     )
     assert_same_run(own, stock)
