@@ -37,6 +37,8 @@ MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
 # Where its store puts tokens; what the store keeps of several hooks, and whether it was read from.
 STORE_MODULE = ("_get_input_token_device",)
 STORE = ("_hook_names", "_hook_d_ins", "_hook_head_indices", "_dataloader")
+# What a streaming dataset of `datasets` is made of. Without it, positions are found by reading.
+EXAMPLES = "_ex_iterable"
 # PyTorch's registries of hooks: its public methods add to them and do not tell what is there.
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")

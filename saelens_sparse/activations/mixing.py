@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from saelens_sparse.activations.permutations import Permutations
 from saelens_sparse.ops.common.host_copy import HostCopy
 
 # What widens to float32 without a change of value, so that the buffer may hold it as it is.
@@ -60,6 +61,7 @@ class MixingBuffer:
         self.size, self.batch_size, self.mix_fraction = size, batch_size, mix_fraction
         self.device, self.dtype = device, dtype
         self._n_at_once = n_at_once
+        self._orders = Permutations(device)
         self._n_left = int(size * mix_fraction)  # rows that a shuffle leaves for the next one
         # It leaves less than a batch more than that, and rows are added while it is not full.
         self._capacity = max(size, self._n_left + batch_size) + n_at_once
@@ -125,11 +127,14 @@ class MixingBuffer:
         self._settle()
         places = torch.cat(self._kept)
         if self.mix_fraction > 0:
-            places = places[to_device(torch.randperm(len(places)), self.device)]
+            places = places[to_device(self._orders.draw(len(places)), self.device)]
         n_batches = max(1, (len(places) - self._n_left) // self.batch_size)
         n_served = n_batches * self.batch_size
         serving, left = places[:n_served], places[n_served:]
         self._serving, self._kept = serving, (left,)
+        if self.mix_fraction > 0:
+            n_adds = max(1, -(-(self.size - len(left)) // self._n_at_once))
+            self._orders.prepare(len(left) + n_adds * self._n_at_once)
 
     @torch.no_grad()
     def next_batch(self) -> list[torch.Tensor]:
@@ -212,6 +217,6 @@ class MixingBuffer:
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device. From the host to a GPU, nothing waits for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from saelens_sparse.private_names import EXAMPLES
+
 # Rows of a slice: enough that their number costs more than their slice does.
 _ROWS_OF_SLICE = 1024
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -63,13 +65,22 @@ class Rows(Iterator[Any]):
 
         It must be where rows are shuffled in a buffer, whose content `datasets` does not save.
         """
-        if not isinstance(self._dataset, IterableDataset):
+        dataset = self._dataset
+        examples = getattr(dataset, EXAMPLES, None)
+        if examples is None or not isinstance(dataset, IterableDataset) or _shuffles(examples):
             return None
         try:
-            state = json.dumps(self._dataset.state_dict())
+            return json.dumps(dataset.state_dict())
         except (TypeError, ValueError, NotImplementedError):
             return None
-        return None if "BufferShuffled" in state or "mem_buffer" in state else state
+
+
+def _shuffles(examples: Any) -> bool:
+    """Whether a stream, or one that it is made of, shuffles rows in a buffer."""
+    if type(examples).__name__ == "BufferShuffledExamplesIterable":
+        return True
+    below = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]
+    return any(_shuffles(other) for other in below if other is not None)
 
 
 def _copied(dataset: IterableDataset) -> IterableDataset:
