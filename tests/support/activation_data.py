@@ -128,6 +128,7 @@ DATA: dict[str, Callable[[Path], Any]] = {
     ),
     "a range": lambda _: typed(datasets.List(Int32, length=CONTEXT)).select(range(3, 20)),
     "chunks on disk": in_chunks,
+    "one row": lambda _: Dataset.from_dict({"input_ids": token_rows(n_rows=1)}),
     "many rows": lambda _: Dataset.from_dict({"input_ids": token_rows(n_rows=200)}),
     "special tokens": lambda _: Dataset.from_dict({"input_ids": special_rows()}),
     "a row too short": lambda _: Dataset.from_dict(

@@ -121,7 +121,13 @@ RUNNERS = {
 
 
 def make_runner(
-    scenario: Scenario, model: Any, folder: Path, *, kind: str = "own", **options: Any
+    scenario: Scenario,
+    model: Any,
+    folder: Path,
+    *,
+    kind: str = "own",
+    save_buffer: bool = True,
+    **options: Any,
 ) -> Any:
     """A runner of this package ("own"), or SAELens's with its store ("stock") or ours ("swapped").
 
@@ -130,6 +136,7 @@ def make_runner(
         model: The language model.
         folder: A new one, for the dataset, checkpoints and output.
         kind: Of runner.
+        save_buffer: Whether checkpoints hold the buffer, except SAELens's.
         options: As of `make_config`.
     """
     (folder / "data").mkdir(parents=True)
@@ -138,9 +145,10 @@ def make_runner(
         make_config(scenario, folder, **options),
         override_model=model,
         override_dataset=DATA[scenario.data](folder / "data"),
+        **({"save_buffer": save_buffer} if kind == "own" else {}),
     )
     if kind == "swapped":
-        use_fast_activations_store(runner)
+        use_fast_activations_store(runner, save_buffer=save_buffer)
     return runner
 
 
