@@ -104,6 +104,7 @@ class MixingBuffer:
         n = len(parts[0])
         if not self._rows or len(self._free) < n:
             self._grow(n, parts)
+        self._rows = [_widened(*pair) for pair in zip(self._rows, parts, strict=True)]
         places, free = self._free[:n], self._free[n:]
         kept = *self._kept, places
         if parts[0].is_cuda and self.device.type == "cpu":
@@ -195,8 +196,6 @@ class MixingBuffer:
 
     def _write(self, places: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         for rows, part in zip(self._rows, parts, strict=True):
-            if part.dtype != rows.dtype and rows.dtype != self.dtype:
-                raise TypeError(f"activations of {part.dtype} came after those of {rows.dtype}")
             rows.index_copy_(0, places, part.to(rows.dtype))
 
     def _settle(self) -> None:
@@ -213,6 +212,12 @@ class MixingBuffer:
             batch = torch.empty(shape, dtype=rows.dtype, pin_memory=True)
             torch.index_select(rows, 0, places, out=batch)
         return batch if self.dtype is None else batch.to(self.dtype)
+
+
+def _widened(rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Rows that can hold a part: a run may resume with a model of another dtype."""
+    is_narrow = rows.dtype in _NARROW
+    return rows.to(torch.promote_types(rows.dtype, part.dtype)) if is_narrow else rows
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

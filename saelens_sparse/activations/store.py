@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from inspect import GEN_CREATED, getgeneratorstate, isgenerator
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ _PROCESSED, _SETTINGS, _CACHED_ROW, _TOKENS = (
     "settings",
     "cached_row",
     "tokens.",
+)
+# Options that decide how rows become sequences.
+_OF_SEQUENCES = (
+    "prepend_bos",
+    "disable_concat_sequences",
+    "sequence_separator_token",
+    "use_chat_formatting",
 )
 # As SAELens says it.
 _NEW_EPOCH = "All samples in the training dataset have been exhausted, beginning new epoch."
@@ -100,7 +108,12 @@ class FastActivationsStore(ActivationsStore):
             return store
         own = cls.__new__(cls)
         own.__dict__ = vars(store).copy()
-        if own.n_dataset_processed or own._dataloader is not None:
+        sequences = getattr(store, "iterable_sequences", None)
+        if (
+            own._dataloader is not None
+            or (isgenerator(sequences) and getgeneratorstate(sequences) != GEN_CREATED)
+            or getattr(store, "current_row_idx", 0) > 0
+        ):
             raise ValueError("the activation store cannot be replaced once it has been read from")
         own._prepare()
         return own
@@ -474,12 +487,13 @@ class FastActivationsStore(ActivationsStore):
                 "context_size": self.context_size,
                 "is_cached": self._cached is not None,
                 "epoch": None if self.dataset is None else type(self.iterable_sequences).__name__,
+                **{name: getattr(self, name) for name in _OF_SEQUENCES},
             },
             "buffer": {
                 "n_batches_in_buffer": self.n_batches_in_buffer,
                 "context_size": self.training_context_size,
                 "train_batch_size_tokens": self.train_batch_size_tokens,
                 "activations_mixing_fraction": self.activations_mixing_fraction,
-                "hooks": {name: self._width(name) for name in names},
+                "hooks": [[name, self._width(name)] for name in names],
             },
         }
