@@ -24,6 +24,8 @@ from tests.support.activations import (
     assert_same_events,
     case,
     make_store,
+    play,
+    tensors_of,
 )
 from tests.support.runs import what_libraries_say
 
@@ -61,12 +63,7 @@ ANEW = {
     "another width": (case(), case(hook_name=POST, d_in=32)),
     "a hook more": (case(hooks=(HOOK,)), case(hooks=(HOOK, OTHER))),
     "hooks in another order": (case(hooks=(HOOK, OTHER)), case(hooks=(OTHER, HOOK))),
-    "another precision": (case(model="bfloat16"), case()),
-    "another precision of hooks": (
-        case(hooks=(HOOK, OTHER), model="bfloat16"), case(hooks=(HOOK, OTHER))
-    ),
-    "autocast of hooks": (case(hooks=(HOOK,), autocast_lm=True), case(hooks=(HOOK,))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ANEW)
@@ -79,6 +76,24 @@ def test_a_buffer_of_other_settings_begins_empty(models: Models, name: str, tmp_
     with pytest.warns(UserWarning, match="the buffer starts empty"):
         own = loaded(FastActivationsStore, after, state, models, tmp_path / "own after")
     assert_same_events(own, stock)
+
+
+@pytest.mark.parametrize("hooks", [(), (HOOK, OTHER)], ids=["a hook", "hooks"])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_model_of_another_dtype_fills_the_same_buffer(
+    models: Models, hooks: tuple[str, ...], dtypes: tuple[str, str], tmp_path: Path
+) -> None:
+    before, after = (case(hooks=hooks, model=dtype) for dtype in dtypes)
+    state = saved(FastActivationsStore, before, models, tmp_path)
+    _, whole = play(
+        FastActivationsStore, before, [*FIRST, *THEN], models[dtypes[0]], tmp_path / "b"
+    )
+    events = loaded(FastActivationsStore, after, state, models, tmp_path / "a")
+    assert not any(isinstance(event.result, str) for event in events)
+    assert torch.equal(events[0].result, whole[len(FIRST)].result)
+    for own, other in zip(events[1:3], whole[len(FIRST) + 1 :], strict=False):
+        for name, batch in tensors_of(other.result).items():
+            assert torch.equal(tensors_of(own.result)[name].to(batch.dtype), batch)
 
 
 OTHER_TOKENS = {

@@ -33,9 +33,10 @@ SETTINGS: dict[str, Any] = {
     "training_tokens": N_STEPS * BATCH,
     "eval_batch_size_prompts": 3,
     "n_eval_batches": 2,
+    "feature_sampling_window": 7,
     "logger": LoggingConfig(log_to_wandb=False),
 }
-EVALS = {"logger": LoggingConfig(wandb_log_frequency=2, eval_every_n_wandb_logs=2)}
+EVALS = {"logger": LoggingConfig(wandb_log_frequency=3, eval_every_n_wandb_logs=3)}
 NORMALIZED = {"normalize_activations": "expected_average_only_in"}
 WHITENED = {"normalize_activations": "covariance_whitening"}
 

@@ -245,11 +245,13 @@ def several_hooks(
 ) -> ActivationsStore:
     of_runner = ("hook_name", "is_dataset_tokenized")
     options = {name: value for name, value in settings.items() if name not in of_runner}
+    device = options.pop("act_store_device", options.get("device", "cpu"))
+    options["device"] = device
     options["total_training_tokens"] = options.pop("training_tokens")
     excluded = options.pop("exclude_special_tokens", False)
     if excluded:
         excluded = [BOS, EOS, SEP] if excluded is True else excluded
-        options["exclude_special_tokens"] = torch.tensor(excluded)
+        options["exclude_special_tokens"] = torch.tensor(excluded, device=device)
     heads = options.get("hook_head_indices", {})
     return store_class.from_config_multi_hook(
         model,
