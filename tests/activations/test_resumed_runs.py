@@ -72,7 +72,6 @@ def test_a_run_is_resumed_many_times(train: Train, uninterrupted: Uninterrupted)
         ("hooks", 3, 2),
         ("tokens", 2, False),
         ("hooks", False, 2),
-        ("tokens", False, True),
     ],
 )
 def test_batches_that_were_prefetched_are_trained_on(

@@ -54,7 +54,6 @@ class Scenario:
 SCENARIOS = {
     "tokens": Scenario("int64"),
     "a buffer of rows": Scenario("selected"),
-    "tokens with evals": Scenario("int64", EVALS),
     "streaming with evals": Scenario("streaming, shuffled", EVALS),
     "text with evals": Scenario("text", EVALS | {"exclude_special_tokens": True}),
     "text, streaming": Scenario("text, streaming", {"disable_concat_sequences": True}),
