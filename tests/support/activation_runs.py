@@ -24,7 +24,7 @@ from tests.support.activations import (
 )
 from tests.support.runs import config_of, multi_config, runner_config
 
-N_STEPS = 34
+N_STEPS = 24
 SETTINGS: dict[str, Any] = {
     "context_size": CONTEXT,
     "store_batch_size_prompts": PROMPTS,
