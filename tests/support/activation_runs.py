@@ -141,11 +141,12 @@ def make_runner(
     """
     (folder / "data").mkdir(parents=True)
     single, several = RUNNERS["own" if kind == "own" else "stock"]
-    runner = (several if scenario.hooks else single)(
+    of_runner: dict[str, Any] = {"save_buffer": save_buffer} if kind == "own" else {}
+    runner: Any = (several if scenario.hooks else single)(
         make_config(scenario, folder, **options),
         override_model=model,
         override_dataset=DATA[scenario.data](folder / "data"),
-        **({"save_buffer": save_buffer} if kind == "own" else {}),
+        **of_runner,
     )
     if kind == "swapped":
         use_fast_activations_store(runner, save_buffer=save_buffer)

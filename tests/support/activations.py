@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -80,6 +80,9 @@ def tiny_models() -> Models:
             "transformers": tiny_transformers_model(),
         }
     )
+
+
+Store = TypeVar("Store", bound=ActivationsStore)
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,7 @@ def settings_of(case: Case, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def make_store(
-    store_class: type[ActivationsStore], case: Case, model: Any, folder: Path
-) -> ActivationsStore:
+def make_store(store_class: type[Store], case: Case, model: Any, folder: Path) -> Store:
     """A store as SAELens's runners make it.
 
     Args:
@@ -227,12 +228,16 @@ def make_store(
     data = DATA[case.data](folder / "data")
     settings = settings_of(case, folder)
     if case.hooks:
-        return several_hooks(store_class, case, settings, data, model)
+        several = several_hooks(store_class, case, settings, data, model)
+        assert isinstance(several, store_class)
+        return several
     sae = TopKTrainingSAEConfig(d_in=case.options.get("d_in", D_MODEL), d_sae=32, k=4)
     cfg = runner_config(sae, folder, **settings)
     if isinstance(data, str):
         cfg.dataset_path, data = data, None
-    return store_class.from_config(model, cfg, override_dataset=data)
+    store = store_class.from_config(model, cfg, override_dataset=data)
+    assert isinstance(store, store_class)
+    return store
 
 
 def several_hooks(
