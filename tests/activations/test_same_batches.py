@@ -56,6 +56,18 @@ def test_stock_gives_the_same_to_training_alone(
     assert_stock_gives_the_same(models, play_stock, name, TRAINING, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["int64", "text", "hooks", "special tokens excluded"])
+def test_others_may_draw_from_the_generator(
+    models: Models, play_stock: PlayStock, name: str, tmp_path: Path
+) -> None:
+    """As an evaluator may that draws a sample."""
+    actions = ["batch", "draw", *["batch"] * 3, "draw", *["batch"] * 5, "draw", "draw", "batch"] * 2
+    _, stock = play_stock(name, actions)
+    case = CASES[name]
+    _, own = play(FastActivationsStore, case, actions, models[case.model], tmp_path / "own")
+    assert_same_events(own, stock)
+
+
 @pytest.mark.parametrize("name", ["int64", "streaming", "text", "text, streaming"])
 @pytest.mark.parametrize("before", [[], ["tokens 5"], ["batch"] * 3, ["tokens 23"]])
 def test_stock_shuffles_the_same(
@@ -86,7 +98,7 @@ OPTIONS = st.fixed_dictionaries(
 HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_z")
 ACTIONS = st.lists(
     st.sampled_from(
-        ["batch", "batch", "batch", "tokens", "tokens 1", "tokens 7", "epoch's tokens", "raw"]
+        ["batch", "batch", "batch", "tokens", "tokens 1", "tokens 7", "epoch's tokens", "draw"]
     ),
     min_size=1,
     max_size=40,

@@ -304,7 +304,7 @@ class Player:
 
     An action is "batch", "raw" or "filtered" for what training takes, "tokens" for what evals
     take, with a number of prompts after a space, or "epoch's tokens", "unmoved tokens". "reset" and
-    "shuffle" are done to the dataset.
+    "shuffle" are done to the dataset; "draw" is what others do with PyTorch's generator.
     """
 
     def __init__(self, store: ActivationsStore) -> None:
@@ -333,6 +333,8 @@ class Player:
                 return store.get_filtered_llm_batch()
             case "shuffle":
                 return store.shuffle_input_dataset(seed=3, buffer_size=4)
+            case "draw":
+                return torch.rand(3)
             case "reset":
                 return store.reset_input_dataset()
             case _:
