@@ -28,7 +28,9 @@ TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13"}
 COMMAND_LINE = ("_parse_cfg_args",)
 # Called by SAELens's runner of several SAEs, and overridden by `SparseMultiSAETrainingRunner`.
 MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
-# PyTorch's registries of hooks: its public methods add to them and do not tell what is there.
+# A module's parts, and PyTorch's registries of hooks: its public methods add to these and do not
+# tell what is there.
+MODULE_MEMBERS = ("_modules", "_parameters")
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -69,7 +71,7 @@ def _check() -> None:
             dir(llm_sae_training_runner),
         ),
         ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
-        ("torch", "nn.Module", MODULE_HOOKS, dir(torch.nn.Module())),
+        ("torch", "nn.Module", (*MODULE_HOOKS, *MODULE_MEMBERS), dir(torch.nn.Module())),
         ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),
         ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),
         ("torch", "_C", TENSOR_SUBCLASSES, dir(torch._C)),  # pyright: ignore[reportPrivateUsage]

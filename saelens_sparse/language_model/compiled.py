@@ -1,0 +1,72 @@
+"""A block of the decoder, compiled. Blocks of one shape share the compiled code."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saelens_sparse.language_model.decoder import Block, BlockShape, BlockWeights, Padding, block
+from saelens_sparse.language_model.recorder import Wanted
+from saelens_sparse.warn import warn_caller
+
+_numbers = itertools.count()
+
+
+def compile_block() -> Block:
+    """
+    `block` through `torch.compile`, for static shapes.
+
+    PyTorch limits how often one function is compiled anew. Every call here compiles a function of
+    its own, so that models in one process do not share that limit.
+    """
+    code = block.__code__.replace(co_name=f"block_{next(_numbers)}")
+    own = types.FunctionType(code, block.__globals__, code.co_name, block.__defaults__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+class CompiledBlock:
+    """
+    A compiled block that becomes `block` itself, with one warning, where the compiler fails.
+
+    Args:
+        compiler: makes the compiled block. It may raise, and so may what it makes.
+    """
+
+    def __init__(self, compiler: Callable[[], Block] = compile_block) -> None:
+        self._compiler = compiler
+        self._compute: Block | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether blocks run compiled, or will."""
+        return self._compute is not block
+
+    def __call__(
+        self,
+        resid: Tensor,
+        weights: BlockWeights,
+        shape: BlockShape,
+        padding: Padding | None,
+        wanted: Wanted,
+        stops: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `block` computes."""
+        arguments = (resid, weights, shape, padding, wanted, stops)
+        if not self.is_compiled:
+            return block(*arguments)
+        try:
+            self._compute = self._compute or self._compiler()
+            return self._compute(*arguments)
+        except Exception as error:
+            outputs = block(*arguments)  # raises again what is not the compiler's fault
+            self._compute = block
+            cause = (str(error).strip() or "no message").splitlines()[0]
+            warn_caller(
+                f"The language model runs without torch.compile, which failed with "
+                f"{type(error).__name__}: {cause}"
+            )
+            return outputs
