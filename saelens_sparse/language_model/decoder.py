@@ -65,6 +65,7 @@ class BlockWeights(NamedTuple):
     gate: Tensor | None  # [F, M]
     down: Tensor  # [M, F]
     down_bias: Tensor | None  # [M]
+    gate_bias: Tensor | None = None  # [F]
     post_norms: tuple[Norm, Norm] | None = None  # after attention, after the MLP
     head_norms: tuple[Norm, Norm] | None = None  # of queries, of keys
     rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines, each [S or more, R]
@@ -124,25 +125,24 @@ def normalize(
     name: str,
 ) -> Tensor:
     """LayerNorm or RMSNorm over the last dimension, in float32 or better."""
-    width = (x.shape[-1],)
-    weight = norm.weight
-    if x.dtype in (torch.bfloat16, torch.float16) and (weight is None or weight.dtype != x.dtype):
-        x = x.float()
+    width, weight, bias = (x.shape[-1],), norm.weight, norm.bias
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if recorder.wants(f"{name}.hook_scale"):
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = x.to(dtype)
         wide = wide - wide.mean(-1, keepdim=True) if shape.centers else wide
         recorder.offer(f"{name}.hook_scale", (wide.square().mean(-1, True) + shape.eps).sqrt())
     if weight is None or recorder.wants(f"{name}.hook_normalized"):
-        x = x if x.dtype == torch.float64 else x.float()
-        x = _standardize(x, width, None, None, shape)
+        x = _standardize(x.to(dtype), width, None, None, shape)
         recorder.offer(f"{name}.hook_normalized", x)
         x = x.to(shape.dtype)
-        if weight is not None:
-            x = x * (weight + shape.norm_offset)
-        x = x if norm.bias is None else x + norm.bias
+        x = x if weight is None else x * weight
+        x = x if bias is None else x + bias
+    elif shape.norm_offset:
+        # In bfloat16, the sum of offset and weight would lose what the weight is.
+        kept, weight = weight.dtype, weight.to(dtype) + shape.norm_offset
+        x = _standardize(x.to(dtype), width, weight, bias, shape).to(kept)
     else:
-        weight = weight + shape.norm_offset if shape.norm_offset else weight
-        x = _standardize(x, width, weight, norm.bias, shape)
+        x = _standardize(x.to(weight.dtype), width, weight, bias, shape)
     recorder.offer(f"{name}.out", x)
     return x
 
@@ -227,7 +227,7 @@ def mlp(
         recorder.offer("mlp.hook_pre", pre)
         post = activation(pre.to(recorder.dtype("mlp.hook_post", pre.dtype)))
     else:
-        gate = F.linear(x, weights.gate)
+        gate = F.linear(x, weights.gate, weights.gate_bias)
         recorder.offer("mlp.hook_pre", gate)
         recorder.offer("mlp.hook_pre_linear", pre)
         post = activation(gate) * pre
@@ -326,20 +326,20 @@ class Decoder:
     Attributes:
         embedding: `[V, M]`.
         position_embedding: `[S or more, M]`, or None.
-        embedding_scale: what embeddings are multiplied by, in `embedding`'s dtype; None for 1.
+        embedding_scale: `[]`, what embeddings are multiplied by in their dtype; None for 1.
         blocks: weights and shape of each block.
     """
 
     embedding: Tensor
     position_embedding: Tensor | None
-    embedding_scale: float | None
+    embedding_scale: Tensor | None
     blocks: Sequence[tuple[BlockWeights, BlockShape]]
 
     def embed(self, tokens: Tensor, padding: Padding | None, recorder: Recorder) -> Tensor:
         """The residual stream before the first block, `[B, S, M]`; `tokens` is `[B, S]` int64."""
         resid = F.embedding(tokens, self.embedding)
         if self.embedding_scale is not None:
-            resid = resid * torch.tensor(self.embedding_scale, dtype=resid.dtype)
+            resid = resid * self.embedding_scale.to(resid.dtype)
         recorder.offer("hook_embed", resid)
         if self.position_embedding is None:
             return resid

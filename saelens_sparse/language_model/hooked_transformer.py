@@ -22,7 +22,6 @@ from transformer_lens.components.rms_norm_pre import RMSNormPre
 from transformer_lens.components.transformer_block import TransformerBlock
 from transformer_lens.components.unembed import Unembed
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.typed_module_list import TypedModuleList
 from transformer_lens.utils import get_attention_mask
 
 from saelens_sparse.language_model.decoder import (
@@ -39,7 +38,7 @@ from saelens_sparse.language_model.watch import edits
 
 KNOWN_MODULES = (
     Attention, Embed, GatedMLP, GroupedQueryAttention, HookPoint, HookedTransformer, LayerNorm,
-    LayerNormPre, MLP, PosEmbed, RMSNorm, RMSNormPre, TransformerBlock, TypedModuleList, Unembed,
+    LayerNormPre, MLP, PosEmbed, RMSNorm, RMSNormPre, TransformerBlock, Unembed,
 )  # fmt: skip
 """Exactly these classes, not subclasses of them, compute what `Decoder` computes."""
 
@@ -78,10 +77,20 @@ KNOWN_VALUES = {
 """Fields of a config, and their values that `Decoder` computes."""
 
 
-def point_of(hook_name: str) -> Point:
-    """Where a hook point is, by TransformerLens's name of it."""
+def point_of(model: HookedTransformer, hook_name: str) -> Point | None:
+    """Where a hook point's value is in the `Decoder`; None if it is nowhere."""
+    point = _point(hook_name)
+    return point if hook_name in model.hook_dict and _is_known(point, model.cfg) else None
+
+
+def _point(hook_name: str) -> Point:
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     return Point(None, hook_name) if match is None else Point(int(match[1]), match[2])
+
+
+def modules_of(model: HookedTransformer) -> list[nn.Module]:
+    """All modules and hook points that say what the model computes."""
+    return list(model.modules())
 
 
 def why_not(model: HookedTransformer, hook_names: Sequence[str]) -> str | None:
@@ -94,10 +103,10 @@ def why_not(model: HookedTransformer, hook_names: Sequence[str]) -> str | None:
     if config.original_architecture in OTHER_ORDERS:
         return f"its architecture is {config.original_architecture}"
     for name in hook_names:
-        if name not in model.hook_dict or not _is_known(point_of(name), config):
+        if point_of(model, name) is None:
             return f"the hook point {name!r} is not among those that it knows"
     for name, module in model.named_modules():
-        if type(module) not in KNOWN_MODULES:
+        if type(module) not in KNOWN_MODULES and not isinstance(module, nn.ModuleList):
             return f"its module {name!r} is a {type(module).__qualname__}"
     return edits(model)
 
@@ -173,7 +182,8 @@ def _shape(block: Any) -> BlockShape:
 
 
 def _weights(block: Any, n_positions: int) -> BlockWeights:
-    attn, mlp = block.attn, block.mlp
+    attn: Any = block.attn
+    mlp: Any = block.mlp
     # Grouped keys and values have one weight a group, under these names of the state dict.
     mark = "_" if isinstance(attn, GroupedQueryAttention) else ""
     names = ("{}_Q", mark + "{}_K", mark + "{}_V")
@@ -207,7 +217,7 @@ def _weights(block: Any, n_positions: int) -> BlockWeights:
     )
 
 
-def _norm(module: nn.Module) -> Norm:
+def _norm(module: Any) -> Norm:
     weight, bias = getattr(module, "w", None), getattr(module, "b", None)
     return Norm(
         weight.data if isinstance(weight, Tensor) else None,

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
-from saelens_sparse.language_model import hooked_transformer
+from saelens_sparse.language_model import hooked_transformer, transformers_model
 from saelens_sparse.language_model.compiled import CompiledBlock
 from saelens_sparse.language_model.decoder import Block, Decoder, Padding, Point, block
 from saelens_sparse.language_model.graph import GraphedRun
-from saelens_sparse.language_model.watch import fingerprint
+from saelens_sparse.language_model.watch import fingerprint, placement
 from saelens_sparse.warn import warn_caller
 
 Option = Literal["auto", "saelens"]
@@ -71,7 +72,8 @@ class Settings:
 class Reader(Protocol):
     """How a kind of model becomes a `Decoder`: a module of functions."""
 
-    def point_of(self, hook_name: str, /) -> Point: ...
+    def modules_of(self, model: Any, /) -> list[nn.Module]: ...
+    def point_of(self, model: Any, hook_name: str, /) -> Point | None: ...
     def why_not(self, model: Any, hook_names: Sequence[str], /) -> str | None: ...
     def padding_of(self, model: Any, tokens: Tensor, /) -> Padding | None: ...
     def read(self, model: Any, n_layers: int, n_positions: int, /) -> Decoder: ...
@@ -154,10 +156,12 @@ class ModelPath:
             return f"the model is a {type(model).__qualname__}"
         if settings.model_kwargs:
             return f"model_kwargs={dict(settings.model_kwargs)!r} are set"
-        why_not = reader.why_not(model, self._hook_names)
+        self._watched = reader.modules_of(model)
+        why_not = placement(model) or reader.why_not(model, self._hook_names)
         if why_not is not None:
             return f"there is no exact equivalent of this model: {why_not}"
-        points = {name: reader.point_of(name) for name in self._hook_names}
+        places = {name: reader.point_of(model, name) for name in self._hook_names}
+        points = {name: point for name, point in places.items() if point is not None}
         layers = [point.layer for point in points.values() if point.layer is not None]
         decoder = reader.read(model, max(layers, default=-1) + 1, settings.n_positions)
         tokens = probe_tokens(decoder, settings.n_positions).to(self._device)
@@ -226,7 +230,9 @@ class FastRun:
 
 def reader_of(model: nn.Module) -> Reader | None:
     """What reads this kind of model; None where nothing does."""
-    return hooked_transformer if type(model) is HookedTransformer else None
+    if type(model) is HookedTransformer:
+        return hooked_transformer
+    return transformers_model if type(model) is HookedProxyLM else None
 
 
 def probe_tokens(decoder: Decoder, n_positions: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -12,20 +12,20 @@ from saelens_sparse.private_names import MODULE_HOOKS, MODULE_MEMBERS
 FORWARD_HOOKS = MODULE_HOOKS[:2]
 
 
-def edits(model: nn.Module, own_hooks: Collection[int] = ()) -> str | None:
+def edits(model: nn.Module, is_own: Callable[[Any], bool] = lambda _: False) -> str | None:
     """
     What of a model's computation was replaced on the object, in words; None if nothing was.
 
     Args:
         model: any module.
-        own_hooks: ids of the hooks that belong to the model.
+        is_own: whether a hook belongs to the model itself.
     """
     for name, module in model.named_modules():
         state = vars(module)
         if "forward" in state:
             return f"its module {name!r} has a forward of its own"
         hooks = [hook for kind in FORWARD_HOOKS for hook in state[kind].values()]
-        if any(id(hook) not in own_hooks for hook in hooks):
+        if not all(map(is_own, hooks)):
             return f"its module {name!r} has a hook"
     return None
 
@@ -51,3 +51,14 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
         print_.extend(len(state[hooks]) for hooks in FORWARD_HOOKS)
         print_.append("forward" in state)
     return tuple(print_)
+
+
+def placement(model: nn.Module) -> str | None:
+    """What of a model's weights is not plain memory on one device, in words; None if all are."""
+    kinds = {(parameter.device, parameter.dtype) for parameter in model.parameters()}
+    if len(kinds) > 1:
+        return "its weights have several devices or dtypes"
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            return f"its weight {name!r} is a {type(parameter).__qualname__}"
+    return None
