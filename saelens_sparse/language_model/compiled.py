@@ -16,16 +16,20 @@ from saelens_sparse.warn import warn_caller
 _numbers = itertools.count()
 
 
-def compile_block() -> Block:
+def own_block() -> Block:
     """
-    `block` through `torch.compile`, for static shapes.
+    A copy of `block` for a compiler.
 
-    PyTorch limits how often one function is compiled anew. Every call here compiles a function of
-    its own, so that models in one process do not share that limit.
+    PyTorch limits how often one function is compiled anew. With functions of their own, the models
+    of one process do not share that limit.
     """
     code = block.__code__.replace(co_name=f"block_{next(_numbers)}")
-    own = types.FunctionType(code, block.__globals__, code.co_name, block.__defaults__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return types.FunctionType(code, block.__globals__, code.co_name, block.__defaults__)
+
+
+def compile_block() -> Block:
+    """`block` through `torch.compile`, for static shapes."""
+    return torch.compile(own_block(), fullgraph=True, dynamic=False)
 
 
 class CompiledBlock:
@@ -33,11 +37,12 @@ class CompiledBlock:
     A compiled block that becomes `block` itself, with one warning, where the compiler fails.
 
     Args:
-        compiler: makes the compiled block. It may raise, and so may what it makes.
+        compiler: makes the compiled block, `compile_block` by default. It may raise, and so may
+            what it makes.
     """
 
-    def __init__(self, compiler: Callable[[], Block] = compile_block) -> None:
-        self._compiler = compiler
+    def __init__(self, compiler: Callable[[], Block] | None = None) -> None:
+        self._compiler = compiler or compile_block
         self._compute: Block | None = None
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from saelens_sparse.language_model import hooked_transformer, transformers_model
 from saelens_sparse.language_model.compiled import CompiledBlock
 from saelens_sparse.language_model.decoder import Block, Decoder, Padding, Point, block
 from saelens_sparse.language_model.graph import GraphedRun
-from saelens_sparse.language_model.watch import fingerprint, placement
+from saelens_sparse.language_model.watch import Watch, placement
 from saelens_sparse.warn import warn_caller
 
 Option = Literal["auto", "saelens"]
@@ -59,7 +59,7 @@ class Settings:
         model_kwargs: what SAELens passes to the model's forward.
         compiled: whether blocks are compiled.
         cuda_graph: whether a batch of a known shape is replayed as a CUDA graph.
-        n_positions: the longest prompt that comes.
+        n_positions: the longest prompt that has come or is expected, in tokens.
     """
 
     autocast: bool
@@ -97,6 +97,7 @@ class ModelPath:
         self._option = option
         self._settings = settings
         self._warned: set[str] = set()
+        self._compiled = CompiledBlock()
         self._choose()
 
     def activations(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -110,11 +111,12 @@ class ModelPath:
         Returns:
             By hook name, tensors on the model's device that no later call changes.
         """
-        if fingerprint(self._watched) != self._fingerprint:
+        is_longer = tokens.shape[1] > self._settings.n_positions
+        if is_longer:
+            self._settings = replace(self._settings, n_positions=tokens.shape[1])
+        if is_longer or self._watch.has_changed:
             self._choose()
-        if self._run is None or tokens.shape[1] > self._settings.n_positions:
-            return self._saelens(tokens)
-        return self._run(tokens)
+        return self._saelens(tokens) if self._run is None else self._run(tokens)
 
     def _saelens(self, tokens: Tensor) -> dict[str, Tensor]:
         stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in self._hook_names]
@@ -123,7 +125,7 @@ class ModelPath:
             cache = self._model.run_with_cache(
                 tokens.to(self._device),
                 names_filter=self._hook_names,
-                stop_at_layer=max(known) if len(known) == len(stops) else None,
+                stop_at_layer=max(known, default=None),
                 prepend_bos=False,
                 **self._settings.model_kwargs,
             )[1]
@@ -135,8 +137,8 @@ class ModelPath:
     def _choose(self) -> None:
         self._device = next(self._model.parameters()).device
         self._run: Callable[[Tensor], dict[str, Tensor]] | None = None
-        self._watched = list(self._model.modules())
-        why_not = "the option says so" if self._option == "saelens" else self._try_fast()
+        reader = reader_of(self._model)
+        why_not = "the option says so" if self._option == "saelens" else self._try_fast(reader)
         if why_not is None:
             self.choice = PathChoice(
                 "fast", f"{type(self._model).__name__} has an exact equivalent"
@@ -146,17 +148,16 @@ class ModelPath:
             if self._option != "saelens" and why_not not in self._warned:
                 self._warned.add(why_not)
                 warn_caller(f"Activations are computed by SAELens's own path: {why_not}.")
-        self._fingerprint = fingerprint(self._watched)
+        modules = self._model.modules() if reader is None else reader.modules_of(self._model)
+        self._watch = Watch(modules)
 
-    def _try_fast(self) -> str | None:
+    def _try_fast(self, reader: Reader | None) -> str | None:
         """Set up the fast path. Gives a reason if it cannot be, None if it is."""
         settings, model = self._settings, self._model
-        reader = reader_of(model)
         if reader is None:
             return f"the model is a {type(model).__qualname__}"
         if settings.model_kwargs:
             return f"model_kwargs={dict(settings.model_kwargs)!r} are set"
-        self._watched = reader.modules_of(model)
         why_not = placement(model) or reader.why_not(model, self._hook_names)
         if why_not is not None:
             return f"there is no exact equivalent of this model: {why_not}"
@@ -179,7 +180,7 @@ class ModelPath:
         if why_not is not None:
             return why_not
         if settings.compiled:
-            fast.block = CompiledBlock()
+            fast.block = self._compiled
         graphed = GraphedRun(fast, self._device) if settings.cuda_graph else fast
 
         def run(tokens: Tensor) -> dict[str, Tensor]:
@@ -288,7 +289,7 @@ def choose_model_path(
         option: "auto" takes the fast path where there is one; "saelens" takes SAELens's.
         autocast: SAELens's `autocast_lm`.
         model_kwargs: SAELens's `model_kwargs`.
-        n_positions: the longest prompt, in tokens; longer ones are computed as SAELens does.
+        n_positions: the longest prompt expected, in tokens; a longer one costs a new choice.
         compiled: whether blocks of the fast path are compiled by `torch.compile`.
         cuda_graph: whether the fast path is replayed as a CUDA graph, on a CUDA device.
 

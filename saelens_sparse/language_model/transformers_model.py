@@ -290,7 +290,7 @@ def why_not(model: HookedProxyLM, hook_names: Sequence[str]) -> str | None:
         if value not in known:
             return f"{what} is {value!r}"
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
-        return "transformers' scaled-dot-product attention ignores its soft cap"
+        return "transformers' scaled-dot-product attention knows no soft cap"
     for name in hook_names:
         if name not in model.hook_dict or point_of(model, name) is None:
             return f"the hook point {name!r} is not among those that it knows"

@@ -30,27 +30,40 @@ def edits(model: nn.Module, is_own: Callable[[Any], bool] = lambda _: False) -> 
     return None
 
 
-def fingerprint(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+class Watch:
     """
-    Changes when a submodule or parameter of these modules is replaced, moved to other memory or
-    gets a hook.
+    Notices that a submodule or parameter of some modules was replaced, moved to other memory or
+    given a hook.
 
-    Takes about a microsecond a module, and does not wait for a device. New values in the same
-    memory do not change it, and need not.
+    Looking takes about half a microsecond a module, and does not wait for a device. New values in
+    the same memory are no change.
+
+    Args:
+        modules: all whose own members count.
     """
-    print_: list[Any] = []
-    for module in modules:
-        state = vars(module)
-        children, parameters = (state[members].values() for members in MODULE_MEMBERS)
-        print_.extend(map(id, children))
-        print_.extend(
-            (id(parameter), parameter.data_ptr())
-            for parameter in parameters
-            if parameter is not None
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._states = [vars(module) for module in modules]
+        self._hooks = [state[kind] for state in self._states for kind in FORWARD_HOOKS]
+        members = [state[kind] for state in self._states for kind in MODULE_MEMBERS]
+        self._members = [group for group in members if group]
+        # Kept, so that no other object can get the address of one of these.
+        self._kept = [member for group in self._members for member in group.values()]
+        self._seen = self._look()
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether anything differs from what there was at first."""
+        return self._look() != self._seen
+
+    def _look(self) -> tuple[list[Any], ...]:
+        members = [member for group in self._members for member in group.values()]
+        return (
+            list(map(len, self._hooks)),
+            ["forward" in state for state in self._states],
+            list(map(id, members)),
+            [member.data_ptr() for member in members if isinstance(member, nn.Parameter)],
         )
-        print_.extend(len(state[hooks]) for hooks in FORWARD_HOOKS)
-        print_.append("forward" in state)
-    return tuple(print_)
 
 
 def placement(model: nn.Module) -> str | None:

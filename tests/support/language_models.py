@@ -106,6 +106,18 @@ TRANSFORMERS: dict[str, transformers.PreTrainedConfig] = {
     ),
     "pythia": transformers.GPTNeoXConfig(**HF),
 }
+# A model that the fast path does not know.
+UNKNOWN: dict[str, transformers.PreTrainedConfig] = {
+    "opt": transformers.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D_MODEL,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS,
+        ffn_dim=D_MLP,
+        max_position_embeddings=64,
+        word_embed_proj_dim=D_MODEL,
+    )
+}
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
@@ -167,7 +179,7 @@ def proxy(
     family: str, hook_names: list[str] | None = None, dtype: torch.dtype = torch.float32
 ) -> HookedProxyLM:
     """SAELens's `AutoModelForCausalLM` of a family."""
-    config = copy.deepcopy(TRANSFORMERS[family])
+    config = copy.deepcopy((TRANSFORMERS | UNKNOWN)[family])
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     randomize(model)
     tokenizer: Any = None
