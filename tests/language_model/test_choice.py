@@ -133,11 +133,14 @@ def parametrize_weight(model: HookedTransformer) -> None:
 
 
 def attach_hook(model: HookedTransformer) -> None:
-    model.add_hook("blocks.1.hook_attn_out", lambda value, hook: 2 * value)  # noqa: ARG005
+    model.add_hook("blocks.1.hook_attn_out", lambda tensor, hook: 2 * tensor)  # noqa: ARG005
 
 
 def attach_pytorch_hook(model: HookedTransformer) -> None:
-    model.blocks[1].register_forward_hook(lambda module, args, output: 2 * output)  # noqa: ARG005
+    def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+        return 2 * output
+
+    model.blocks[1].register_forward_hook(double)
 
 
 def widen_one_weight(model: HookedTransformer) -> None:

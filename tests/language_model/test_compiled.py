@@ -16,6 +16,7 @@ from tests.support.language_models import (
     N_POSITIONS,
     distance,
     hooked_transformer,
+    in_dtype,
     prompts,
     proxy,
     stock_activations,
@@ -40,6 +41,20 @@ def check_compiled(model: nn.Module, names: list[str], tokens: torch.Tensor) -> 
 def test_compiled_blocks_agree(family: str) -> None:
     names = ["blocks.1.attn.hook_z", "blocks.2.hook_mlp_out", RESID]
     check_compiled(hooked_transformer(family), names, prompts())
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_compiled_blocks_are_as_exact_as_stock(family: str, autocast: bool) -> None:
+    model = hooked_transformer(family, torch.float32 if autocast else torch.bfloat16)
+    names = ["blocks.1.attn.hook_z", "blocks.2.hook_mlp_out", RESID]
+    options: Any = {"n_positions": N_POSITIONS, "autocast": autocast, "compiled": True}
+    found = choose_model_path(model, names, **options).activations(prompts())
+    stock = stock_activations(model, names, prompts(), autocast)
+    exact = stock_activations(in_dtype(model, torch.float64), names, prompts())
+    for name in names:
+        assert found[name].dtype == stock[name].dtype
+        assert distance(found[name], exact[name]) <= 1.2 * distance(stock[name], exact[name])
 
 
 def test_compiled_blocks_agree_on_padded_prompts() -> None:
@@ -77,7 +92,7 @@ class FailingCompiler:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self) -> Block:
+    def __call__(self) -> Any:
         def compiled(*arguments: Any) -> Any:  # noqa: ARG001
             self.calls += 1
             raise RuntimeError("no C++ compiler\nmore lines")
