@@ -1,4 +1,4 @@
-"""What this package uses of SAELens, PyTorch and transformers that is not public: every such name, in one place.
+"""What this package uses of its dependencies that is not public: every such name, in one place.
 
 A release may drop or change such a name without notice. Importing this module then fails with one
 line that says which name is missing and which releases have it.

@@ -1,10 +1,10 @@
-"""A block of the decoder, compiled. Blocks of one shape share the compiled code."""
+"""A block of the decoder, compiled."""
 
 from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ def own_block() -> Block:
     """
     A copy of `block` for a compiler.
 
-    PyTorch limits how often one function is compiled anew. With functions of their own, the models
-    of one process do not share that limit.
+    PyTorch limits how often one function is compiled anew. Functions of their own have their own
+    limits.
     """
     code = block.__code__.replace(co_name=f"block_{next(_numbers)}")
     return types.FunctionType(code, block.__globals__, code.co_name, block.__defaults__)
@@ -36,19 +36,18 @@ class CompiledBlock:
     """
     A compiled block that becomes `block` itself, with one warning, where the compiler fails.
 
+    Blocks of one kind share compiled code: same shapes, same wanted values.
+
     Args:
-        compiler: makes the compiled block, `compile_block` by default. It may raise, and so may
-            what it makes.
+        compiler: makes a compiled block, `compile_block` by default. It may raise, and so may what
+            it makes.
     """
 
     def __init__(self, compiler: Callable[[], Block] | None = None) -> None:
         self._compiler = compiler or compile_block
-        self._compute: Block | None = None
-
-    @property
-    def is_compiled(self) -> bool:
+        self._compiled: dict[tuple[Hashable, ...], Block] = {}
+        self.is_compiled = True
         """Whether blocks run compiled, or will."""
-        return self._compute is not block
 
     def __call__(
         self,
@@ -63,12 +62,14 @@ class CompiledBlock:
         arguments = (resid, weights, shape, padding, wanted, stops)
         if not self.is_compiled:
             return block(*arguments)
+        kind = (resid.shape, shape, padding is None, wanted, stops)
         try:
-            self._compute = self._compute or self._compiler()
-            return self._compute(*arguments)
+            if kind not in self._compiled:
+                self._compiled[kind] = self._compiler()
+            return self._compiled[kind](*arguments)
         except Exception as error:
             outputs = block(*arguments)  # raises again what is not the compiler's fault
-            self._compute = block
+            self.is_compiled = False
             cause = (str(error).strip() or "no message").splitlines()[0]
             warn_caller(
                 f"The language model runs without torch.compile, which failed with "

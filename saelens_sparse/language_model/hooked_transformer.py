@@ -227,6 +227,7 @@ def _norm(module: Any) -> Norm:
 
 def _rotary(attn: Any, n_positions: int) -> tuple[Tensor, Tensor]:
     """The module's cosines and sines, which it extends itself for prompts longer than before."""
+    n_positions = min(n_positions, attn.cfg.n_ctx)
     with torch.no_grad():
         attn.apply_rotary(attn.rotary_cos.new_zeros(1, n_positions, 1, attn.cfg.d_head))
     return attn.rotary_cos, attn.rotary_sin

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -116,13 +117,15 @@ class ModelPath:
             self._settings = replace(self._settings, n_positions=tokens.shape[1])
         if is_longer or self._watch.has_changed:
             self._choose()
-        return self._saelens(tokens) if self._run is None else self._run(tokens)
+        if self._run is None:
+            return self._saelens(tokens, self._model.run_with_cache)
+        return self._run(tokens)
 
-    def _saelens(self, tokens: Tensor) -> dict[str, Tensor]:
+    def _saelens(self, tokens: Tensor, run_with_cache: Callable[..., Any]) -> dict[str, Tensor]:
         stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in self._hook_names]
         known = [stop for stop in stops if stop is not None]
         with torch.no_grad(), self._autocast():
-            cache = self._model.run_with_cache(
+            cache = run_with_cache(
                 tokens.to(self._device),
                 names_filter=self._hook_names,
                 stop_at_layer=max(known, default=None),
@@ -130,6 +133,11 @@ class ModelPath:
                 **self._settings.model_kwargs,
             )[1]
         return {name: cache[name] for name in self._hook_names}
+
+    def _on_device(self, tokens: Tensor, padding: Padding | None) -> tuple[Tensor, Padding | None]:
+        if padding is not None:
+            padding = Padding(*(part.to(self._device, non_blocking=True) for part in padding))
+        return tokens.to(self._device, non_blocking=True), padding
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device.type, torch.bfloat16, self._settings.autocast)
@@ -166,27 +174,25 @@ class ModelPath:
         layers = [point.layer for point in points.values() if point.layer is not None]
         decoder = reader.read(model, max(layers, default=-1) + 1, settings.n_positions)
         tokens = probe_tokens(decoder, settings.n_positions).to(self._device)
-        expected = self._saelens(tokens)
+        # Not the instance's own, which SAELens's `compile_llm` replaces by a compiled one.
+        expected = self._saelens(tokens, partial(type(model).run_with_cache, model))
         fast = FastRun(
             decoder,
             {points[name]: value.dtype for name, value in expected.items()},
             self._device,
             settings.autocast,
         )
-        padding = reader.padding_of(model, tokens)
-        found = fast(tokens, padding)
+        found = fast(*self._on_device(tokens, reader.padding_of(model, tokens)))
         limit = max_probe_error(decoder.embedding.dtype, settings.autocast)
         why_not = difference({name: found[points[name]] for name in points}, expected, limit)
         if why_not is not None:
             return why_not
         if settings.compiled:
             fast.block = self._compiled
-        graphed = GraphedRun(fast, self._device) if settings.cuda_graph else fast
+        run_batch = GraphedRun(fast, self._device) if settings.cuda_graph else fast
 
         def run(tokens: Tensor) -> dict[str, Tensor]:
-            padding = reader.padding_of(model, tokens)
-            tokens = tokens.to(self._device, non_blocking=True)
-            found = graphed(tokens) if padding is None else fast(tokens, padding)
+            found = run_batch(*self._on_device(tokens, reader.padding_of(model, tokens)))
             return {name: found[point] for name, point in points.items()}
 
         self._run = run
@@ -219,8 +225,6 @@ class FastRun:
 
     def __call__(self, tokens: Tensor, padding: Padding | None = None) -> dict[Point, Tensor]:
         """Values at the points, of tokens `[n_prompts, n_positions]` on the device."""
-        if padding is not None:
-            padding = Padding(*(part.to(self._device) for part in padding))
         # Each weight is read once a pass: keeping its rounded copy until the end saves nothing.
         autocast = torch.autocast(
             self._device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False

@@ -118,16 +118,24 @@ def test_a_failing_compiler_leaves_blocks_as_they_are(monkeypatch: pytest.Monkey
 
 
 def test_what_is_not_the_compilers_fault_is_raised() -> None:
-    compute = CompiledBlock(FailingCompiler())
-    arguments: Any = (None,) * 6
-    with pytest.raises(TypeError):
-        compute(*arguments)
-    assert compute.is_compiled
+    """Tokens beyond the vocabulary fail with and without a compiler."""
+    path = choose_model_path(
+        hooked_transformer("gpt2"), [RESID], n_positions=N_POSITIONS, compiled=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(IndexError):
+            path.activations(prompts() + 10_000)
 
 
 def test_a_graph_is_only_recorded_on_a_cuda_device() -> None:
     calls: list[torch.Tensor] = []
-    run = GraphedRun(lambda tokens: calls.append(tokens) or {}, torch.device("cpu"))
+
+    def count(tokens: torch.Tensor, padding: Any = None) -> dict[Any, Any]:  # noqa: ARG001
+        calls.append(tokens)
+        return {}
+
+    run = GraphedRun(count, torch.device("cpu"))
     for _ in range(3):
         assert run(prompts()) == {}
     assert len(calls) == 3
@@ -138,12 +146,12 @@ def test_a_graph_is_only_recorded_on_a_cuda_device() -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_a_graph_replays_what_was_recorded(family: str, compiled: bool, autocast: bool) -> None:
-    model = hooked_transformer(family).cuda()
+    model = hooked_transformer(family, pads_left=True).cuda()
     names = [RESID, "blocks.1.attn.hook_z"]
     options: Any = {"n_positions": N_POSITIONS, "autocast": autocast, "compiled": compiled}
     path = choose_model_path(model, names, cuda_graph=True, **options)
     plain = choose_model_path(model, names, **options)
-    for tokens in (prompts(), prompts().flip(0), prompts()[:3]):
+    for tokens in (prompts(), prompts().flip(0), prompts(pads=True), prompts()[:3]):
         first = path.activations(tokens)
         path.activations(prompts().roll(1, 0))  # must not write into `first`
         for name, expected in plain.activations(tokens).items():
