@@ -9,7 +9,6 @@ from torch import nn
 
 from saelens_sparse.language_model import choose_model_path
 from saelens_sparse.language_model import compiled as compiled_module
-from saelens_sparse.language_model.compiled import CompiledBlock
 from saelens_sparse.language_model.decoder import Block
 from saelens_sparse.language_model.graph import GraphedRun
 from tests.support.language_models import (

@@ -146,6 +146,28 @@ def test_weights_are_held_once_and_stock_computes_the_same_bits(family: str) -> 
     assert torch.equal(model(prompts()), copied(prompts()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patched_runs_to_the_end_give_the_same_bits(family: str, dtype: torch.dtype) -> None:
+    """As SAELens's evals run the model; afterwards the path is still the fast one."""
+    model = hooked_transformer(family, dtype)
+    copied, name = copy.deepcopy(model), "blocks.2.hook_resid_post"
+    path = choose_model_path(model, [name], n_positions=N_POSITIONS)
+
+    def patch(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return 0.5 * tensor
+
+    losses: list[Tensor] = [
+        each.run_with_hooks(
+            prompts(), return_type="loss", loss_per_token=True, fwd_hooks=[(name, patch)]
+        )
+        for each in (model, copied)
+    ]
+    assert torch.equal(*losses)
+    path.activations(prompts())
+    assert path.choice.path == "fast"
+
+
 def test_new_values_in_the_same_memory_are_used() -> None:
     model = hooked_transformer("llama")
     names = ["blocks.2.hook_resid_post"]

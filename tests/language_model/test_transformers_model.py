@@ -38,9 +38,17 @@ def points(model: HookedProxyLM) -> list[str]:
     return [name for name in names if not any(f".{layer}" in name for layer in (0, N_LAYERS - 1))]
 
 
+def unhooked(model: HookedProxyLM) -> Any:
+    """A copy of the wrapped model without the wrapper's hooks."""
+    copied = copy.deepcopy(model.model)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+    return copied
+
+
 def exact_activations(model: HookedProxyLM, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
     """Values in float64. transformers itself computes norms and softmax in float32 in any dtype."""
-    wide: Any = copy.deepcopy(model.model).double()
+    wide = unhooked(model).double()
     wide_model = HookedProxyLM(wide, model.tokenizer)
     decoder = reader.read(wide_model, wide.config.num_hidden_layers, tokens.shape[1])
     wanted = {point: torch.float64 for name in names if (point := reader.point_of(model, name))}
@@ -83,7 +91,7 @@ def test_only_the_wanted_modules_are_hooked(family: str) -> None:
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_weights_are_held_once_and_stock_computes_the_same_bits(family: str) -> None:
     model = proxy(family)
-    copied = copy.deepcopy(model.model)
+    copied = unhooked(model)
     path = choose_model_path(model, points(model), n_positions=N_POSITIONS)
     path.activations(prompts())
     assert path.choice.path == "fast"
@@ -96,6 +104,29 @@ def test_weights_are_held_once_and_stock_computes_the_same_bits(family: str) -> 
     ]
     assert all(w.untyped_storage().data_ptr() in memory for layer in matrices for w in layer)
     assert torch.equal(model.model(prompts()).logits, copied(prompts()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_patched_runs_to_the_end_give_the_same_bits(family: str, dtype: torch.dtype) -> None:
+    """As SAELens's evals run the model; afterwards the path is still the fast one."""
+    model = proxy(family, dtype=dtype)
+    copied = HookedProxyLM(unhooked(model), model.tokenizer)
+    name = points(model)[-1]
+    path = choose_model_path(model, [name], n_positions=N_POSITIONS)
+
+    def patch(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return 0.5 * tensor
+
+    outputs: list[Any] = [
+        each.run_with_hooks(
+            prompts(), return_type="both", loss_per_token=True, fwd_hooks=[(name, patch)]
+        )
+        for each in (model, copied)
+    ]
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+    path.activations(prompts())
+    assert path.choice.path == "fast"
 
 
 @pytest.mark.skipif(
