@@ -12,6 +12,7 @@ from saelens_sparse.language_model import compiled as compiled_module
 from saelens_sparse.language_model.decoder import Block
 from saelens_sparse.language_model.graph import GraphedRun
 from tests.support.language_models import (
+    DEVICES,
     N_POSITIONS,
     distance,
     hooked_transformer,
@@ -42,10 +43,12 @@ def test_compiled_blocks_agree(family: str) -> None:
     check_compiled(hooked_transformer(family), names, prompts())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
-def test_compiled_blocks_are_as_exact_as_stock(family: str, autocast: bool) -> None:
-    model = hooked_transformer(family, torch.float32 if autocast else torch.bfloat16)
+def test_compiled_blocks_are_as_exact_as_stock(family: str, autocast: bool, device: str) -> None:
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model = hooked_transformer(family, dtype).to(device)
     names = ["blocks.1.attn.hook_z", "blocks.2.hook_mlp_out", RESID]
     options: Any = {"n_positions": N_POSITIONS, "autocast": autocast, "compiled": True}
     found = choose_model_path(model, names, **options).activations(prompts())

@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 from saelens_sparse.language_model import choose_model_path
 from saelens_sparse.language_model import hooked_transformer as hooked_transformer_reader
 from tests.support.language_models import (
+    DEVICES,
     FAMILIES,
     N_LAYERS,
     N_POSITIONS,
@@ -54,12 +55,15 @@ def fast_activations(
     return path.activations(tokens)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pads", [False, True], ids=["full", "pads"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_as_exact_as_stock(family: str, precision: str, pads: bool) -> None:
+def test_activations_are_as_exact_as_stock(
+    family: str, precision: str, pads: bool, device: str
+) -> None:
     dtype, autocast, factor = PRECISIONS[precision]
-    model = hooked_transformer(family, dtype, pads_left=pads)
+    model = hooked_transformer(family, dtype, pads_left=pads).to(device)
     names, tokens = points(model), prompts(pads)
     exact = stock_activations(in_dtype(model, torch.float64), names, tokens)
     stock = stock_activations(model, names, tokens, autocast)

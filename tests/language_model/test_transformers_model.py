@@ -15,6 +15,7 @@ from saelens_sparse.language_model import choose_model_path
 from saelens_sparse.language_model import transformers_model as reader
 from saelens_sparse.language_model.decoder import block
 from tests.support.language_models import (
+    DEVICES,
     N_LAYERS,
     N_POSITIONS,
     TRANSFORMERS,
@@ -53,7 +54,7 @@ def exact_activations(model: HookedProxyLM, names: list[str], tokens: Tensor) ->
     decoder = reader.read(wide_model, wide.config.num_hidden_layers, tokens.shape[1])
     wanted = {point: torch.float64 for name in names if (point := reader.point_of(model, name))}
     with torch.no_grad():
-        values = decoder.run(tokens, None, wanted, block)
+        values = decoder.run(tokens.to(decoder.embedding.device), None, wanted, block)
     return {name: values[point] for name in names if (point := reader.point_of(model, name))}
 
 
@@ -73,10 +74,11 @@ def check(model: HookedProxyLM, names: list[str], tokens: Tensor, precision: str
         assert distance(fast[name], exact[name]) <= factor * stock_distance + floor, name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", TRANSFORMERS)
-def test_activations_are_as_exact_as_stock(family: str, precision: str) -> None:
-    model = proxy(family, dtype=PRECISIONS[precision][0])
+def test_activations_are_as_exact_as_stock(family: str, precision: str, device: str) -> None:
+    model = proxy(family, dtype=PRECISIONS[precision][0]).to(device)
     names = points(model)
     assert len(names) >= 13
     check(model, names, prompts(), precision)

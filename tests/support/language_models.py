@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from sae_lens.load_model import HookedProxyLM
@@ -19,6 +20,7 @@ from saelens_sparse.language_model import choose_model_path
 N_LAYERS, D_MODEL, N_HEADS, D_HEAD, D_MLP, VOCABULARY = 4, 64, 4, 16, 160, 211
 N_POSITIONS = 48
 PAD = 3
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 ROTARY: dict[str, Any] = {
     "positional_embedding_type": "rotary",
