@@ -6,6 +6,8 @@ Measure registered problem sizes against stock SAELens and other libraries.
     python -m benchmarks forward        decode, forward, forward with backward
     python -m benchmarks kernels        each operation of a step beside what the device can do
     python -m benchmarks pair OTHER     whole steps of another checkout and this one, in turn
+    python -m benchmarks store          the activation store alone, SAELens's and this package's
+    python -m benchmarks run            whole runs, with language model, store, logging and evals
     python -m benchmarks report         tables from the rows measured so far
     python -m benchmarks figures        figures from the rows measured so far
 
@@ -18,28 +20,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import figures, kernels, pair
+from benchmarks import figures, kernels, pair, run, run_cases, store
 from benchmarks.cases import CASES, NamedCase, groups_of
+from benchmarks.command_line import CommandParser, names_of
 from benchmarks.contenders import SPARSE, SPARSE_RUNNER, STOCK
 from benchmarks.harness import FORWARD, STEP, Benchmark, Session, say
-from benchmarks.report import kernel_table, markdown, plain, tables
-from benchmarks.rows import FIGURES, RESULTS, Frame, ResultsFile, frame_of, load_rows
+from benchmarks.report import kernel_table, markdown, plain, run_table, store_table, tables
+from benchmarks.rows import FIGURES, Frame, ResultsFile, frame_of, load_rows
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import PRECISIONS, Precision
-from saelens_sparse.reports.command_line import (
-    DEFAULT_STEPS,
-    Parser,
-    add_measuring_options,
-    parse_shape,
-    whole_number,
-)
+from saelens_sparse.reports.command_line import DEFAULT_STEPS, parse_shape, whole_number
 from saelens_sparse.reports.presentation import can_draw
 from saelens_sparse.reports.results import environment
 
@@ -63,81 +60,6 @@ both without gradients; `forward_backward` adds the backward of a mean squared e
 optimizer.
 """,
 }
-
-
-class CommandParser(Parser):
-    """Options of a command of `python -m benchmarks`."""
-
-    def __init__(self, command: str, description: str | None):
-        super().__init__(command, description)
-        self.prog = f"python -m benchmarks {command}".strip()
-
-    def add_running_options(self, *, training: bool = True, resumes: bool = True) -> None:
-        """Those of commands that append rows: `training` weights, or passing over earlier rows."""
-        add_measuring_options(self, training=training)
-        self.add_argument(
-            "--out",
-            type=Path,
-            help=f"JSON Lines file that rows are appended to; by default the device's in {RESULTS}",
-        )
-        self.add_argument("--commit", help="recorded with the rows; read from git by default")
-        if resumes:
-            self.add_argument(
-                "--again", action="store_true", help="measure even what the file has good rows of"
-            )
-
-    def add_case_options(self, benchmark: Benchmark, contenders: Iterable[str]) -> None:
-        """Which cases, in which precisions, and who takes part by default."""
-        groups = groups_of(benchmark.name)
-        cases = {name: one for name, one in CASES.items() if benchmark.name in one.benchmarks}
-        single = [name for name, case in cases.items() if case.sweep is None]
-        self.add_argument(
-            "--cases",
-            type=names_of(cases, groups),
-            default=[],
-            help=f"separated by commas: {', '.join(single)}, or a group: {', '.join(groups)}; "
-            "by default those of the device",
-        )
-        self.add_argument(
-            "--precision",
-            type=names_of(PRECISIONS),
-            default=[],
-            help=f"{', '.join(PRECISIONS)}; by default each case's own",
-        )
-        allowed = list(contenders)
-        self.add_argument(
-            "--contenders",
-            "--arms",
-            type=names_of(allowed, {"all": tuple(allowed)}),
-            default=[one.name for one in (SPARSE, SPARSE_RUNNER) if one.name in allowed],
-            help=f"{', '.join(allowed)}, or all; by default the sparse ones",
-        )
-
-    def parse_files(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Frame]:
-        """Options of a command that reads files, and the rows of these."""
-        self.add_argument("files", nargs="*", type=Path, help=f"by default all in {RESULTS}")
-        args = self.parse_args(argv)
-        rows = load_rows(args.files or sorted(RESULTS.glob("*.jsonl")))
-        if not rows:
-            raise UsageError("there are no rows; python -m benchmarks measures some")
-        return args, frame_of(rows)
-
-
-def names_of(
-    allowed: Iterable[str], groups: Mapping[str, tuple[str, ...]] | None = None
-) -> Callable[[str], list[str]]:
-    """argparse type: names separated by commas; those of groups stand for their members."""
-    members = {**{name: (name,) for name in allowed}, **(groups or {})}
-
-    def parse(text: str) -> list[str]:
-        asked = text.split(",")
-        if unknown := [name for name in asked if name not in members]:
-            raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown)}; known: {', '.join(members)}"
-            )
-        return list(dict.fromkeys(member for name in asked for member in members[name]))
-
-    return parse
 
 
 def shape_of(text: str) -> kernels.Shape:
@@ -240,6 +162,71 @@ def run_pair(argv: Sequence[str]) -> int:
     return pair.run(open_results(args), asked_cases(STEP.name, args), contenders, args)
 
 
+def run_store(argv: Sequence[str]) -> int:
+    """`python -m benchmarks store`."""
+    parser = CommandParser("store", store.__doc__)
+    parser.add_argument(
+        "--cases",
+        type=names_of(store.CASES, store.GROUPS),
+        help=f"separated by commas: {', '.join(store.CASES)}; by default those of the device",
+    )
+    parser.add_argument(
+        "--refills",
+        type=whole_number(1),
+        default=3,
+        help="refills of the buffer in a turn; by default %(default)s",
+    )
+    parser.add_turn_options(rounds=5)
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    names = args.cases or store.GROUPS[args.device]
+    status = store.run(results, [store.CASES[name] for name in names], args)
+    print(f"\n{plain(store_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    return status
+
+
+def run_run(argv: Sequence[str]) -> int:
+    """`python -m benchmarks run`."""
+    parser = CommandParser("run", run.__doc__)
+    cases, contenders = run_cases.CASES, run_cases.CONTENDERS
+    parser.add_argument(
+        "--cases",
+        type=names_of(cases),
+        help=f"separated by commas: {', '.join(cases)}; by default those of the device",
+    )
+    parser.add_argument(
+        "--precision",
+        type=names_of(PRECISIONS),
+        default=[],
+        help=f"{', '.join(PRECISIONS)}; by default each case's own",
+    )
+    parser.add_argument(
+        "--contenders",
+        type=names_of(contenders, {"all": tuple(contenders)}),
+        default=run_cases.DEFAULT_CONTENDERS,
+        help=f"{', '.join(contenders)}, or all; by default "
+        f"{', '.join(run_cases.DEFAULT_CONTENDERS)}",
+    )
+    parser.add_argument(
+        "--windows",
+        type=whole_number(1),
+        default=3,
+        help="timed windows of a run; by default %(default)s",
+    )
+    parser.add_turn_options(rounds=2)
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    measured = [
+        (case, precision)
+        for case in (cases[name] for name in args.cases or run_cases.DEFAULT_CASES[args.device])
+        for precision in [PRECISIONS[name] for name in args.precision] or case.precisions
+    ]
+    entered = [one for one in contenders.values() if one.name in {"stock", *args.contenders}]
+    status = run.run(results, measured, entered, args)
+    print(f"\n{plain(run_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    return status
+
+
 def run_report(argv: Sequence[str]) -> int:
     """`python -m benchmarks report`."""
     parser = CommandParser("report", "Tables from the rows that the benchmarks have appended.")
@@ -298,6 +285,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "forward": lambda argv: run_benchmark(FORWARD, argv),
     "kernels": run_kernels,
     "pair": run_pair,
+    "store": run_store,
+    "run": run_run,
     "report": run_report,
     "figures": run_figures,
 }

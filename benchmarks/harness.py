@@ -226,7 +226,7 @@ class Session:
             release_memory(self.device)
             return self.benchmark.observe(STOCK.build(case, higher, self.device, inputs))
         except Exception as error:
-            say(f"{case.name}: no {higher.name} reference: {_describe(error)['message']}")
+            say(f"{case.name}: no {higher.name} reference: {describe(error)['message']}")
             return None
 
     def _measure(
@@ -261,12 +261,12 @@ class Session:
             try:
                 row = {"status": "ok", **self.benchmark.measure(model, operation, self.steps)}
             except Exception as error:
-                row = _describe(error)
+                row = describe(error)
             rows.append({**found, "operation": operation, **row})
         return rows
 
     def _failed(self, error: Exception) -> list[Row]:
-        failure = _describe(error)
+        failure = describe(error)
         return [{"operation": operation, **failure} for operation in self.benchmark.operations]
 
     def _record(
@@ -306,7 +306,8 @@ def say(message: str) -> None:
     tqdm.write(message)
 
 
-def _describe(error: Exception) -> Row:
+def describe(error: Exception) -> Row:
+    """The status and message of a measurement that raised; shows the traceback of a surprise."""
     row = describe_failure(error)
     if row["status"] == "failed":
         traceback.print_exception(error)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from benchmarks.agreement import kind_of
 from benchmarks.rows import Frame, latest, of_contenders, ratios
+from saelens_sparse.reports.results import SOURCE
 
 WHO: dict[str, Callable[[Any], str]] = {
     "case": lambda row: row["case"],
@@ -21,8 +22,8 @@ Render = Callable[[Frame], str]
 
 def tables(frame: Frame, render: Render | None = None) -> str:
     """
-    For each device what the contenders trained, the phases of a step, single kernels and, last,
-    what is gained; each table only where there are rows for it.
+    For each device what the contenders trained, the phases of a step, single kernels, stores, whole
+    runs and, last, what is gained by step; each table only where there are rows for it.
 
     Args:
         frame: Of `rows.frame_of`.
@@ -36,6 +37,8 @@ def tables(frame: Frame, render: Render | None = None) -> str:
             agreement_table(measured),
             phase_table(measured),
             kernel_table(rows[rows["kernel"].notna()]),
+            store_table(rows[rows["operation"] == "store"]),
+            run_table(rows[rows["operation"] == "run"]),
             speed_table(measured),
         )
         sections += [(render or plain)(table) for table in found if len(table)]
@@ -123,6 +126,36 @@ def kernel_table(rows: Frame) -> Frame:
     )
 
 
+def store_table(rows: Frame) -> Frame:
+    """Time and memory of each activation store alone, by 4,096 tokens."""
+    return _table(
+        _beside_stock(rows),
+        {
+            "case": lambda row: row["case"],
+            "buffer": lambda row: f"{row['buffer_prompts'] * row['context']:,} x {row['d_in']}",
+            "context": lambda row: str(row["context"]),
+            **_OF_BATCHES,
+        },
+    )
+
+
+def run_table(rows: Frame) -> Frame:
+    """Time and memory of each way to run a training, by 4,096 tokens."""
+    return _table(
+        _beside_stock(rows),
+        {
+            "case": lambda row: row["case"],
+            "d_in -> d_sae, active, context": lambda row: (
+                f"{row['d_in']} -> {row['d_sae']:,}, {active(row)}, {row['context']}"
+            ),
+            "precision": lambda row: row["precision"],
+            **_OF_BATCHES,
+            "ms without evals": lambda row: _number(row["ms_without_evals"]),
+            "GiB without evals": lambda row: _number(row["peak_gib_without_evals"]),
+        },
+    )
+
+
 def active(row: Mapping[str, Any]) -> str:
     """How many latents are active on a row of the inputs, and whether always or on average."""
     return f"k {row['k']}" if row["k"] is not None else f"L0 {row['l0']:g}"
@@ -138,6 +171,31 @@ def _table(rows: Frame, columns: Mapping[str, Callable[[Any], str]]) -> Frame:
     """A column of text for each title, made from each row."""
     records = rows.to_dict("records")
     return pd.DataFrame({title: [cell(row) for row in records] for title, cell in columns.items()})
+
+
+def _beside_stock(rows: Frame) -> Frame:
+    """The last row of each contender in each case and precision, with how many times stock's speed
+    it has; that is NaN where stock was not timed in the same run.
+    """
+    case = ["operation", "case", "precision"]
+    rows = rows.drop_duplicates([*case, "contender"], keep="last")
+    timed = rows[(rows["contender"] == "stock") & (rows["status"] == "ok")]
+    of_run = [*case, *SOURCE, "machine", "date"]
+    rows = rows.merge(timed[[*of_run, "ms"]], on=of_run, how="left", suffixes=("", "_stock"))
+    return rows.assign(faster=rows["ms_stock"].astype(float) / rows["ms"].astype(float))
+
+
+_OF_BATCHES: dict[str, Callable[[Any], str]] = {
+    "contender": lambda row: row["contender"],
+    "ms": lambda row: f"{row['ms']:.3f}" if row["status"] == "ok" else row["message"],
+    "range": lambda row: (
+        f"{row['ms_min']:.3f} to {row['ms_max']:.3f}" if row["status"] == "ok" else "-"
+    ),
+    "faster": lambda row: "-" if pd.isna(row["faster"]) else f"{row['faster']:.2f}x",
+    "device busy ms": lambda row: _number(row["busy_ms"], 3),
+    "GiB": lambda row: _number(row["peak_gib"]),
+}
+"""Columns of whatever makes or trains on batches; times are by 4,096 tokens."""
 
 
 def _result(row: Mapping[str, Any], suffix: str = "") -> str:

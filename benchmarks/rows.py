@@ -148,7 +148,8 @@ _KEYS = (
     *MEASURED, "arm", "sweep", "status", "message", "architecture", "d_in", "d_sae", "k", "l0",
     "batch", "ms", "peak_gib", "checked", "differences", "firing", "phases_ms", "peer", "kernel",
     "side", "part_of", "shape", "dtype", "bytes", "flops", "copy_tb_s", "product_tflops",
-    "screen_tflops", *SOURCE, "machine", "date",
+    "screen_tflops", "contender", "context", "buffer_prompts", "ms_min", "ms_max", "busy_ms",
+    "ms_without_evals", "peak_gib_without_evals", *SOURCE, "machine", "date",
 )  # fmt: skip
 
 

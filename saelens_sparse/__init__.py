@@ -4,6 +4,8 @@ Importing the package registers its architectures in SAELens's training registry
 `architecture="topk_sparse"` and `"jumprelu_sparse"` work wherever SAELens takes an architecture.
 """
 
+from saelens_sparse.activations.store import FastActivationsStore
+from saelens_sparse.activations.swap import use_fast_activations_store
 from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.architectures.jumprelu import (
     SparseJumpReLUTrainingSAE,
@@ -19,6 +21,7 @@ from saelens_sparse.training.runners import SparseMultiSAETrainingRunner, Sparse
 __version__ = "0.1.0"
 
 __all__ = [
+    "FastActivationsStore",
     "SparseJumpReLUTrainingSAE",
     "SparseJumpReLUTrainingSAEConfig",
     "SparseMultiSAETrainingRunner",
@@ -28,6 +31,7 @@ __all__ = [
     "load_pretrained",
     "register",
     "upload_saes_to_huggingface",
+    "use_fast_activations_store",
 ]
 
 

@@ -22,14 +22,15 @@ from saelens_sparse.private_names import parse_cfg_args
 from saelens_sparse.training.runners import SparseTrainingRunner, checked
 
 USAGE = """\
-usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...]
-       saelens-sparse train --config FILE.json
+usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...] [--no-save-buffer]
+       saelens-sparse train --config FILE.json [--no-save-buffer]
        saelens-sparse compare [FILE.json] [options]
        saelens-sparse profile FILE.json | --shape D_IN,D_SAE,K,BATCH [options]
 
 train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrainingRunner with a
          faster step for sparse architectures. The flags are SAELens's own (`saelens-sparse train
          --help` lists them); FILE.json is what LanguageModelSAERunnerConfig.to_dict() gives.
+         --no-save-buffer leaves the shuffled activations out of checkpoints.
 compare  trains a stock and a sparse SAE from one config, and reports whether they are the same
          and what each costs.
 profile  takes one training step of each apart: where its time and memory go.
@@ -37,6 +38,7 @@ profile  takes one training step of each apart: where its time and memory go.
 `saelens-sparse COMMAND --help` lists a command's options.
 """
 
+NO_SAVE_BUFFER = "--no-save-buffer"
 # Modules with a `main` that takes the arguments and returns the exit status; imported when asked
 # for, since they bring what training does not need.
 _COMMANDS = {
@@ -129,11 +131,12 @@ def _whole_numbers(args: Sequence[str], fields: Iterable[str]) -> Iterator[tuple
 
 def train(args: Sequence[str]) -> int:
     """`saelens-sparse train ARGS`."""
-    cfg = parse_train_args(args)
+    save_buffer = NO_SAVE_BUFFER not in args
+    cfg = parse_train_args([arg for arg in args if arg != NO_SAVE_BUFFER])
     with usage_errors():
         check_training(cfg)
-        cfg = checked(cfg)
-    SparseTrainingRunner(cfg).run()
+        cfg = checked(cfg, save_buffer=save_buffer)
+    SparseTrainingRunner(cfg, save_buffer=save_buffer).run()
     return 0
 
 

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sae_lens import llm_sae_training_runner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.training import activations_store
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
 from torch.autograd import profiler
 from torch.optim import Adam
 from torch.optim.adam import adam
@@ -27,8 +31,15 @@ TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13", "transformers": "5.24"
 
 # SAELens's command line: flags to a runner config.
 COMMAND_LINE = ("_parse_cfg_args",)
+# Called by its trainers after each step, before they count it.
+TRAINERS = ("_checkpoint_if_needed",)
 # Called by SAELens's runner of several SAEs, and overridden by `SparseMultiSAETrainingRunner`.
 MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
+# Where its store puts tokens; what the store keeps of several hooks, and whether it was read from.
+STORE_MODULE = ("_get_input_token_device",)
+STORE = ("_hook_names", "_hook_d_ins", "_hook_head_indices", "_dataloader")
+# What a streaming dataset of `datasets` is made of. Without it, positions are found by reading.
+EXAMPLES = "_ex_iterable"
 # A module's parts, and PyTorch's registries of hooks: its public methods add to these and do not
 # tell what is there.
 MODULE_MEMBERS = ("_modules", "_parameters")
@@ -73,6 +84,10 @@ def _check() -> None:
             COMMAND_LINE,
             dir(llm_sae_training_runner),
         ),
+        ("sae-lens", "activations_store", STORE_MODULE, dir(activations_store)),
+        ("sae-lens", "ActivationsStore", STORE, ActivationsStore.__annotations__),
+        ("sae-lens", "SAETrainer", TRAINERS, dir(SAETrainer)),
+        ("sae-lens", "MultiSAETrainer", TRAINERS, dir(MultiSAETrainer)),
         ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
         ("torch", "nn.Module", (*MODULE_HOOKS, *MODULE_MEMBERS), dir(torch.nn.Module())),
         ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),
@@ -91,3 +106,4 @@ _check()
 parse_cfg_args: Callable[[Sequence[str]], LanguageModelSAERunnerConfig[Any]] = getattr(
     llm_sae_training_runner, COMMAND_LINE[0]
 )
+input_token_device: Callable[[Any], torch.device] = getattr(activations_store, STORE_MODULE[0])

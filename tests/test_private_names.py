@@ -60,6 +60,8 @@ def test_every_listed_name_is_used() -> None:
     groups = {"MODULE_HOOKS", "TENSOR_HOOKS", "OPTIMIZER_HOOKS", "parse_cfg_args"}
     assert all(group in text for group in groups)
     for name in (
+        *private_names.TRAINERS,
+        *private_names.STORE,
         *private_names.MULTI_RUNNER,
         *private_names.TENSOR,
         *private_names.FUNCTIONAL_ADAM,

@@ -30,6 +30,7 @@ from safetensors.torch import save
 from typing_extensions import override
 
 import saelens_sparse
+from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import CONFIG, EVALUATION, FINAL, INITIAL_DECODER, LOG, STEPS
 from saelens_sparse.compare.steps import Step, load_steps
 from saelens_sparse.reports.files import lock_folder, sync, write_whole
@@ -91,6 +92,10 @@ class Side(LanguageModelSAETrainingRunner):
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         torch.manual_seed(cfg.seed)
         super().__init__(cfg)
+        is_sparse = cfg.sae.architecture() in ARCHITECTURES
+        # SAELens's store begins its data anew when it resumes. Both sides must do the same.
+        if is_sparse and cfg.resume_from_checkpoint is None:
+            saelens_sparse.use_fast_activations_store(self, save_buffer=False)
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
@@ -128,6 +133,10 @@ class Side(LanguageModelSAETrainingRunner):
 
 class OwnSide(Side, saelens_sparse.SparseTrainingRunner):
     """The same, with the step of `SparseTrainingRunner`."""
+
+    @override
+    def prepare_store(self) -> None:
+        """The side has chosen its store."""
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:

@@ -238,6 +238,28 @@ def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     _check_sae(cfg)
 
 
+def check_buffer(n_batches_in_buffer: int, context_size: int, batch_size: int) -> None:
+    """
+    Check that a batch fits into the buffer.
+
+    Args:
+        n_batches_in_buffer: SAELens's option: how many prompts the buffer holds.
+        context_size: Tokens of a prompt that activations are taken of.
+        batch_size: `train_batch_size_tokens`.
+
+    Raises:
+        ValueError: it does not; the message says what to set.
+    """
+    rows = n_batches_in_buffer * context_size
+    if rows < batch_size:
+        least = -(-batch_size // context_size)
+        raise ValueError(
+            f"n_batches_in_buffer: {n_batches_in_buffer} prompts of {context_size} tokens are "
+            f"{rows} activations, fewer than train_batch_size_tokens, {batch_size}; allowed: "
+            f"{least} or more, and {8 * least} mix well"
+        )
+
+
 def device_problem(device: str | None) -> str | None:
     """Why a device cannot be used here; None where it can."""
     try:
@@ -310,14 +332,8 @@ def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 
 def _check_batches(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    buffer = cfg.n_batches_in_buffer * context
-    batch = cfg.train_batch_size_tokens
-    if batch > buffer:
-        raise ValueError(
-            f"train_batch_size_tokens: {batch} is more than the buffer holds that activations are "
-            f"shuffled in, {buffer} (n_batches_in_buffer times the context length)"
-        )
+    context_size = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    check_buffer(cfg.n_batches_in_buffer, context_size, cfg.train_batch_size_tokens)
     separator = cfg.sequence_separator_token
     if isinstance(separator, int):
         _require(separator >= 0, "sequence_separator_token", separator, "0 or more")

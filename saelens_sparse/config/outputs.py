@@ -20,23 +20,31 @@ from saelens_sparse.config.messages import shown
 CHECKPOINT_SIZE_IN_WEIGHTS = 3
 
 
-def check_runner_outputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def check_runner_outputs(
+    cfg: LanguageModelSAERunnerConfig[Any], *, save_buffer: bool = False
+) -> None:
     """
     Check that the outputs of a run can be written, and that there is room for them.
 
     Args:
         cfg: Of the run. Without checkpoints, room for one is asked for: an interrupted run
             leaves one. A path that is None is not checked, for nothing is written there.
+        save_buffer: Whether checkpoints hold the buffer of activations.
 
     Raises:
         ValueError: `output_path` or `checkpoint_path` cannot be used; the message says why.
     """
-    _check_outputs(cfg, [cfg.sae])
+    buffer = 0 if not save_buffer else _buffer_bytes(cfg, cfg.sae.d_in)
+    _check_outputs(cfg, [cfg.sae], buffer)
 
 
-def check_multi_runner_outputs(cfg: MultiSAETrainingRunnerConfig) -> None:
+def check_multi_runner_outputs(
+    cfg: MultiSAETrainingRunnerConfig, *, save_buffer: bool = False
+) -> None:
     """`check_runner_outputs` for a run of several SAEs, whose outputs share the folders."""
-    _check_outputs(cfg, cfg.saes.values())
+    widths = {hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()}
+    buffer = 0 if not save_buffer else _buffer_bytes(cfg, sum(widths.values()))
+    _check_outputs(cfg, cfg.saes.values(), buffer)
 
 
 def check_writable(field_name: str, path: str | Path, n_bytes_needed: int) -> None:
@@ -71,6 +79,7 @@ def check_writable(field_name: str, path: str | Path, n_bytes_needed: int) -> No
 def _check_outputs(
     cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
     saes: Iterable[TrainingSAEConfig],
+    buffer: int,
 ) -> None:
     weights = sum(map(_weight_bytes, saes))
     n_checkpoints = max(1, cfg.n_checkpoints + cfg.save_final_checkpoint)
@@ -79,13 +88,24 @@ def _check_outputs(
     needed_on_disk: Counter[int] = Counter()
     for name, n_bytes in (
         ("output_path", weights),
-        ("checkpoint_path", n_checkpoints * CHECKPOINT_SIZE_IN_WEIGHTS * weights),
+        (
+            "checkpoint_path",
+            n_checkpoints * (CHECKPOINT_SIZE_IN_WEIGHTS * weights + buffer),
+        ),
     ):
         path = getattr(cfg, name)
         if path is not None:
             disk = _nearest_folder(name, path).stat().st_dev
             needed_on_disk[disk] += n_bytes
             check_writable(name, path, needed_on_disk[disk])
+
+
+def _buffer_bytes(
+    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig, width: int
+) -> int:
+    """Size of a full buffer of float32 activations."""
+    context_size = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    return cfg.n_batches_in_buffer * context_size * width * torch.float32.itemsize
 
 
 def _weight_bytes(cfg: TrainingSAEConfig) -> int:

@@ -6,7 +6,8 @@ The rest is SAELens's: schedules, what checkpoints hold, logging, evals.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         if not isinstance(sae, SparseTrainingSAEMixin):
             return super().step(batch)
         sae.train()
-        batch = batch.to(sae.device)
+        batch = batch.to(sae.device, non_blocking=sae.device.type == "cuda")
         taken = self._take_passes(sae, self.activation_scaler(batch))
         if taken.step is not None:
             sae.commit(taken.step)
@@ -148,6 +149,11 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         if self.n_frac_active_samples == 0:  # a run that was stopped at a window's beginning
             return {}
         return super().full_sparsity_window_log()
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        with _counted_step([self]):
+            super()._checkpoint_if_needed()
 
     @override
     def save_checkpoint(
@@ -337,6 +343,11 @@ class SparseMultiSAETrainer(MultiSAETrainer):
         return own
 
     @override
+    def _checkpoint_if_needed(self) -> None:
+        with _counted_step(self.trainers.values()):
+            super()._checkpoint_if_needed()
+
+    @override
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
         """
         Save a checkpoint, as SAELens does. Its folder appears when all of it is written.
@@ -362,6 +373,22 @@ class SparseMultiSAETrainer(MultiSAETrainer):
         if self.cfg.logger.log_to_wandb:
             for name, trainer in self.trainers.items():
                 trainer.log_files(checkpoint / name, wandb_aliases)
+
+
+@contextmanager
+def _counted_step(trainers: Iterable[SparseSAETrainer]) -> Generator[None]:
+    """Within, the step just taken is counted: SAELens counts it after a checkpoint, not before.
+
+    A resumed training would log and evaluate a step late.
+    """
+    trainers = [*trainers]
+    for trainer in trainers:
+        trainer.n_training_steps += 1
+    try:
+        yield
+    finally:
+        for trainer in trainers:
+            trainer.n_training_steps -= 1
 
 
 def _has_own_pass(sae: SparseTrainingSAEMixin) -> bool:

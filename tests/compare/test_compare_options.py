@@ -134,7 +134,7 @@ def test_inputs_of_the_embedded_default_do_not_go_with_a_config(config: MakeConf
             ["--k=65", "--architectures=topk,batchtopk"],
             "sae.k: 65 cannot be used; allowed: at most sae.d_sae, 64",
         ),
-        (["--batch-size=1024"], "train_batch_size_tokens: 1024 is more than the buffer holds"),
+        (["--batch-size=1024"], "fewer than train_batch_size_tokens, 1024; allowed: "),
         (["--set=sae.k=many"], "sae.k: 'many' cannot be used; allowed: a valid integer"),
         (["--set=sae.kk=3"], "sae.kk: there is no such field; did you mean sae.k?"),
         (["--set=models=3"], "models: there is no such field"),

@@ -91,7 +91,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"context_size": 0}, "context_size: 0 cannot be used; allowed: "),
     ({"context_size": -128}, "context_size: -128 cannot be used; allowed: "),
     ({"n_batches_in_buffer": 0}, "n_batches_in_buffer: 0 cannot be used; allowed: "),
-    ({"n_batches_in_buffer": 7}, "train_batch_size_tokens: 1000 is more than the buffer holds"),
+    ({"n_batches_in_buffer": 7}, "n_batches_in_buffer: 7 prompts"),
     ({"n_batches_for_norm_estimate": 0}, "n_batches_for_norm_estimate: 0 cannot be used; allowed"),
     ({"sae.d_sae": 0}, "sae.d_sae: 0 cannot be used; allowed: 1 or more"),
     ({"sae.d_in": -16}, "sae.d_in: -16 cannot be used; allowed: 1 or more"),

@@ -130,7 +130,6 @@ def train() -> Generator[Train]:
         def train(
             folder: Path,
             *hits: tuple[str, int, str],
-            skip: int = 0,
             architecture: str = "topk_sparse",
             saes: tuple[str, ...] = (),
             **options: Any,
@@ -138,7 +137,6 @@ def train() -> Generator[Train]:
             scenario = {
                 "folder": str(folder),
                 "hits": [{"moment": m, "at": at, "signal": s} for m, at, s in hits],
-                "skip": skip,
                 "architecture": architecture,
                 "saes": saes,
                 "options": {"n_checkpoints": 3, **options},

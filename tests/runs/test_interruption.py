@@ -49,6 +49,8 @@ def whole_checkpoints(folder: Path, saes: tuple[str, ...] = ()) -> set[str]:
 MOMENTS = {
     "before the first batch": ("topk_sparse", "batch", 1, 0),
     "while a batch is awaited": ("topk_sparse", "batch", 8, 7),
+    "while the buffer is filled the first time": ("topk_sparse", "model", 2, 0),
+    "while the buffer is filled again": ("topk_sparse", "model", 4, 4),
     "with gradients": ("topk_sparse", "gradients", 8, 8),
     "within an update": ("topk_sparse", "parameter", 4 * 8 - 2, 8),
     "between two steps": ("topk_sparse", "between steps", 8, 8),
@@ -75,7 +77,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(
     resumed = tmp_path / "resumed"
     checkpoint = str(tmp_path / "checkpoints" / str(n_steps * BATCH))
     options: dict[str, Any] = {"architecture": architecture, "resume_from_checkpoint": checkpoint}
-    assert train(resumed, skip=n_steps, **options) == 0, log_of(resumed)
+    assert train(resumed, **options) == 0, log_of(resumed)
     assert_same_output(resumed / "output", uninterrupted(architecture=architecture))
 
 
@@ -91,7 +93,7 @@ def test_a_window_of_statistics_begins_where_a_training_is_stopped(
     assert train(tmp_path, ("batch", 8, "SIGINT"), feature_sampling_window=7) == 130
     assert whole_checkpoints(tmp_path) == {str(FIRST), str(7 * BATCH)}
     resumed, checkpoint = tmp_path / "resumed", str(tmp_path / "checkpoints" / str(7 * BATCH))
-    status = train(resumed, skip=7, resume_from_checkpoint=checkpoint, feature_sampling_window=7)
+    status = train(resumed, resume_from_checkpoint=checkpoint, feature_sampling_window=7)
     assert status == 0, log_of(resumed)
     assert_same_output(resumed / "output", uninterrupted(feature_sampling_window=7))
 
@@ -160,7 +162,7 @@ def test_a_killed_process_leaves_no_checkpoint_that_is_half_written(
     mine = folder / "mine.partial"
     mine.mkdir()
     # A folder of checkpoints stands for the newest whole one in it.
-    status = train(tmp_path, skip=6, resume_from_checkpoint=str(folder))
+    status = train(tmp_path, resume_from_checkpoint=str(folder))
     assert status == 0, log_of(tmp_path)
     assert not (folder / partial).exists(), "what nobody can use any more is removed"
     mine.rmdir()
@@ -199,7 +201,7 @@ class TestSeveralSAEs:
         assert status == 130
         resumed, checkpoint = tmp_path / "resumed", tmp_path / "checkpoints" / str(n_steps * BATCH)
         options = {"saes": self.saes, "resume_from_checkpoint": str(checkpoint)}
-        assert train(resumed, skip=n_steps, **options) == 0, log_of(resumed)
+        assert train(resumed, **options) == 0, log_of(resumed)
         assert_same_output(resumed / "output", uninterrupted(saes=self.saes))
 
     @pytest.mark.parametrize("at", [1, 2], ids=["of the first", "of the second"])

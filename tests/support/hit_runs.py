@@ -7,10 +7,9 @@ a KeyboardInterrupt, 1 after another error, minus the number of a signal that ki
 fork prints goes to `log.txt` in the scenario's folder.
 
 A scenario has a `folder`, the `architecture` of one SAE or of each of `saes`, `options` of the
-runner, the number of batches to skip, and `hits`: the signals, each with its `moment`, and at which
-occurrence of that moment it strikes. Other than a signal, a "full disk" strikes, which may have
-"room again", or a file in the place of a folder: "no output". Batches depend on nothing but their
-number.
+runner, and `hits`: the signals, each with its `moment`, and at which occurrence of that moment it
+strikes. Other than a signal, a "full disk" strikes, which may have "room again", or a file in the
+place of a folder: "no output".
 """
 
 import json
@@ -22,7 +21,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +30,16 @@ import wandb
 from datasets import Dataset
 from sae_lens import HookedSAETransformer
 from sae_lens.config import LoggingConfig
-from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformerConfig
 
 import saelens_sparse
+from saelens_sparse.activations import FastActivationsStore
+from saelens_sparse.activations.batches import Batches
 from saelens_sparse.training import optimizer as optim
 from tests.support.runs import (
-    BATCH,
     CONTEXT,
     D_MODEL,
-    HOOK,
     VOCABULARY,
     config_of,
     multi_config,
@@ -130,12 +127,24 @@ def strike_within_steps(hits: Hits) -> None:
     own_adam.step, optim.adam, stock_trainer._update_pbar = hit_step, hit_update, hit_between
 
 
-def batches(hits: Hits, start: int) -> Iterator[torch.Tensor]:
-    while True:
-        start += 1
+def strike_while_batches_are_awaited(hits: Hits) -> None:
+    own: Any = FastActivationsStore
+    run_model = own._run_model
+
+    def hit_model(self: Any, tokens: torch.Tensor) -> Any:
+        if hits.at("model"):
+            time.sleep(SLOW)
+        return run_model(self, tokens)
+
+    own_batches: Any = Batches
+    following = own_batches.__next__
+
+    def hit_next(self: Any) -> Any:
         if hits.at("batch"):
             time.sleep(SLOW)
-        yield torch.randn(BATCH, D_MODEL, generator=torch.Generator().manual_seed(start))
+        return following(self)
+
+    own._run_model, own_batches.__next__ = hit_model, hit_next
 
 
 def train(scenario: dict[str, Any], model: HookedSAETransformer, dataset: Dataset) -> None:
@@ -143,11 +152,7 @@ def train(scenario: dict[str, Any], model: HookedSAETransformer, dataset: Datase
     hits = Hits(scenario["hits"], folder)
     tempfile.tempdir = str(folder / "temporary")
     Path(tempfile.tempdir).mkdir(exist_ok=True)
-    provider = batches(hits, scenario["skip"])
-    ActivationsStore.__next__ = lambda self: next(provider)  # noqa: ARG005
-    ActivationsStore.get_multi_hook_data_loader = lambda self: (  # noqa: ARG005
-        {HOOK: batch} for batch in provider
-    )
+    strike_while_batches_are_awaited(hits)
     strike_within_files(hits)
     strike_within_steps(hits)
     options = scenario["options"]
@@ -207,7 +212,8 @@ def main() -> None:
             act_fn="gelu", d_vocab=VOCABULARY, seed=0,
         )
     )  # fmt: skip
-    dataset = Dataset.from_dict({"input_ids": [[2] * CONTEXT] * 8})
+    tokens = torch.randint(2, VOCABULARY, (48, CONTEXT), generator=torch.Generator().manual_seed(3))
+    dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
     print("ready", flush=True)
     for line in sys.stdin:
         print(run_in_fork(json.loads(line), model, dataset), flush=True)

@@ -1,0 +1,499 @@
+"""SAELens's activation store at the pace of a sparse training step, with a state that is whole.
+
+Tokens, their order, the order of activations and the options are SAELens's. Its own methods stay
+for whoever calls them; the stream of batches takes another way to the same values.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from inspect import GEN_CREATED, getgeneratorstate, isgenerator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sae_lens.pretokenize_runner import get_special_token_from_cfg
+from sae_lens.tokenization_and_batching import tokenize_with_chat_template
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from saelens_sparse.activations import checks
+from saelens_sparse.activations.batches import BUFFER, GENERATOR, Batches, ModelBatch
+from saelens_sparse.activations.before_loading import hooks_of
+from saelens_sparse.activations.cached import CachedActivations
+from saelens_sparse.activations.epoch import (
+    Epoch,
+    PackedEpoch,
+    Sequences,
+    SlicedEpoch,
+    as_tensor,
+    as_value,
+    part_of,
+)
+from saelens_sparse.activations.mixing import EMPTY, MixingBuffer, to_device
+from saelens_sparse.activations.packing import ConcatenatedRows, SeparateRows, TokenizedRows
+from saelens_sparse.activations.rows import Rows, TokenSlices, can_slice
+from saelens_sparse.config.checks import check_buffer
+from saelens_sparse.private_names import input_token_device
+from saelens_sparse.warn import warn_caller
+
+# Names in its state; the first is SAELens's.
+_PROCESSED, _SETTINGS, _CACHED_ROW, _TOKENS = (
+    "n_dataset_processed",
+    "settings",
+    "cached_row",
+    "tokens.",
+)
+# Options that decide how rows become sequences.
+_OF_SEQUENCES = (
+    "prepend_bos",
+    "disable_concat_sequences",
+    "sequence_separator_token",
+    "use_chat_formatting",
+)
+# As SAELens says it.
+_NEW_EPOCH = "All samples in the training dataset have been exhausted, beginning new epoch."
+
+
+class FastActivationsStore(ActivationsStore):
+    """
+    SAELens's `ActivationsStore`, whose batches cost little more than the language model.
+
+    It takes the same arguments and gives the same batches bit for bit, given the same activations.
+    What differs:
+
+    - Tokens of a tokenized dataset are read in slices. Tokens stay on the host until the language
+      model wants them.
+    - The buffer is allocated once. Its rows stay where they are, and only their order is shuffled.
+    - Nothing waits for a GPU.
+    - Its state holds the tokens' position, the buffer and the state of PyTorch's generator of the
+      host, so that a resumed run gets the batches that it would have got.
+
+    Attributes:
+        saves_buffer: Whether the buffer belongs to the state. Without it, a resumed run begins with
+            an empty buffer and the tokens that follow.
+        reads_ahead: Whether activations for the next shuffle are computed while batches are left of
+            the last one. On a GPU of its own, the language model is never idle then.
+            `SparseTrainingRunner` sets it for `prefetch_llm_batches`. A thread that prefetches has
+            nothing to do then: SAELens's runners get empty iterators for it.
+    """
+
+    saves_buffer: bool = True
+    reads_ahead: bool = False
+    iterable_sequences: Epoch
+    _batches: Batches | None
+    _buffer_state: dict[str, torch.Tensor] | None  # loaded, for batches that are yet to come
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prepare()
+
+    @classmethod
+    def taking_over(cls, store: ActivationsStore) -> FastActivationsStore:
+        """
+        A store in the place of one of SAELens's that nobody has read from.
+
+        Raises:
+            ValueError: somebody has.
+        """
+        if isinstance(store, cls):
+            return store
+        own = cls.__new__(cls)
+        own.__dict__ = vars(store).copy()
+        sequences = getattr(store, "iterable_sequences", None)
+        if (
+            own._dataloader is not None
+            or (isgenerator(sequences) and getgeneratorstate(sequences) != GEN_CREATED)
+            or getattr(store, "current_row_idx", 0) > 0
+        ):
+            raise ValueError("the activation store cannot be replaced once it has been read from")
+        own._prepare()
+        return own
+
+    def _prepare(self) -> None:
+        self._lock = threading.RLock()
+        self._batches = self._buffer_state = None
+        excluded = self.exclude_special_tokens
+        self._excluded = None if excluded is None else excluded.cpu()
+        cached = self.cached_activation_dataset
+        self._cached = None if cached is None else CachedActivations(cached, self.hook_name)
+        if self.dataset is not None:
+            self.iterable_sequences = self._new_epoch()
+
+    def check(self) -> None:
+        """
+        Check that the stream of batches can begin.
+
+        Raises:
+            ValueError: the model has no such hook, the buffer is too small, or the dataset is.
+        """
+        prompts = self.n_batches_in_buffer
+        check_buffer(prompts, self.training_context_size, self.train_batch_size_tokens)
+        if self._cached is not None:
+            checks.check_dataset_size(len(self._cached), prompts, "cached_activations_path")
+            return
+        known = hooks_of(self.model)
+        if known is not None:
+            checks.check_hooks(self._hook_names or [self.hook_name], known)
+        if self.is_dataset_tokenized and isinstance(self.dataset, Dataset):
+            checks.check_dataset_size(len(self.dataset), prompts, "the dataset")
+
+    # Tokens
+
+    @override
+    def get_batch_tokens(
+        self,
+        batch_size: int | None = None,
+        raise_at_epoch_end: bool = False,
+        move_to_model_device: bool = True,
+    ) -> torch.Tensor:
+        with self._lock:
+            if self._batches is not None:
+                self._batches.give_back()
+            n = batch_size or self.store_batch_size_prompts
+            tokens = self._take(n, raise_at_epoch_end).tokens
+        return to_device(
+            tokens, input_token_device(self.model) if move_to_model_device else self.device
+        )
+
+    @override
+    def shuffle_input_dataset(self, seed: int, buffer_size: int = 1) -> None:
+        super().shuffle_input_dataset(seed, buffer_size)
+        if self.iterable_sequences.rows_read == 0:
+            self.iterable_sequences = self._new_epoch()
+
+    def _take(self, n: int, raises_at_end: bool) -> Sequences:
+        """The next `n` sequences of tokens.
+
+        Raises:
+            StopIteration: the epoch has ended before and `raises_at_end`, or there are none.
+        """
+        taken = self.iterable_sequences.read(n)
+        while len(taken) < n:
+            self.n_dataset_processed = self.iterable_sequences.n_processed
+            self.iterable_sequences = self._new_epoch()
+            more = self.iterable_sequences.read(0 if raises_at_end else n - len(taken))
+            if not len(more):
+                n = self.n_dataset_processed
+                raise StopIteration(f"Ran out of tokens in dataset after {n} samples.")
+            taken = taken.joined(more)
+        self.n_dataset_processed = self.iterable_sequences.n_processed
+        return taken
+
+    def _new_epoch(self) -> Epoch:
+        column, context_size = self.tokens_column, self.context_size
+        before = self.n_dataset_processed
+        dataset: Any = self.dataset
+        if self.is_dataset_tokenized and can_slice(dataset, column):
+            return SlicedEpoch(partial(TokenSlices, dataset, column, context_size), before)
+        if self.is_dataset_tokenized:
+            packer, tokenize = TokenizedRows(context_size), self._checked_row
+        else:
+            packer, tokenize = self._packer_of_text(), self._tokens_of_text
+        return PackedEpoch(partial(Rows, dataset, column), tokenize, packer, before)
+
+    def _packer_of_text(self) -> ConcatenatedRows | SeparateRows:
+        tokenizer: Any = getattr(self.model, "tokenizer", None)
+        bos = tokenizer.bos_token_id if tokenizer is not None and self.prepend_bos else None
+        if self.disable_concat_sequences:
+            return SeparateRows(self.context_size, bos)
+        separator = None
+        if tokenizer is not None:
+            separator = get_special_token_from_cfg(self.sequence_separator_token, tokenizer)
+        return ConcatenatedRows(self.context_size, bos, separator)
+
+    def _checked_row(self, row: Any) -> torch.Tensor:
+        tokens = torch.as_tensor(row, dtype=torch.long, device="cpu")
+        checks.check_row(len(tokens), self.context_size)
+        return tokens
+
+    def _tokens_of_text(self, row: Any) -> torch.Tensor:
+        model: Any = self.model
+        if not self.use_chat_formatting:
+            tokens = model.to_tokens(row, truncate=False, move_to_device=False, prepend_bos=False)
+            tokens = tokens.squeeze(0)
+        elif getattr(model, "tokenizer", None) is None:
+            raise ValueError("use_chat_formatting: True needs a model that has a tokenizer")
+        else:
+            messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
+            tokens = tokenize_with_chat_template(messages, model.tokenizer)
+        if tokens.ndim != 1:
+            raise ValueError(f"tokens.shape should be 1D but was {tokens.shape}")
+        return tokens.long().cpu()
+
+    # Activations
+
+    @override
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(()) if self.reads_ahead else self
+
+    @override
+    def get_data_loader(self) -> Iterator[torch.Tensor]:
+        is_cached = self._cached is not None
+        dtype = None if is_cached else torch.get_default_dtype()
+        return self._new_batches(dtype, lambda parts: parts[0])
+
+    @override
+    def get_multi_hook_data_loader(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(()) if self.reads_ahead else self.hook_batches()
+
+    def hook_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of activations at each hook, `[batch_size, width]`, of the same tokens."""
+        if self._hook_names is None:
+            return super().get_multi_hook_data_loader()  # which says what is wrong
+        names = self._hook_names
+        return self._new_batches(None, lambda parts: dict(zip(names, parts, strict=True)))
+
+    def _new_batches(
+        self, dtype: torch.dtype | None, form: Callable[[list[torch.Tensor]], Any]
+    ) -> Batches:
+        self.check()
+        context_size = self.training_context_size if self._cached is None else self.context_size
+        buffer = MixingBuffer(
+            size=self.n_batches_in_buffer * self.training_context_size,
+            n_at_once=self.store_batch_size_prompts * context_size,
+            batch_size=self.train_batch_size_tokens,
+            mix_fraction=self.activations_mixing_fraction,
+            device=self.device,
+            dtype=dtype,
+        )
+        self._batches = Batches(buffer, self, form, self._lock)
+        if self._buffer_state is not None:
+            self._batches.load(self._buffer_state)
+            self._buffer_state = None
+        return self._batches
+
+    def model_batch(self) -> ModelBatch:
+        """Activations of the next batch of the language model, for the buffer.
+
+        Raises:
+            ValueError: there are too few tokens to fill the buffer once.
+        """
+        next_batch = self._cached_batch if self._cached is not None else self._computed_batch
+        epoch = None if self.dataset is None else self.iterable_sequences
+        try:
+            return next_batch(True)
+        except StopIteration:
+            if self._cached is None and epoch is not None:
+                checks.check_dataset_size(epoch.n_taken, self.n_batches_in_buffer, "the dataset")
+            warnings.warn(_NEW_EPOCH, stacklevel=2)
+        try:
+            return next_batch(False)
+        except StopIteration as error:
+            raise ValueError(
+                "Unable to fill buffer after starting new epoch. Dataset may be too small."
+            ) from error
+
+    def model_batch_of_epoch(self) -> ModelBatch | None:
+        """The same, if this epoch has as many tokens left as the language model gets at once."""
+        if self._cached is not None:
+            return None
+        rows_read = self.iterable_sequences.rows_read
+        taken = self.iterable_sequences.read(self.store_batch_size_prompts)
+        batch = ModelBatch([], taken, rows_read)
+        if len(taken) < self.store_batch_size_prompts:
+            self.put_back(batch)
+            return None
+        self.n_dataset_processed = self.iterable_sequences.n_processed
+        return batch._replace(parts=self._activations(taken.tokens))
+
+    def put_back(self, batch: ModelBatch) -> None:
+        """Take back the tokens of what was given last."""
+        assert batch.sequences is not None
+        self.iterable_sequences.put_back(batch.sequences, batch.rows_read)
+        self.n_dataset_processed = self.iterable_sequences.n_processed
+
+    def _computed_batch(self, raises_at_end: bool) -> ModelBatch:
+        rows_read = self.iterable_sequences.rows_read
+        taken = self._take(self.store_batch_size_prompts, raises_at_end)
+        return ModelBatch(self._activations(taken.tokens), taken, rows_read)
+
+    @torch.no_grad()
+    def _activations(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Activations at each hook, `[n, width]`, without those of excluded tokens.
+
+        Args:
+            tokens: `[prompts, context_size]`, on the host.
+        """
+        on_device = to_device(tokens, input_token_device(self.model))
+        parts = [part.flatten(0, 1) for part in self._run_model(on_device)]
+        kept = self._kept(tokens[:, slice(*self.seqpos_slice)])
+        if kept is not None:
+            parts = [part.index_select(0, to_device(kept, part.device)) for part in parts]
+        dtypes = [part.dtype for part in parts]
+        if len(set(dtypes)) > 1:
+            widest = functools.reduce(torch.promote_types, dtypes)
+            parts = [part.to(widest) for part in parts]
+        return parts
+
+    def _run_model(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Activations at each hook, `[prompts, positions, width]`."""
+        names = self._hook_names or [self.hook_name]
+        stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
+        known = [stop for stop in stops if stop is not None]
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast_lm):
+            cache: Any = self.model.run_with_cache(
+                tokens,
+                names_filter=list(names),
+                stop_at_layer=max(known) if len(known) == len(stops) else None,
+                prepend_bos=False,
+                **self.model_kwargs,
+            )[1]
+        parts: list[torch.Tensor] = []
+        for name in names:
+            part = cache[name][:, slice(*self.seqpos_slice)]
+            head = (
+                self.hook_head_index
+                if self._hook_names is None
+                else self._hook_head_indices.get(name)
+            )
+            part = part.flatten(2) if head is None else part[:, :, head]
+            checks.check_width(name, part.shape[-1], self._width(name))
+            parts.append(part)
+        return parts
+
+    def _width(self, hook_name: str) -> int:
+        return self.d_in if self._hook_d_ins is None else self._hook_d_ins[hook_name]
+
+    def _kept(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Indices of tokens that are not excluded, counted row by row; None if none is."""
+        if self._excluded is None:
+            return None
+        is_kept = torch.isin(tokens.reshape(-1), self._excluded, invert=True)
+        return None if is_kept.all() else is_kept.nonzero().squeeze(1)
+
+    def _cached_batch(self, raises_at_end: bool) -> ModelBatch:
+        """As SAELens's `_load_raw_llm_batch_from_cached`."""
+        assert self._cached is not None
+        n, d_in = self.store_batch_size_prompts, self.d_in
+        if self.current_row_idx > len(self._cached) - n:
+            self.current_row_idx = 0
+            if raises_at_end:
+                raise StopIteration
+        activations, tokens = self._cached.read(self.current_row_idx, self.current_row_idx + n)
+        checks.check_cached(activations.numel(), n, self.context_size, d_in)
+        self.current_row_idx += n
+        part = activations.view(-1, d_in)
+        kept = None if tokens is None else self._kept(tokens)
+        if kept is not None:
+            part = part.index_select(0, kept)
+        return ModelBatch([part.to(self.dtype)])
+
+    # State
+
+    @override
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        What another store of the same settings needs to go on with the same batches.
+
+        Returns:
+            SAELens's `n_dataset_processed` and, under names of their own, the position in the
+            dataset, the buffer's rows (`[n, width]` for each hook, on the host) and the state of
+            PyTorch's generator of the host.
+        """
+        with self._lock:
+            state = {_SETTINGS: as_tensor(self._settings())}
+            if self._batches is not None:
+                return state | self._batches.state(with_buffer=self.saves_buffer)
+            if self.saves_buffer:
+                buffer = self._buffer_state or EMPTY
+                state |= {BUFFER + name: part for name, part in buffer.items()}
+            return state | self.position() | {GENERATOR: torch.get_rng_state()}
+
+    def position(self) -> dict[str, torch.Tensor]:
+        """Where it stands in the dataset, in a form that can be saved."""
+        state = super().state_dict()
+        if self._cached is not None:
+            state[_CACHED_ROW] = torch.tensor(self.current_row_idx)
+        if self.dataset is not None:
+            epoch = self.iterable_sequences.state()
+            state |= {_TOKENS + name: part.clone() for name, part in epoch.items()}
+        return state
+
+    def go_to(self, position: Mapping[str, torch.Tensor]) -> None:
+        """Stand where it stood."""
+        self.n_dataset_processed = int(position[_PROCESSED])
+        if self._cached is not None and _CACHED_ROW in position:
+            self.current_row_idx = int(position[_CACHED_ROW])
+        if self.dataset is not None:
+            self.iterable_sequences = self._new_epoch()
+            self.iterable_sequences.load(part_of(position, _TOKENS))
+
+    @override
+    def load(self, file_path: str) -> None:
+        """
+        Go on where the store stood whose state the file holds: this class's, or SAELens's.
+
+        SAELens's holds the number of rows alone. The buffer begins empty then, and a warning says
+        so.
+        """
+        state = load_file(file_path)
+        settings = as_value(state[_SETTINGS]) if _SETTINGS in state else {}
+        with self._lock:
+            if self._batches is not None:
+                self._batches.give_back()
+            if GENERATOR in state:
+                torch.set_rng_state(state[GENERATOR])
+            if settings.get("position") == self._settings()["position"]:
+                self.go_to(state)
+            elif self.dataset is not None:
+                self._fast_forward(int(state.get(_PROCESSED, torch.tensor(0))))
+            self._load_buffer(part_of(state, BUFFER), settings)
+
+    def _fast_forward(self, n_processed: int) -> None:
+        """Read and drop sequences, as SAELens does, until so many rows count as processed."""
+        done = self.n_dataset_processed
+        title = "Fast-forwarding through dataset"
+        with tqdm(desc=title, initial=done, total=n_processed, leave=False) as bar:
+            while self.n_dataset_processed < n_processed:
+                before = self.n_dataset_processed
+                self.iterable_sequences.pass_over(n_processed)
+                self.n_dataset_processed = self.iterable_sequences.n_processed
+                if self.iterable_sequences.has_ended:
+                    self.iterable_sequences = self._new_epoch()
+                bar.update(self.n_dataset_processed - before)
+
+    def _load_buffer(self, buffer: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
+        own = self._settings()["buffer"]
+        of_state = settings.get("buffer", own)
+        differing = [
+            f"{name} ({of_state.get(name)!r})" for name in own if of_state.get(name) != own[name]
+        ]
+        if not buffer or differing:
+            why = f"has another {', '.join(differing)}" if buffer else "holds no activations"
+            warn_caller(
+                f"the state of the activation store {why}: the buffer starts empty, and is filled "
+                "from the tokens that follow"
+            )
+            buffer = EMPTY
+        if self._batches is None:
+            self._buffer_state = buffer
+        else:
+            self._batches.load(buffer)
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        """What must be the same for a position, and for rows of a buffer, to have their meaning."""
+        names = self._hook_names or [self.hook_name]
+        return {
+            "position": {
+                "context_size": self.context_size,
+                "is_cached": self._cached is not None,
+                "epoch": None if self.dataset is None else type(self.iterable_sequences).__name__,
+                **{name: getattr(self, name) for name in _OF_SEQUENCES},
+            },
+            "buffer": {
+                "n_batches_in_buffer": self.n_batches_in_buffer,
+                "context_size": self.training_context_size,
+                "train_batch_size_tokens": self.train_batch_size_tokens,
+                "activations_mixing_fraction": self.activations_mixing_fraction,
+                "hooks": [[name, self._width(name)] for name in names],
+            },
+        }

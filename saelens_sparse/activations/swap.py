@@ -1,0 +1,46 @@
+"""The fast activation store in SAELens's own runners."""
+
+from __future__ import annotations
+
+from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.training.activations_store import ActivationsStore
+
+from saelens_sparse.activations.store import FastActivationsStore
+
+
+def use_fast_activations_store(
+    runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner, *, save_buffer: bool = True
+) -> FastActivationsStore:
+    """
+    Let a runner of SAELens's and its evaluator take activations from a `FastActivationsStore`.
+
+    Call it before `runner.run()`. The batches are the same; see `FastActivationsStore`. With
+    `prefetch_llm_batches`, a checkpoint of SAELens's runners leaves out the batches that its thread
+    had ready. `SparseTrainingRunner` has none of this to do.
+
+    Args:
+        runner: One that has not run.
+        save_buffer: Whether checkpoints hold the buffer. It takes 4 bytes an activation,
+            1.5 GB for 164k x 2,304.
+
+    Returns:
+        The store.
+
+    Raises:
+        TypeError: its store is of another class than SAELens's.
+        ValueError: its store has been read from, or its settings cannot work.
+    """
+    store = runner.activations_store
+    if type(store) not in (ActivationsStore, FastActivationsStore):
+        raise TypeError(
+            f"runner.activations_store is a {type(store).__name__}; allowed: SAELens's "
+            "ActivationsStore"
+        )
+    own = FastActivationsStore.taking_over(store)
+    own.check()
+    own.saves_buffer = save_buffer
+    runner.activations_store = own
+    if getattr(runner.evaluator, "activations_store", None) is store:
+        runner.evaluator.activations_store = own
+    return own

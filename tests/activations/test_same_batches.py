@@ -1,0 +1,134 @@
+"""Batches, tokens, warnings and random states of the store are those of SAELens's, bit for bit."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from sae_lens.training.activations_store import ActivationsStore
+
+from saelens_sparse import FastActivationsStore
+from tests.support.activation_data import CONTEXT, DATA
+from tests.support.activations import (
+    CASES,
+    TRAINING,
+    WITH_EVALS,
+    Models,
+    Player,
+    assert_same_events,
+    case,
+    make_store,
+    play,
+)
+from tests.support.runs import what_libraries_say
+
+pytestmark = what_libraries_say
+
+
+def assert_stock_gives_the_same(
+    models: Models, name: str, actions: list[str], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    model = models[case.model]
+    said, stock = play(ActivationsStore, case, actions, model, tmp_path / "stock")
+    own_said, own = play(FastActivationsStore, case, actions, model, tmp_path / "own")
+    assert own_said == said
+    n_batches = sum(isinstance(event.result, torch.Tensor | dict) for event in stock)
+    assert n_batches >= 40
+    assert_same_events(own, stock)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stock_gives_the_same(models: Models, name: str, tmp_path: Path) -> None:
+    assert_stock_gives_the_same(models, name, WITH_EVALS, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["int64", "streaming", "text", "chat", "hooks", "cached"])
+def test_stock_gives_the_same_to_training_alone(models: Models, name: str, tmp_path: Path) -> None:
+    assert_stock_gives_the_same(models, name, TRAINING, tmp_path)
+
+
+# With fewer positions, all tokens may be excluded, and stock looks for others forever.
+FEWEST_POSITIONS = 4
+OPTIONS = st.fixed_dictionaries(
+    {
+        "activations_mixing_fraction": st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
+        "train_batch_size_tokens": st.integers(1, 20),
+        "store_batch_size_prompts": st.integers(1, 9),
+        "context_size": st.integers(FEWEST_POSITIONS, CONTEXT),
+        "seqpos_slice": st.sampled_from([(None,), (1, None), (None, -1), (0, None, 2)]),
+        "exclude_special_tokens": st.sampled_from([False, True, [8, 9, 10]]),
+        "disable_concat_sequences": st.booleans(),
+        "prepend_bos": st.booleans(),
+        "sequence_separator_token": st.sampled_from(["bos", "eos", "sep", None, 7]),
+    }
+)
+HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_z")
+ACTIONS = st.lists(
+    st.sampled_from(
+        ["batch", "batch", "batch", "tokens", "tokens 1", "tokens 7", "epoch's tokens", "raw"]
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(
+    data=st.sampled_from([*sorted(set(DATA) - {"text in a folder", "one row", "a row too short"})]),
+    options=OPTIONS,
+    prompts_to_spare=st.integers(0, 2),
+    hooks=st.sampled_from([(), HOOKS]),
+    actions=ACTIONS,
+)
+def test_stock_gives_the_same_for_any_options(
+    models: Models,
+    data: str,
+    options: dict[str, Any],
+    prompts_to_spare: int,
+    hooks: tuple[str, ...],
+    actions: list[str],
+) -> None:
+    positions = len(range(options["context_size"])[slice(*options["seqpos_slice"])])
+    least = -(-options["train_batch_size_tokens"] // positions)
+    options = options | {"n_batches_in_buffer": least + prompts_to_spare}
+    if data in ("chat", "conversations, streaming"):
+        options = options | {"use_chat_formatting": True}
+    any_case = case(data, hooks=hooks, **options)
+    model = models["float32"]
+    with tempfile.TemporaryDirectory() as folder:
+        stock_folder, own_folder = Path(folder, "stock"), Path(folder, "own")
+        said, stock = play(ActivationsStore, any_case, actions, model, stock_folder)
+        own_said, own = play(FastActivationsStore, any_case, actions, model, own_folder)
+    assert own_said == said
+    assert_same_events(own, stock)
+
+
+@pytest.mark.parametrize("name", ["int64", "no mixing", "hooks", "all is kept"])
+def test_a_batch_belongs_to_the_caller(models: Models, name: str, tmp_path: Path) -> None:
+    """What is done to it in place changes no other batch."""
+    case = CASES[name]
+    _, stock = play(ActivationsStore, case, TRAINING, models[case.model], tmp_path / "stock")
+    torch.manual_seed(0)
+    player = Player(make_store(FastActivationsStore, case, models[case.model], tmp_path / "own"))
+    for expected in stock:
+        (event,) = player.play(["batch"])[-1:]
+        assert_same_events([event], [expected])
+        for batch in [event.result] if case.hooks == () else event.result.values():
+            batch.fill_(torch.nan)
+
+
+def test_two_data_loaders_share_tokens_and_nothing_else(models: Models, tmp_path: Path) -> None:
+    taken: list[list[torch.Tensor]] = []
+    for store_class in (ActivationsStore, FastActivationsStore):
+        torch.manual_seed(0)
+        folder = tmp_path / store_class.__qualname__ / str(len(taken))
+        store = make_store(store_class, case(), models["float32"], folder)
+        loader = store.get_data_loader()
+        batches = [next(source) for _ in range(20) for source in (store, loader)]
+        taken.append([*batches, store.next_batch()])
+    for own, stock in zip(taken[1], taken[0], strict=True):
+        assert torch.equal(own, stock)
