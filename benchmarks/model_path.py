@@ -15,6 +15,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -192,12 +193,20 @@ CONTENDERS = (
 )
 
 
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """Raise where a path, a compiler or a CUDA graph was asked for and not taken."""
+    with warnings.catch_warnings():
+        for message in ("Activations are computed by SAELens", "The language model runs without"):
+            warnings.filterwarnings("error", message)
+        yield
+
+
 def path_of(
     contender: Contender, model: nn.Module, name: str, case: ModelCase, precision: str
 ) -> ModelPath:
     """The contender's path, which must be the one that it names."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a path or a compiler that was not taken
+    with no_fallback():
         return choose_model_path(
             model,
             [name],
@@ -227,8 +236,7 @@ def measure(
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
+        with no_fallback():
             found = path.activations(tokens)[name].float()
         if device == "cuda":
             torch.cuda.synchronize()

@@ -1,6 +1,8 @@
 """Compiled blocks and CUDA graphs compute what blocks compute; a failing one is left for these."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,9 +27,16 @@ from tests.support.language_models import (
 RESID = "blocks.2.hook_resid_post"
 
 
-def check_compiled(model: nn.Module, names: list[str], tokens: torch.Tensor) -> None:
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """Raise where blocks were not compiled, or a graph was not recorded."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # what a failing compiler would give
+        warnings.filterwarnings("error", "The language model runs without")
+        yield
+
+
+def check_compiled(model: nn.Module, names: list[str], tokens: torch.Tensor) -> None:
+    with no_fallback():
         path = choose_model_path(model, names, n_positions=N_POSITIONS, compiled=True)
         found = path.activations(tokens)
         again = path.activations(tokens)
@@ -51,7 +60,8 @@ def test_compiled_blocks_are_as_exact_as_stock(family: str, autocast: bool, devi
     model = hooked_transformer(family, dtype).to(device)
     names = ["blocks.1.attn.hook_z", "blocks.2.hook_mlp_out", RESID]
     options: Any = {"n_positions": N_POSITIONS, "autocast": autocast, "compiled": True}
-    found = choose_model_path(model, names, **options).activations(prompts())
+    with no_fallback():
+        found = choose_model_path(model, names, **options).activations(prompts())
     stock = stock_activations(model, names, prompts(), autocast)
     exact = stock_activations(in_dtype(model, torch.float64), names, prompts())
     for name in names:
@@ -124,10 +134,8 @@ def test_what_is_not_the_compilers_fault_is_raised() -> None:
     path = choose_model_path(
         hooked_transformer("gpt2"), [RESID], n_positions=N_POSITIONS, compiled=True
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        with pytest.raises(IndexError):
-            path.activations(prompts() + 10_000)
+    with no_fallback(), pytest.raises(IndexError):
+        path.activations(prompts() + 10_000)
 
 
 def test_a_graph_is_only_recorded_on_a_cuda_device() -> None:
@@ -151,7 +159,9 @@ def test_a_graph_replays_what_was_recorded(family: str, compiled: bool, autocast
     model = hooked_transformer(family, pads_left=True).cuda()
     names = [RESID, "blocks.1.attn.hook_z"]
     options: Any = {"n_positions": N_POSITIONS, "autocast": autocast, "compiled": compiled}
-    path = choose_model_path(model, names, cuda_graph=True, **options)
+    with no_fallback():
+        path = choose_model_path(model, names, cuda_graph=True, **options)
+        path.activations(prompts())
     plain = choose_model_path(model, names, **options)
     for tokens in (prompts(), prompts().flip(0), prompts(pads=True), prompts()[:3]):
         first = path.activations(tokens)
