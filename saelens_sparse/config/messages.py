@@ -39,5 +39,5 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     leaf = name.rpartition(".")[2]
     same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
-    close = same_leaf or get_close_matches(name, known, 1)
+    close = get_close_matches(name, same_leaf, 1, cutoff=0) or get_close_matches(name, known, 1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -39,7 +39,7 @@ def train(
     monkeypatch: pytest.MonkeyPatch,
     handlers: None,  # noqa: ARG001
 ) -> Callable[..., Run]:
-    """Trains in a new runner, or in one that is given."""
+    """Trains in a new runner; options are those of `make_runner`."""
     runs: list[Run] = []
 
     def recording(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,14 +59,14 @@ def train(
 
     monkeypatch.setattr(wandb, "log", log)
 
-    def train(scenario: Scenario, runner: Any = None, **options: Any) -> Run:
+    def train(scenario: Scenario, seed: int | None = None, **options: Any) -> Run:
         run = Run()
         runs.append(run)
-        # The random state of a resumed run is that of its checkpoint.
-        torch.manual_seed(len(runs) if "resume_from_checkpoint" in options else 0)
-        if runner is None:
-            folder = tmp_path / f"run {len(runs)}"
-            runner = make_runner(scenario, models["float32"], folder, **options)
+        # Whatever a run that resumes begins with, its random state is that of the checkpoint.
+        default = len(runs) if "resume_from_checkpoint" in options else 0
+        torch.manual_seed(default if seed is None else seed)
+        folder = tmp_path / f"run {len(runs)}"
+        runner = make_runner(scenario, models["float32"], folder, **options)
         try:
             trained = runner.run()
         except KeyboardInterrupt as error:

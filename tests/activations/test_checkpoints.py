@@ -28,7 +28,8 @@ STATE = "activations_store_state.safetensors"
 CUTS = [0, 1, 2, 8, 19, 20, 33, 51]
 RESUMED = (
     "int64", "long rows", "rows of several lengths", "shuffled", "chunks on disk", "selected",
-    "streaming", "streaming, shuffled", "streaming, generated", "text", "text, streaming",
+    "streaming", "streaming, shuffled", "streaming, generated", "streaming, tensors", "a list",
+    "text, shuffled", "text", "text, streaming",
     "not concatenated", "no separator, no BOS", "chat", "special tokens excluded",
     "special tokens of a text excluded", "positions with a step", "no mixing", "no mixing, text",
     "all is kept", "all is kept, large batches", "batch does not divide the buffer",

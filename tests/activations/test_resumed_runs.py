@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.activation_runs import SCENARIOS, Run, assert_same_run, n_steps
-from tests.support.activations import Models
+from tests.support.activations import BATCH, Models
 from tests.support.runs import what_libraries_say
 
 pytestmark = what_libraries_say
@@ -43,6 +43,17 @@ def test_a_resumed_run_is_one_that_was_never_stopped(
     for checkpoint in run.checkpoints:
         resumed = train(scenario, resume_from_checkpoint=str(checkpoint))
         assert_same_run(resumed, expected, n_steps(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["tokens", "hooks"])
+def test_a_checkpoint_counts_the_steps_before_it(train: Train, name: str) -> None:
+    run = train(SCENARIOS[name], n_checkpoints=3, save_final_checkpoint=True)
+    assert len(run.checkpoints) == 4
+    for checkpoint in run.checkpoints:
+        states = [torch.load(path) for path in checkpoint.rglob("trainer_state.pt")]
+        assert states
+        for state in states:
+            assert state["n_training_steps"] * BATCH == state["n_training_samples"]
 
 
 def test_a_run_is_resumed_many_times(train: Train, uninterrupted: Uninterrupted) -> None:

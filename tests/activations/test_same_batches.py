@@ -51,6 +51,18 @@ def test_stock_gives_the_same_to_training_alone(models: Models, name: str, tmp_p
     assert_stock_gives_the_same(models, name, TRAINING, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["int64", "streaming", "text", "text, streaming"])
+@pytest.mark.parametrize("before", [[], ["tokens 5"], ["batch"] * 3, ["tokens 23"]])
+def test_stock_shuffles_the_same(
+    models: Models, name: str, before: list[str], tmp_path: Path
+) -> None:
+    actions = [*before, "shuffle", *["tokens 5"] * 7, *["batch"] * 9]
+    case, model = CASES[name], models["float32"]
+    _, stock = play(ActivationsStore, case, actions, model, tmp_path / "stock")
+    _, own = play(FastActivationsStore, case, actions, model, tmp_path / "own")
+    assert_same_events(own, stock)
+
+
 # With fewer positions, all tokens may be excluded, and stock looks for others forever.
 FEWEST_POSITIONS = 4
 OPTIONS = st.fixed_dictionaries(
@@ -132,3 +144,27 @@ def test_two_data_loaders_share_tokens_and_nothing_else(models: Models, tmp_path
         taken.append([*batches, store.next_batch()])
     for own, stock in zip(taken[1], taken[0], strict=True):
         assert torch.equal(own, stock)
+
+
+@pytest.mark.parametrize("name", ["int64", "text", "hooks"])
+@pytest.mark.parametrize("call", [1, 2, 5, 7])
+def test_what_fails_once_loses_nothing(
+    models: Models, name: str, call: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where a device has had no memory left."""
+    case, model = CASES[name], models["float32"]
+    actions = ["batch"] * 20
+    _, stock = play(ActivationsStore, case, actions, model, tmp_path / "stock")
+    original, n_calls = model.run_with_cache, 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == call:
+            raise RuntimeError("out of memory")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(model, "run_with_cache", failing)
+    _, own = play(FastActivationsStore, case, [*actions, "batch"], model, tmp_path / "own")
+    assert sum(isinstance(event.result, str) for event in own) == 1
+    assert_same_events([event for event in own if not isinstance(event.result, str)], stock)

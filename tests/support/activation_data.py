@@ -128,6 +128,7 @@ DATA: dict[str, Callable[[Path], Any]] = {
     ),
     "a range": lambda _: typed(datasets.List(Int32, length=CONTEXT)).select(range(3, 20)),
     "chunks on disk": in_chunks,
+    "one row": lambda _: Dataset.from_dict({"input_ids": token_rows(n_rows=1)}),
     "many rows": lambda _: Dataset.from_dict({"input_ids": token_rows(n_rows=200)}),
     "special tokens": lambda _: Dataset.from_dict({"input_ids": special_rows()}),
     "a row too short": lambda _: Dataset.from_dict(
@@ -140,9 +141,15 @@ DATA: dict[str, Callable[[Path], Any]] = {
     .to_iterable_dataset(num_shards=3)
     .shuffle(seed=4, buffer_size=5),
     "streaming, generated": lambda _: generated(),
+    "streaming, tensors": lambda _: Dataset.from_dict({"input_ids": token_rows()})
+    .to_iterable_dataset()
+    .with_format("torch"),
+    "arrays": lambda _: Dataset.from_dict({"input_ids": token_rows()}).with_format("numpy"),
+    "a list": lambda _: [{"tokens": row} for row in token_rows()],
     "text": lambda _: Dataset.from_dict({"text": texts()}),
     "problem": lambda _: Dataset.from_dict({"problem": texts()}),
     "text, streaming": lambda _: Dataset.from_dict({"text": texts()}).to_iterable_dataset(),
+    "text, shuffled": lambda _: Dataset.from_dict({"text": texts()}).shuffle(seed=3),
     "text in a folder": text_in_a_folder,
     "short texts": lambda _: Dataset.from_dict({"text": ["w5 w6", "w7"] * 20}),
     "chat": lambda _: Dataset.from_dict({"messages": conversations()}),

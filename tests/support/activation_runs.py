@@ -8,7 +8,11 @@ import torch
 from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 from sae_lens.config import LoggingConfig
 
-from saelens_sparse import SparseMultiSAETrainingRunner, SparseTrainingRunner
+from saelens_sparse import (
+    SparseMultiSAETrainingRunner,
+    SparseTrainingRunner,
+    use_fast_activations_store,
+)
 from tests.support.activation_data import CONTEXT, DATA, PROMPTS
 from tests.support.activations import (
     BATCH,
@@ -29,9 +33,10 @@ SETTINGS: dict[str, Any] = {
     "training_tokens": N_STEPS * BATCH,
     "eval_batch_size_prompts": 3,
     "n_eval_batches": 2,
+    "feature_sampling_window": 7,
     "logger": LoggingConfig(log_to_wandb=False),
 }
-EVALS = {"logger": LoggingConfig(wandb_log_frequency=2, eval_every_n_wandb_logs=2)}
+EVALS = {"logger": LoggingConfig(wandb_log_frequency=3, eval_every_n_wandb_logs=3)}
 NORMALIZED = {"normalize_activations": "expected_average_only_in"}
 WHITENED = {"normalize_activations": "covariance_whitening"}
 
@@ -85,44 +90,67 @@ class Run:
         self.logged.append((step, numbers))
 
 
-def make_runner(
-    scenario: Scenario,
-    model: Any,
-    folder: Path,
-    *,
-    architecture: str = "topk_sparse",
-    stock: bool = False,
-    **options: Any,
+def make_config(
+    scenario: Scenario, folder: Path, *, architecture: str = "topk_sparse", **options: Any
 ) -> Any:
-    """A runner of this package, or SAELens's.
+    """A runner's config.
 
     Args:
         scenario: What is trained on what.
-        model: The language model.
-        folder: A new one, for the dataset, checkpoints and output.
+        folder: For checkpoints and output.
         architecture: Of all SAEs.
-        stock: Whether the runner is SAELens's.
-        options: Others of the runner's config.
+        options: Others of the config.
     """
-    (folder / "data").mkdir(parents=True)
-    given = {
-        "override_model": model,
-        "override_dataset": DATA[scenario.data](folder / "data"),
-    }
     options = SETTINGS | scenario.options | options
     fields = {"d_sae": 32, **scenario.sae}
     if architecture == "topk_sparse":
         fields["implementation"] = "torch"
     if not scenario.hooks:
         sae = config_of(architecture, d_in=D_MODEL, **fields)
-        cfg = runner_config(sae, folder, **{"hook_name": HOOK, **options})
-        return (LanguageModelSAETrainingRunner if stock else SparseTrainingRunner)(cfg, **given)
+        return runner_config(sae, folder, **{"hook_name": HOOK, **options})
     saes = {
         hook: config_of(architecture, d_in=D_IN.get(hook, D_MODEL), **fields)
         for hook in scenario.hooks
     }
-    cfg = multi_config(saes, folder, **{"hook_names": {hook: hook for hook in saes}, **options})
-    return (MultiSAETrainingRunner if stock else SparseMultiSAETrainingRunner)(cfg, **given)
+    return multi_config(saes, folder, **{"hook_names": {hook: hook for hook in saes}, **options})
+
+
+RUNNERS = {
+    "own": (SparseTrainingRunner, SparseMultiSAETrainingRunner),
+    "stock": (LanguageModelSAETrainingRunner, MultiSAETrainingRunner),
+}
+
+
+def make_runner(
+    scenario: Scenario,
+    model: Any,
+    folder: Path,
+    *,
+    kind: str = "own",
+    save_buffer: bool = True,
+    **options: Any,
+) -> Any:
+    """A runner of this package ("own"), or SAELens's with its store ("stock") or ours ("swapped").
+
+    Args:
+        scenario: What is trained on what.
+        model: The language model.
+        folder: A new one, for the dataset, checkpoints and output.
+        kind: Of runner.
+        save_buffer: Whether checkpoints hold the buffer, except SAELens's.
+        options: As of `make_config`.
+    """
+    (folder / "data").mkdir(parents=True)
+    single, several = RUNNERS["own" if kind == "own" else "stock"]
+    runner = (several if scenario.hooks else single)(
+        make_config(scenario, folder, **options),
+        override_model=model,
+        override_dataset=DATA[scenario.data](folder / "data"),
+        **({"save_buffer": save_buffer} if kind == "own" else {}),
+    )
+    if kind == "swapped":
+        use_fast_activations_store(runner, save_buffer=save_buffer)
+    return runner
 
 
 def assert_same_run(run: Run, expected: Run, start: int = 0) -> None:

@@ -16,6 +16,7 @@ from transformer_lens import HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 from typing_extensions import override
 
+from saelens_sparse import FastActivationsStore
 from tests.support.activation_data import (
     BOS,
     CONTEXT,
@@ -244,11 +245,13 @@ def several_hooks(
 ) -> ActivationsStore:
     of_runner = ("hook_name", "is_dataset_tokenized")
     options = {name: value for name, value in settings.items() if name not in of_runner}
+    device = options.pop("act_store_device", options.get("device", "cpu"))
+    options["device"] = device
     options["total_training_tokens"] = options.pop("training_tokens")
     excluded = options.pop("exclude_special_tokens", False)
     if excluded:
         excluded = [BOS, EOS, SEP] if excluded is True else excluded
-        options["exclude_special_tokens"] = torch.tensor(excluded)
+        options["exclude_special_tokens"] = torch.tensor(excluded, device=device)
     heads = options.get("hook_head_indices", {})
     return store_class.from_config_multi_hook(
         model,
@@ -294,14 +297,18 @@ class Player:
     """Acts on a store, and notes what it gives.
 
     An action is "batch", "raw" or "filtered" for what training takes, "tokens" for what evals
-    take, with a number of prompts after a space, or "epoch's tokens", "unmoved tokens", "reset".
+    take, with a number of prompts after a space, or "epoch's tokens", "unmoved tokens". "reset" and
+    "shuffle" are done to the dataset.
     """
 
     def __init__(self, store: ActivationsStore) -> None:
         self.store = store
         self.events: list[Event] = []
-        is_multi = store._hook_names is not None
-        self.batches: Iterator[Any] = store.get_multi_hook_data_loader() if is_multi else store
+        self.batches: Iterator[Any] = store
+        if isinstance(store, FastActivationsStore) and store.reads_ahead:
+            self.batches = store.hook_batches() if store._hook_names else store
+        elif store._hook_names:
+            self.batches = store.get_multi_hook_data_loader()
 
     def act(self, action: str) -> Any:
         store, (name, *number) = self.store, action.split(" ")
@@ -318,6 +325,8 @@ class Player:
                 return store.get_raw_llm_batch()
             case "filtered":
                 return store.get_filtered_llm_batch()
+            case "shuffle":
+                return store.shuffle_input_dataset(seed=3, buffer_size=4)
             case "reset":
                 return store.reset_input_dataset()
             case _:
@@ -358,8 +367,16 @@ def play(
     return what_was_said(caught), Player(store).play(actions)
 
 
-def assert_same_events(own: Sequence[Event], stock: Sequence[Event]) -> None:
-    """Bit for bit, dtype and device included."""
+def assert_same_events(
+    own: Sequence[Event], stock: Sequence[Event], *, positions: bool = True
+) -> None:
+    """Bit for bit, dtype and device included.
+
+    Args:
+        own: Of this package's store.
+        stock: Of SAELens's.
+        positions: Whether positions in the dataset are the same, too.
+    """
     assert len(own) == len(stock)
     for index, (one, other) in enumerate(zip(own, stock, strict=True)):
         where = f"{index}: {other.action}"
@@ -368,7 +385,7 @@ def assert_same_events(own: Sequence[Event], stock: Sequence[Event]) -> None:
         else:
             assert_same_tensors(one.result, other.result, where)
         assert one.warned == other.warned, where
-        assert one.n_dataset_processed == other.n_dataset_processed, where
+        assert not positions or one.n_dataset_processed == other.n_dataset_processed, where
         assert torch.equal(one.random_state, other.random_state), f"{where}: the random state"
 
 
