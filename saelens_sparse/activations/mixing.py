@@ -159,7 +159,7 @@ class MixingBuffer:
         places = torch.cat([self._serving, *self._kept[: n_added + 1]])
         copies = {}
         for i, rows in enumerate(self._rows):
-            copy = torch.empty(len(places), rows.shape[1], dtype=rows.dtype)
+            copy = torch.empty(len(places), rows.shape[1], dtype=rows.dtype, device="cpu")
             for start in range(0, len(places), _ROWS_OF_COPY):
                 part = places[start : start + _ROWS_OF_COPY]
                 copy[start : start + len(part)] = rows.index_select(0, part)
@@ -212,7 +212,7 @@ class MixingBuffer:
             batch = rows.index_select(0, places)
         else:  # from pinned memory, the copy to a GPU is faster and nobody waits for it
             shape = len(places), rows.shape[1]
-            batch = torch.empty(shape, dtype=rows.dtype, pin_memory=True)
+            batch = torch.empty(shape, dtype=rows.dtype, device="cpu", pin_memory=True)
             torch.index_select(rows, 0, places, out=batch)
         return batch if self.dtype is None else batch.to(self.dtype)
 
@@ -225,6 +225,7 @@ def _widened(rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device. From the host to a GPU, nothing waits for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+    is_async = device.type == "cuda"
+    if is_async and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=is_async)
