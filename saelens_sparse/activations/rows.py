@@ -104,7 +104,7 @@ class TokenSlices:
         self._dataset = dataset.with_format("arrow", columns=[column])
         self._column = column
         self._context_size = context_size
-        self._start, self._slice = 0, torch.empty(0, context_size, dtype=torch.long)
+        self._start, self._slice = 0, torch.empty(0, context_size, dtype=torch.long, device="cpu")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -125,7 +125,7 @@ class TokenSlices:
     def _tokens(self, start: int, stop: int) -> torch.Tensor:
         context_size = self._context_size
         if start >= stop:
-            return torch.empty(0, context_size, dtype=torch.long)
+            return torch.empty(0, context_size, dtype=torch.long, device="cpu")
         rows: pa.Array = pa.concat_arrays(self._dataset[start:stop][self._column].chunks)
         lengths = torch.from_dlpack(pc.call_function("list_value_length", [rows])).long()
         short = (lengths < context_size).nonzero()
@@ -139,7 +139,7 @@ class TokenSlices:
         if (lengths == length).all():
             return tokens.view(-1, length)[:, :context_size]
         begins = lengths.cumsum(0) - lengths
-        return tokens[begins[:, None] + torch.arange(context_size)]
+        return tokens[begins[:, None] + torch.arange(context_size, device="cpu")]
 
 
 def can_slice(dataset: object, column: str) -> bool:
