@@ -1,10 +1,15 @@
 """saelens_sparse: sparse-autoencoder training in SAELens that computes only what is active.
 
 Importing the package registers its architectures in SAELens's training registry, so that
-`architecture="topk_sparse"` and `"jumprelu_sparse"` work wherever SAELens takes an architecture.
+`architecture="topk_sparse"`, `"batchtopk_sparse"` and `"jumprelu_sparse"` work wherever SAELens takes
+an architecture.
 """
 
 from saelens_sparse.architectures import ARCHITECTURES
+from saelens_sparse.architectures.batchtopk import (
+    SparseBatchTopKTrainingSAE,
+    SparseBatchTopKTrainingSAEConfig,
+)
 from saelens_sparse.architectures.jumprelu import (
     SparseJumpReLUTrainingSAE,
     SparseJumpReLUTrainingSAEConfig,
@@ -19,6 +24,8 @@ from saelens_sparse.training.runners import SparseMultiSAETrainingRunner, Sparse
 __version__ = "0.1.0"
 
 __all__ = [
+    "SparseBatchTopKTrainingSAE",
+    "SparseBatchTopKTrainingSAEConfig",
     "SparseJumpReLUTrainingSAE",
     "SparseJumpReLUTrainingSAEConfig",
     "SparseMultiSAETrainingRunner",

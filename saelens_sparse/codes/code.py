@@ -203,9 +203,11 @@ class PairCode(Code):
     def row_counts(self) -> torch.Tensor:
         if self.pairs.row_counts is not None:
             return self.pairs.row_counts
-        rows = self.pairs.rows
-        assert rows.k is not None
-        return (self.pairs.keys.view(rows.n_rows, rows.k) < self.d_sae).sum(-1)
+        rows, takes_part = self.pairs.rows, self.pairs.keys < self.d_sae
+        if rows.k is not None:
+            return takes_part.view(rows.n_rows, rows.k).sum(-1)
+        before = torch.nn.functional.pad(takes_part.cumsum(0), (1, 0))
+        return before[rows.starts(before.device)].diff()
 
     @override
     def latent_counts(self) -> torch.Tensor:
