@@ -42,7 +42,7 @@ def register() -> None:
     """Register the sparse architectures with SAELens. Calling it again changes nothing.
 
     For inference their names stand for SAELens's own classes, so that `SAE.load_from_disk` opens a
-    training checkpoint.
+    training checkpoint, where it opens those of the stock architecture.
 
     Raises:
         ValueError: another package has registered one of the names.

@@ -59,7 +59,8 @@ def add(architecture: Architecture) -> None:
     """Make an architecture known to this package and to SAELens.
 
     For inference its name stands for SAELens's own classes, so that `SAE.load_from_disk` opens a
-    training checkpoint. Calling it again changes nothing.
+    training checkpoint; unless the stock architecture has none of its name, whose training
+    checkpoints SAELens does not open so either. Calling it again changes nothing.
 
     Raises:
         ValueError: another package has registered the name.
@@ -69,6 +70,7 @@ def add(architecture: Architecture) -> None:
     inference = (architecture.inference_sae, architecture.inference_config)
     if SAE_TRAINING_CLASS_REGISTRY.get(name) != training:
         register_sae_training_class(name, *training)
-    if SAE_CLASS_REGISTRY.get(name) != inference:
+    opens_checkpoints = architecture.inference_config.architecture() == architecture.stock
+    if opens_checkpoints and SAE_CLASS_REGISTRY.get(name) != inference:
         register_sae_class(name, *inference)
     ARCHITECTURES[name] = architecture

@@ -28,6 +28,7 @@ from tests.support.saes import (
     Precision,
     make_stock,
     randomize,
+    rows_for_batch_topk,
     runs,
     sparse_like,
     superposed_rows,
@@ -116,6 +117,13 @@ TRAITS = {
         screened={"d_in": 13, "d_sae": 64, "k": 2},
         large={"d_in": 32, "d_sae": 512, "k": 16},
     ),
+    "batchtopk_sparse": Traits(
+        options=TOPK_OPTIONS,
+        few_options=ALL_OR_NO_OPTIONS,
+        inputs=lambda stock, n_rows, _, dead: rows_for_batch_topk(stock, n_rows, dead),
+        screened={"d_in": 13, "d_sae": 64, "k": 2.3},
+        large={"d_in": 32, "d_sae": 512, "k": 16},
+    ),
     "jumprelu_sparse": Traits(
         options=OPTIONS,
         few_options=THREE_OPTIONS,
@@ -149,6 +157,11 @@ class Subject:
     @property
     def architecture(self) -> Architecture:
         return ARCHITECTURES[self.name]
+
+    @property
+    def infers_as_it_trains(self) -> bool:
+        """Whether the saved SAE computes what the trained one does."""
+        return self.architecture.inference_config.architecture() == self.architecture.stock
 
     @property
     def traits(self) -> Traits:
