@@ -32,7 +32,7 @@ from tests.support.runs import (
     runner_config,
     what_libraries_say,
 )
-from tests.support.saes import assert_same_training, parameters
+from tests.support.saes import assert_same_training
 
 pytestmark = what_libraries_say
 FAMILIES = {one.stock: (one.stock, one.name) for one in ARCHITECTURES.values()}

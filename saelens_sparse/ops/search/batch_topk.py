@@ -7,17 +7,16 @@ of the rows so far. What does not exceed it can be dropped at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from saelens_sparse.measured import MAX_CPU_CANDIDATES
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.chunks import pre_act_chunks
+from saelens_sparse.ops.common.host_copy import HostCopy
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.operations import gather_dot
 from saelens_sparse.ops.screen import cpu as screen_cpu
-from saelens_sparse.ops.search.found import FoundPairs
+from saelens_sparse.ops.search.found import EnoughRoom, FoundPairs
 from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 # On a CPU a screen is of use once the bound is near what it becomes: the first rows, one in so many,
@@ -68,13 +67,32 @@ def search_batch_topk(
             f"count must be between 0 and {x.shape[0]} rows x {weight.shape[0]} latents; "
             f"got {count}"
         )
-    largest = None
-    if screen_cpu.can_screen(x, weight):
-        largest = _find_by_cpu_screen(x, weight, bias, norms, count, buffer_bytes)
-    if largest is None:
-        largest = _Largest(count)
-        _add_in_full(largest, x, weight, bias, norms, buffer_bytes)
-    return FoundPairs(largest.pairs(x.shape[0]))
+    arguments = (x, weight, bias, norms, count, buffer_bytes)
+    if backend == "triton":
+        from saelens_sparse.ops.search import batch_topk_kernels, mark_kernels
+
+        if count > 0 and mark_kernels.can_screen(x):
+            pairs, n_candidates, capacity = batch_topk_kernels.find_largest(*arguments, rounded)
+            check = EnoughRoom(HostCopy(n_candidates[None]), capacity)
+            return FoundPairs(pairs, check, lambda: FoundPairs(_find_in_full(*arguments)))
+    elif screen_cpu.can_screen(x, weight):
+        largest = _find_by_cpu_screen(*arguments)
+        if largest is not None:
+            return FoundPairs(largest.pairs(x.shape[0]))
+    return FoundPairs(_find_in_full(*arguments))
+
+
+def _find_in_full(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    count: int,
+    buffer_bytes: int,
+) -> ActivePairs:
+    largest = _Largest(count)
+    _add_in_full(largest, x, weight, bias, norms, buffer_bytes)
+    return largest.pairs(x.shape[0])
 
 
 class _Largest:
