@@ -1,8 +1,8 @@
 """saelens_sparse: sparse-autoencoder training in SAELens that computes only what is active.
 
 Importing the package registers its architectures in SAELens's training registry, so that
-`architecture="topk_sparse"`, `"batchtopk_sparse"` and `"jumprelu_sparse"` work wherever SAELens takes
-an architecture.
+`architecture="topk_sparse"`, `"batchtopk_sparse"` and `"jumprelu_sparse"` work wherever SAELens
+takes an architecture.
 """
 
 from saelens_sparse.architectures import ARCHITECTURES

@@ -164,8 +164,8 @@ class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
 
 
 def _reported_at_pairs(acts: torch.Tensor) -> torch.Tensor | None:
-    """Activations as reported, `[n_pairs]`; None if there are no pairs, or somebody may have changed
-    the activations since.
+    """Activations as reported, `[n_pairs]`; None if there are no pairs, or if somebody may have
+    changed the activations.
     """
     if not isinstance(acts, SparseFeatureActs) or not acts.is_untouched:
         return None

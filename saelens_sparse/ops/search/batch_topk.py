@@ -1,8 +1,8 @@
-"""Search for the largest scores of a whole batch, without a full-precision `[n_rows, d_sae]` tensor.
+"""Search for the largest scores of a batch, without a full-precision `[n_rows, d_sae]` tensor.
 
-How many latents are active differs from row to row, and where rows come in chunks no threshold is
-known before the last of them. What is known is a lower bound that only rises: the n-th largest score
-of the rows so far. What does not exceed it can be dropped at once.
+Rows come in chunks. The limit that the largest scores exceed is not known before the last chunk.
+What is known is a lower bound of the limit that only rises: the n-th largest score of the rows so
+far. A score that does not exceed it can be dropped at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from saelens_sparse.ops.screen import cpu as screen_cpu
 from saelens_sparse.ops.search.found import EnoughRoom, FoundPairs
 from saelens_sparse.ops.update.weight_cache import WeightCopy
 
-# On a CPU a screen is of use once the bound is near what it becomes: the first rows, one in so many,
-# are computed in full.
+# On a CPU a screen is of use once the limit is near what it becomes: one row in so many, the first
+# ones, is computed in full.
 _FIRST_ROWS = 16
 # Elements that are compared at a time where they do not have to fit into a CPU's cache.
 _COMPARED_ELEMENTS = 2**24
@@ -236,7 +236,7 @@ def _find_by_cpu_screen(
         waiting.append((rows + first, latents))
         n_waiting += rows.numel()
         n_found += rows.numel()
-        if n_found > MAX_CPU_CANDIDATES * (start + bounds.shape[0]) * d_sae:
+        if n_found > MAX_CPU_CANDIDATES * n_rows * d_sae:
             return None
         if n_waiting >= count:
             recompute()

@@ -1,14 +1,14 @@
-"""Triton search for the largest scores of a whole batch: screen, count, mark, list, recompute, keep.
+"""Triton search for the largest scores of a batch: screen, count, mark, list, recompute, keep.
 
 1. A low-precision GEMM fills a `[rows, d_sae]` buffer (`screen/gpu.py`).
-2. Scores are counted in a histogram, each by what it is at least (`screen/BOUND.md`). The highest bin
-   that leaves enough scores in it and above gives an edge that the largest scores reach. The more rows
-   have been counted, the higher it is. For the first rows a sample of their scores gives an edge first,
-   so that few of all are counted.
+2. A histogram counts the scores, each by what it is at least (`screen/BOUND.md`). Enough of them
+   are in some bin or above it. The lower end of the highest such bin is an edge that the largest
+   scores reach. It rises with each chunk of rows. In the first chunk a sample of the scores gives
+   an edge beforehand, so that few scores have to be counted.
 3. The latents that may reach the edge are listed (`mark_kernels.py`).
 4. In float32 they are recomputed. The largest are kept, exactly as many as asked for.
 
-Rows may differ as they like: nothing but the list's capacity depends on how many of them are active.
+Nothing depends on how the active latents are spread over the rows.
 """
 
 import math
@@ -85,8 +85,8 @@ def _histogram_kernel(
     least = score - bound
     # A NaN is not counted.
     counted = row_mask & live & (least >= tl.load(edge_ptr))
-    bin = least.to(tl.int32, bitcast=True) >> _BIN_BITS
-    tl.atomic_add(counts_ptr + bin, 1, mask=counted, sem="relaxed")
+    place = least.to(tl.int32, bitcast=True) >> _BIN_BITS
+    tl.atomic_add(counts_ptr + place, 1, mask=counted, sem="relaxed")
 
 
 @kernel
@@ -210,17 +210,18 @@ def find_largest(
     """The pairs, how many candidates there were (int64, on the device), and for how many there was
     room. If there was not room for all, the pairs are not the right ones.
 
-    Arguments as `search_batch_topk`'s; `mark_kernels.can_screen` must hold, and `count` be positive.
+    Arguments as `search_batch_topk`'s; `mark_kernels.can_screen` must hold and `count` be positive.
     """
     n_rows, d_sae = x.shape[0], weight.shape[0]
     x = x.contiguous()
     screen = Screen.of(x, weight, bias, tile=GATHER_DOT.BLOCK_D, norms=norms, rounded=rounded)
-    n_chunks = triton.cdiv(n_rows, screen.rows_at_once(buffer_bytes, MARK_LAUNCH.MARK_ROWS))
+    rows_per_program = min(MARK_LAUNCH.MARK_ROWS, LAUNCH.COUNT_ROWS)
+    n_chunks = triton.cdiv(n_rows, screen.rows_at_once(buffer_bytes, rows_per_program))
     capacity = min(list_capacity(count, n_chunks), n_rows * d_sae)
     marked = MarkedPairs(screen, capacity, torch.float32)
     counts = torch.zeros(_N_BINS, dtype=torch.int32, device=x.device)
     edge = None
-    for rows, chunk in screen.chunks(buffer_bytes, MARK_LAUNCH.MARK_ROWS):
+    for rows, chunk in screen.chunks(buffer_bytes, rows_per_program):
         if edge is None:
             sample = torch.zeros_like(counts)
             _add_scores(sample, chunk, _edge_of(sample, count), _SAMPLED_OF)
@@ -234,9 +235,9 @@ def find_largest(
 def list_capacity(count: int, n_chunks: int) -> int:
     """Room for the candidates of a batch.
 
-    Each chunk of rows adds the largest of those so far: where rows are in no order, the i-th adds one
-    i-th of them. What may be among them besides, for a bound is not exact, is less than twice as
-    many.
+    The i-th chunk of rows adds those of its scores that are among the `count` largest so far. Where
+    rows are in no order, that is one i-th of `count`. As many again, and once more, have room that
+    bounds leave open.
     """
     return math.ceil(count * (3 + math.log(n_chunks))) + 1024
 
