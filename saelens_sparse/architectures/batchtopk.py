@@ -24,7 +24,7 @@ from saelens_sparse.architectures.topk import SparseTopKTrainingSAE
 from saelens_sparse.codes.code import PairCode
 from saelens_sparse.codes.on_demand import SparseFeatureActs, materialize
 from saelens_sparse.codes.step import StepContext, current_step
-from saelens_sparse.config.require import require_bool, require_number
+from saelens_sparse.config.require import require_bool, require_int, require_number
 from saelens_sparse.ops.search.batch_topk import search_batch_topk
 from saelens_sparse.ops.search.found import FoundPairs
 
@@ -90,6 +90,7 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
     @override
     def __post_init__(self) -> None:
         require_number("k", self.k)
+        require_int("d_sae", self.d_sae, 1)
         if not 0 < self.k <= self.d_sae:
             raise ValueError(f"k must be above 0 and at most d_sae={self.d_sae}; got {self.k}")
         require_number("topk_threshold_lr", self.topk_threshold_lr)
