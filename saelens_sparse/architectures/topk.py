@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,9 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         function, stock = self.activation_fn, self.stock_activation
         if not isinstance(function, stock) or type(function).forward is not stock.forward:
             return None
-        return None if "forward" in vars(function) or has_hooks(function) else function.k
+        if "forward" in vars(function) or has_hooks(function):
+            return None
+        return cast(Any, function).k
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
