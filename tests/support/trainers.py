@@ -53,7 +53,7 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     counts = ("act_freq_scores", "n_forward_passes_since_fired")
     state |= {name: getattr(trainer, name) for name in counts}
     state["samples"] = torch.tensor([trainer.n_training_samples, trainer.n_frac_active_samples])
-    return {name: value.double().cpu() for name, value in state.items()}
+    return {name: value.to("cpu", torch.float64, copy=True) for name, value in state.items()}
 
 
 def make_trainer(sae: TrainingSAE[Any], batches: Any = None, **cfg: Any) -> SAETrainer[Any, Any]:
