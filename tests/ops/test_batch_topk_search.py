@@ -38,15 +38,15 @@ MODULE = "saelens_sparse.ops.search.batch_topk_kernels"
 
 @pytest.fixture
 def searches(target: Target, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each search by Triton's kernels, whether there was room for its candidates."""
+    """Of each search by Triton's kernels, whether its candidates fit and reach far enough down."""
     fitting: list[bool] = []
     if target.backend == "triton":
         kernels = import_module(MODULE)
         original = kernels.find_largest
 
-        def spy(*args: Any) -> Any:
-            found = original(*args)
-            fitting.append(bool(found[1] <= found[2]))
+        def spy(*args: Any, **options: Any) -> Any:
+            found = original(*args, **options)
+            fitting.append(bool(found[1][0] <= found[2] and found[1][1]))
             return found
 
         monkeypatch.setattr(kernels, "find_largest", spy)
@@ -258,9 +258,10 @@ def test_the_edge_rises_so_that_later_chunks_list_few(
 
     monkeypatch.setattr(kernels, "_edge_of", spy)
     problem = plain(8, 24, 1600, 1).to(device)
-    _, n_candidates, capacity = kernels.find_largest(
+    _, (n_candidates, is_reached), capacity = kernels.find_largest(
         problem.x, problem.weight, problem.bias, problem.norms, 80, 2 * 1600 * 2
     )
+    assert is_reached
     assert edges[0] == torch.tensor(1, dtype=torch.int32).view(torch.float32)
     # Of a sample of the first chunk, then of each chunk.
     assert len(edges) == 6
@@ -285,11 +286,38 @@ def test_an_overflow_is_computed_in_full(
     if target.backend == "triton":
         monkeypatch.setattr(import_module(MODULE), "list_capacity", lambda count, _: count + 1)
     found = search(problem, 31, backend)
-    assert_keeps_largest(problem, 31, found.complete().pairs, clear=0.95)
-    assert (found.complete() is found) == (backend == "torch")
-    for a, b in zip(kept(expected), kept(found.complete().pairs), strict=True):
+    result = found.complete()
+    assert_keeps_largest(problem, 31, result.pairs, clear=0.95)
+    assert (result is found) == (backend == "torch")
+    for a, b in zip(kept(expected), kept(result.pairs), strict=True):
         torch.testing.assert_close(a, b)
-    assert searches == [True, False] * (backend == "triton")
+    assert searches == [True, False, False] * (backend == "triton")
+
+
+def test_a_sample_that_misleads_is_noticed(
+    backend: Backend, device: torch.device, searches: list[bool]
+) -> None:
+    """On row n it has the n-th run of 16 latents in 256: here those of the largest scores."""
+    problem = random_problem(3, 24, 1024, 1)
+    problem.x.clamp_(-1, 1)
+    for n in range(3):
+        problem.weight[16 * n : 16 * n + 16] = problem.x[n] + 0.1 * torch.randn(16, 24)
+    problem = problem.to(device)
+    assert_keeps_largest(problem, 60, find(problem, 60, backend))
+    assert searches == [False, True] * (backend == "triton")
+
+
+@pytest.mark.parametrize("is_certain", [False, True], ids=["most probably", "for certain"])
+def test_candidates_are_few(is_certain: bool, device: torch.device, target: Target) -> None:
+    if target.backend != "triton":
+        pytest.skip("of the kernels")
+    problem = plain(24, 24, 1600, 1).to(device)
+    _, found, _ = import_module(MODULE).find_largest(
+        problem.x, problem.weight, problem.bias, problem.norms, 960, 2**20, is_certain=is_certain
+    )
+    n_candidates, is_reached = found.tolist()
+    assert is_reached
+    assert 960 <= n_candidates < (1.1 if is_certain else 2.0) * 960
 
 
 def test_the_same_pairs_by_kernels_and_by_pytorch(device: torch.device, target: Target) -> None:

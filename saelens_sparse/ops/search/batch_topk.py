@@ -7,6 +7,8 @@ far. A score that does not exceed it can be dropped at once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from saelens_sparse.measured import MAX_CPU_CANDIDATES
@@ -16,7 +18,7 @@ from saelens_sparse.ops.common.host_copy import HostCopy
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.operations import gather_dot
 from saelens_sparse.ops.screen import cpu as screen_cpu
-from saelens_sparse.ops.search.found import EnoughRoom, FoundPairs
+from saelens_sparse.ops.search.found import FoundPairs
 from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 # On a CPU a screen is of use once the limit is near what it becomes: one row in so many, the first
@@ -69,17 +71,61 @@ def search_batch_topk(
         )
     arguments = (x, weight, bias, norms, count, buffer_bytes)
     if backend == "triton":
-        from saelens_sparse.ops.search import batch_topk_kernels, mark_kernels
+        from saelens_sparse.ops.search import mark_kernels
 
         if count > 0 and mark_kernels.can_screen(x):
-            pairs, n_candidates, capacity = batch_topk_kernels.find_largest(*arguments, rounded)
-            check = EnoughRoom(HostCopy(n_candidates[None]), capacity)
-            return FoundPairs(pairs, check, lambda: FoundPairs(_find_in_full(*arguments)))
+            return _search_by_kernels(*arguments, rounded)
     elif screen_cpu.can_screen(x, weight):
         largest = _find_by_cpu_screen(*arguments)
         if largest is not None:
             return FoundPairs(largest.pairs(x.shape[0]))
     return FoundPairs(_find_in_full(*arguments))
+
+
+@dataclass(frozen=True)
+class AllCandidates:
+    """That a list had room for all candidates, and that these reach far enough down.
+
+    Attributes:
+        found: `[2]` int64, number of candidates, and whether they reach far enough down.
+        capacity: number of candidates that there was room for.
+    """
+
+    found: HostCopy
+    capacity: int
+
+    def passed(self) -> bool:
+        n_candidates, is_reached = self.found.values().tolist()
+        return n_candidates <= self.capacity and bool(is_reached)
+
+    def renewed(self) -> AllCandidates:
+        return AllCandidates(self.found.renewed(), self.capacity)
+
+
+def _search_by_kernels(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    count: int,
+    buffer_bytes: int,
+    rounded: WeightCopy | None,
+    *,
+    is_certain: bool = False,
+) -> FoundPairs:
+    from saelens_sparse.ops.search import batch_topk_kernels
+
+    arguments = (x, weight, bias, norms, count, buffer_bytes)
+    pairs, found, capacity = batch_topk_kernels.find_largest(
+        *arguments, rounded, is_certain=is_certain
+    )
+
+    def find_again() -> FoundPairs:
+        if is_certain:
+            return FoundPairs(_find_in_full(*arguments))
+        return _search_by_kernels(*arguments, rounded, is_certain=True).complete()
+
+    return FoundPairs(pairs, AllCandidates(HostCopy(found), capacity), find_again)
 
 
 def _find_in_full(

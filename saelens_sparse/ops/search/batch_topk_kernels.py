@@ -1,12 +1,17 @@
 """Triton search for the largest scores of a batch: screen, count, mark, list, recompute, keep.
 
 1. A low-precision GEMM fills a `[rows, d_sae]` buffer (`screen/gpu.py`).
-2. A histogram counts the scores, each by what it is at least (`screen/BOUND.md`). Enough of them
-   are in some bin or above it. The lower end of the highest such bin is an edge that the largest
-   scores reach. It rises with each chunk of rows. In the first chunk a sample of the scores gives
-   an edge beforehand, so that few scores have to be counted.
+2. A histogram of some scores gives an edge that the largest of all scores reach.
 3. The latents that may reach the edge are listed (`mark_kernels.py`).
 4. In float32 they are recomputed. The largest are kept, exactly as many as asked for.
+
+A batch of a single chunk has a histogram of a sample, one score in 16. An edge that somewhat more
+of the sample reach than its share is most probably low enough. It is if the scores that are kept
+reach it. The buffer is read once.
+
+With several chunks the histogram counts all scores, each by what it is at least
+(`screen/BOUND.md`). Where enough scores are in some bin or above it, the bin's lower end is certain
+to be low enough. It rises with each chunk. The buffer is read twice.
 
 Nothing depends on how the active latents are spread over the rows.
 """
@@ -34,6 +39,8 @@ _N_BINS = 2 ** (31 - _BIN_BITS.value)
 _SAMPLED_RUN = tl.constexpr(16)
 # Runs of which one is in the sample.
 _SAMPLED_OF = 16
+# Standard deviations of a sample's number of large scores that an edge allows for.
+_DEVIATIONS = 6
 # Which bits of a count of two kinds count the first.
 _LOW = tl.constexpr(2**32 - 1)
 
@@ -206,11 +213,14 @@ def find_largest(
     count: int,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
+    *,
+    is_certain: bool = False,
 ) -> tuple[ActivePairs, torch.Tensor, int]:
-    """The pairs, how many candidates there were (int64, on the device), and for how many there was
-    room. If there was not room for all, the pairs are not the right ones.
+    """The pairs; `[2]` int64 on the device, how many candidates there were and whether they reach
+    far enough down; and for how many there was room.
 
     Arguments as `search_batch_topk`'s; `mark_kernels.can_screen` must hold and `count` be positive.
+    With `is_certain` candidates reach far enough down for certain.
     """
     n_rows, d_sae = x.shape[0], weight.shape[0]
     x = x.contiguous()
@@ -220,16 +230,27 @@ def find_largest(
     capacity = min(list_capacity(count, n_chunks), n_rows * d_sae)
     marked = MarkedPairs(screen, capacity, torch.float32)
     counts = torch.zeros(_N_BINS, dtype=torch.int32, device=x.device)
-    edge = None
+    is_certain = is_certain or n_chunks > 1
+    edge = lowest = _edge_of(counts, 1)
     for rows, chunk in screen.chunks(buffer_bytes, rows_per_program):
-        if edge is None:
+        if rows.start == 0:
             sample = torch.zeros_like(counts)
-            _add_scores(sample, chunk, _edge_of(sample, count), _SAMPLED_OF)
-            edge = _edge_of(sample, count)
-        _add_scores(counts, chunk, edge, 1)
-        edge = _edge_of(counts, count)
+            _add_scores(sample, chunk, lowest, _SAMPLED_OF)
+            edge = _edge_of(sample, count if is_certain else _share_of_sample(count))
+        if is_certain:
+            # Few reach the edge of the sample's own largest scores, and are counted.
+            _add_scores(counts, chunk, edge, 1)
+            edge = _edge_of(counts, count)
         marked.add(rows, chunk, marks_of(chunk, edge.expand(d_sae).contiguous()))
-    return _keep(marked, screen, x, weight, count), marked.total, capacity
+    pairs, least = _keep(marked, screen, x, weight, count)
+    is_reached = (least >= edge.view(torch.int32)) | (edge == lowest)
+    return pairs, torch.cat([marked.total[None], is_reached]), capacity
+
+
+def _share_of_sample(count: int) -> int:
+    """How many of the sample are to reach an edge that `count` of all scores reach."""
+    share = count / _SAMPLED_OF
+    return math.ceil(share + _DEVIATIONS * (math.sqrt(share) + 1))
 
 
 def list_capacity(count: int, n_chunks: int) -> int:
@@ -269,8 +290,10 @@ def _edge_of(counts: torch.Tensor, count: int) -> torch.Tensor:
 
 def _keep(
     marked: MarkedPairs, screen: Screen, x: torch.Tensor, weight: torch.Tensor, count: int
-) -> ActivePairs:
-    """Of marked pairs those with the `count` largest positive scores; of ties the first."""
+) -> tuple[ActivePairs, torch.Tensor]:
+    """Of marked pairs those with the `count` largest positive scores, of ties the first; and the
+    key of the last of them.
+    """
     device, rows, latents, pre_acts = x.device, marked.rows, marked.latents, marked.pre_acts
     bias = None
     if pre_acts is None:
@@ -288,7 +311,7 @@ def _keep(
         n_pairs_ptr=marked.total,
         **launch,
     )
-    least = keys.topk(count, sorted=False).values.amin()
+    least = keys.topk(count, sorted=False).values.amin(0, keepdim=True)
     counts = torch.empty(n_pairs, dtype=torch.int64, device=device)
     _count_kept_kernel[grid](counts_ptr=counts, keys_ptr=keys, least_ptr=least, **launch)
     torch.cumsum(counts, 0, out=counts)
@@ -322,4 +345,4 @@ def _keep(
         BLOCK_N=block,
         num_warps=LAUNCH.KEPT_WARPS,
     )
-    return kept
+    return kept, least

@@ -46,7 +46,7 @@ class EnoughRoom:
     """That a list had room for all pairs.
 
     Attributes:
-        totals: int64, the number of pairs, which others may follow.
+        totals: `[2]` int64, number of pairs, and of active ones.
         capacity: number of pairs that there was room for.
     """
 
