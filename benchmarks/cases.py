@@ -17,7 +17,9 @@ REFERENCE_PRECISION = {"float32": FLOAT64, "autocast": FLOAT32, "bfloat16": FLOA
 """In which stock serves as the reference for each measured precision."""
 
 BOTH = (FLOAT32, AUTOCAST)
-TOPK, JUMPRELU = "topk_sparse", "jumprelu_sparse"
+TOPK, BATCHTOPK, JUMPRELU = "topk_sparse", "batchtopk_sparse", "jumprelu_sparse"
+# Its levels have a 32nd, an eighth, half and all of the latents.
+MATRYOSHKA = "matryoshka_batchtopk_sparse"
 FORWARD, STEP_AND_FORWARD = ("forward",), ("step", "forward")
 
 
@@ -48,6 +50,8 @@ def _sweep(name: str, point: NamedCase, **sizes: Iterable[int]) -> Iterable[Name
 
 GEMMA = NamedCase("gemma2b", TOPK, 2304, 65_536, 64, 4096, BOTH)
 AUTOCAST_GEMMA = replace(GEMMA, precisions=(AUTOCAST,))
+BATCH = replace(GEMMA, name="batchtopk", architecture=BATCHTOPK)
+AUTOCAST_BATCH = replace(BATCH, precisions=(AUTOCAST,))
 CPU = NamedCase("", TOPK, 256, 4096, 16, 256, (FLOAT32,))
 QUICK = NamedCase("quick_topk", TOPK, 256, 8192, 32, 256, (FLOAT32,), benchmarks=STEP_AND_FORWARD)
 TINY = NamedCase(
@@ -69,6 +73,12 @@ CASES: dict[str, NamedCase] = {
         NamedCase(
             "flash_sae", TOPK, 4096, 65_536, 64, 1024, (BFLOAT16,), benchmarks=STEP_AND_FORWARD
         ),
+        BATCH,
+        replace(AUTOCAST_BATCH, name="batchtopk_dead30", dead_fraction=0.3),
+        replace(AUTOCAST_BATCH, name="batchtopk_wide", d_sae=262_144),
+        replace(AUTOCAST_BATCH, name="batchtopk_million", d_sae=1_048_576, check_rows=256),
+        replace(BATCH, name="matryoshka", architecture=MATRYOSHKA),
+        NamedCase("batchtopk_gpt2", BATCHTOPK, 768, 24_576, 32, 4096, BOTH),
         *(
             replace(GEMMA, name=f"jumprelu_l0_{l0}", architecture=JUMPRELU, sparsity=l0)
             for l0 in (64, 200, 1000, 3000)
@@ -83,10 +93,15 @@ CASES: dict[str, NamedCase] = {
             "jumprelu_768_64k", JUMPRELU, 768, 65_536, 64, 4096, (FLOAT32,), benchmarks=FORWARD
         ),
         NamedCase("cpu", TOPK, 512, 16_384, 32, 1024, (FLOAT32,)),
+        NamedCase("cpu_batchtopk", BATCHTOPK, 512, 16_384, 32, 1024, (FLOAT32,)),
+        NamedCase("cpu_matryoshka", MATRYOSHKA, 512, 16_384, 32, 1024, (FLOAT32,)),
         NamedCase("cpu_jumprelu", JUMPRELU, 512, 16_384, 32, 1024, (FLOAT32,)),
         QUICK,
+        replace(QUICK, name="quick_batchtopk", architecture=BATCHTOPK),
         replace(QUICK, name="quick_jumprelu", architecture=JUMPRELU),
         TINY,
+        replace(TINY, name="tiny_batchtopk", architecture=BATCHTOPK),
+        replace(TINY, name="tiny_matryoshka", architecture=MATRYOSHKA),
         replace(
             TINY, name="tiny_jumprelu", architecture=JUMPRELU,
             options={"pre_act_loss_coefficient": 3e-6},
@@ -109,9 +124,10 @@ def groups_of(benchmark: str) -> dict[str, tuple[str, ...]]:
     single = [case.name for case in cases if case.sweep is None]
     groups: dict[str, tuple[str, ...]] = {
         "cuda": tuple(n for n in single if not n.startswith(("cpu", "quick", "tiny"))),
-        "quick": ("quick_topk", "quick_jumprelu"),
+        "quick": ("quick_topk", "quick_batchtopk", "quick_jumprelu"),
     }
-    groups["cpu"] = ("cpu", "cpu_jumprelu") if benchmark == "step" else groups["quick"]
+    on_cpu = ("cpu", "cpu_batchtopk", "cpu_matryoshka", "cpu_jumprelu")
+    groups["cpu"] = on_cpu if benchmark == "step" else groups["quick"]
     for case in cases:
         if case.sweep is not None:
             every = "cpu_sweeps" if case.sweep.startswith("cpu") else "sweeps"

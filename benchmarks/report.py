@@ -164,7 +164,13 @@ def active(row: Mapping[str, Any]) -> str:
 def title_of(row: Mapping[str, Any]) -> str:
     """What people call the row's architecture."""
     name: str = row["architecture"]
-    return {"topk": "Top-K", "jumprelu": "JumpReLU"}.get(name, name)
+    names = {
+        "topk": "Top-K",
+        "batchtopk": "BatchTopK",
+        "matryoshka_batchtopk": "Matryoshka BatchTopK",
+        "jumprelu": "JumpReLU",
+    }
+    return names.get(name, name)
 
 
 def _table(rows: Frame, columns: Mapping[str, Callable[[Any], str]]) -> Frame:

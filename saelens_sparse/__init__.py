@@ -1,15 +1,24 @@
 """saelens_sparse: sparse-autoencoder training in SAELens that computes only what is active.
 
 Importing the package registers its architectures in SAELens's training registry, so that
-`architecture="topk_sparse"` and `"jumprelu_sparse"` work wherever SAELens takes an architecture.
+`architecture="topk_sparse"`, `"batchtopk_sparse"`, `"matryoshka_batchtopk_sparse"` and
+`"jumprelu_sparse"` work wherever SAELens takes an architecture.
 """
 
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.activations.swap import use_fast_activations_store
 from saelens_sparse.architectures import ARCHITECTURES
+from saelens_sparse.architectures.batchtopk import (
+    SparseBatchTopKTrainingSAE,
+    SparseBatchTopKTrainingSAEConfig,
+)
 from saelens_sparse.architectures.jumprelu import (
     SparseJumpReLUTrainingSAE,
     SparseJumpReLUTrainingSAEConfig,
+)
+from saelens_sparse.architectures.matryoshka import (
+    SparseMatryoshkaBatchTopKTrainingSAE,
+    SparseMatryoshkaBatchTopKTrainingSAEConfig,
 )
 from saelens_sparse.architectures.registry import add
 from saelens_sparse.architectures.topk import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
@@ -22,8 +31,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FastActivationsStore",
+    "SparseBatchTopKTrainingSAE",
+    "SparseBatchTopKTrainingSAEConfig",
     "SparseJumpReLUTrainingSAE",
     "SparseJumpReLUTrainingSAEConfig",
+    "SparseMatryoshkaBatchTopKTrainingSAE",
+    "SparseMatryoshkaBatchTopKTrainingSAEConfig",
     "SparseMultiSAETrainingRunner",
     "SparseTopKTrainingSAE",
     "SparseTopKTrainingSAEConfig",
@@ -39,7 +52,7 @@ def register() -> None:
     """Register the sparse architectures with SAELens. Calling it again changes nothing.
 
     For inference their names stand for SAELens's own classes, so that `SAE.load_from_disk` opens a
-    training checkpoint.
+    training checkpoint, where it opens those of the stock architecture.
 
     Raises:
         ValueError: another package has registered one of the names.

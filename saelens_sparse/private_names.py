@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sae_lens import llm_sae_training_runner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.training import activations_store
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -40,6 +41,8 @@ STORE_MODULE = ("_get_input_token_device",)
 STORE = ("_hook_names", "_hook_d_ins", "_hook_head_indices", "_dataloader")
 # What a streaming dataset of `datasets` is made of. Without it, positions are found by reading.
 EXAMPLES = "_ex_iterable"
+# What SAELens's Matryoshka losses take from the SAE, and what the sparse SAE gives them.
+MATRYOSHKA = ("_iterable_decode",)
 # A module's parts, and PyTorch's registries of hooks: its public methods add to these and do not
 # tell what is there.
 MODULE_MEMBERS = ("_modules", "_parameters")
@@ -89,6 +92,12 @@ def _check() -> None:
         ("sae-lens", "SAETrainer", TRAINERS, dir(SAETrainer)),
         ("sae-lens", "MultiSAETrainer", TRAINERS, dir(MultiSAETrainer)),
         ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
+        (
+            "sae-lens",
+            "MatryoshkaBatchTopKTrainingSAE",
+            MATRYOSHKA,
+            dir(MatryoshkaBatchTopKTrainingSAE),
+        ),
         ("torch", "nn.Module", (*MODULE_HOOKS, *MODULE_MEMBERS), dir(torch.nn.Module())),
         ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),
         ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),

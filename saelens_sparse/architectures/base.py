@@ -136,11 +136,19 @@ class SparseTrainingSAEMixin(_Base):
         """
         return None
 
-    def commit(self, step: StepContext) -> None:
+    def commit(
+        self,
+        step: StepContext,
+        output: TrainStepOutput | None = None,  # noqa: ARG002
+    ) -> None:
         """
         Change what a step, or an encoding outside of one, changes besides gradients.
 
         Called once, when the step is known to be complete.
+
+        Args:
+            step: the step.
+            output: its output, whose metrics may report the change; None for an encoding.
         """
         if step.n_training_steps is not None:
             # With a NaN in every batch, each pass would otherwise be taken twice.
@@ -177,7 +185,7 @@ class SparseTrainingSAEMixin(_Base):
         if not step.is_complete():
             step = self.start_step(step_input, instead_of=step)
             output = self.propose(step_input, step)
-        self.commit(step)
+        self.commit(step, output)
         return output
 
     def start_step(

@@ -16,7 +16,7 @@ from sae_lens.saes.jumprelu_sae import (
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
 )
-from sae_lens.saes.sae import SAEConfig, TrainStepInput
+from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from saelens_sparse.architectures.base import SparseTrainingSAEMixin
@@ -192,8 +192,8 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         return self.cfg.pre_act_loss_coefficient is not None
 
     @override
-    def commit(self, step: StepContext) -> None:
-        super().commit(step)
+    def commit(self, step: StepContext, output: TrainStepOutput | None = None) -> None:
+        super().commit(step, output)
         if step.n_training_steps is not None:
             self._check_l0(step.n_training_steps)
         if self.cfg.implementation == "auto" and step.choice.name != "dense":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ class Architecture:
         sparsity_field: config field that sets how many latents are active on a row; None if that
             is a result of the training.
         demo_config: file beside `compare` with a runner config for its built-in model.
+        needed_fields: config fields without which there is no SAE, for so many latents; with values
+            for whoever has none.
     """
 
     sae: type[TrainingSAE[Any]]
@@ -35,6 +38,7 @@ class Architecture:
     inference_config: type[SAEConfig]
     sparsity_field: str | None
     demo_config: str
+    needed_fields: Callable[[int], Mapping[str, Any]] = lambda _: {}
 
     @property
     def name(self) -> str:
@@ -59,7 +63,8 @@ def add(architecture: Architecture) -> None:
     """Make an architecture known to this package and to SAELens.
 
     For inference its name stands for SAELens's own classes, so that `SAE.load_from_disk` opens a
-    training checkpoint. Calling it again changes nothing.
+    training checkpoint; unless the stock architecture has none of its name, whose training
+    checkpoints SAELens does not open so either. Calling it again changes nothing.
 
     Raises:
         ValueError: another package has registered the name.
@@ -69,6 +74,7 @@ def add(architecture: Architecture) -> None:
     inference = (architecture.inference_sae, architecture.inference_config)
     if SAE_TRAINING_CLASS_REGISTRY.get(name) != training:
         register_sae_training_class(name, *training)
-    if SAE_CLASS_REGISTRY.get(name) != inference:
+    opens_checkpoints = architecture.inference_config.architecture() == architecture.stock
+    if opens_checkpoints and SAE_CLASS_REGISTRY.get(name) != inference:
         register_sae_class(name, *inference)
     ARCHITECTURES[name] = architecture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from sae_lens.saes.topk_sae import (
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
 )
+from torch import nn
 from typing_extensions import override
 
 from saelens_sparse.architectures.base import SparseTrainingSAEMixin
@@ -109,21 +111,28 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     """
 
     cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    # What SAELens's own activation function is, if nobody has replaced it.
+    stock_activation: type[nn.Module] = TopK
 
     @property
     @override
     def implementation(self) -> Choice:
-        if self._topk is None:
-            return Choice("dense", "activation_fn is not SAELens's TopK, or has hooks")
-        return self.choose(self._topk.k / self.cfg.d_sae)
+        if self._k is None:
+            name = self.stock_activation.__name__
+            return Choice("dense", f"activation_fn is not SAELens's {name}, or has hooks")
+        return self.choose(self._k / self.cfg.d_sae)
 
     @property
-    def _topk(self) -> TopK | None:
-        """The activation function, whose k stock obeys too; None if it does more than that."""
-        function = self.activation_fn
-        if not isinstance(function, TopK) or type(function).forward is not TopK.forward:
+    def _k(self) -> float | None:
+        """The k of the activation function, which stock obeys too; None if that is not SAELens's
+        own, or does more.
+        """
+        function, stock = self.activation_fn, self.stock_activation
+        if not isinstance(function, stock) or type(function).forward is not stock.forward:
             return None
-        return None if "forward" in vars(function) or has_hooks(function) else function
+        if "forward" in vars(function) or has_hooks(function):
+            return None
+        return cast(Any, function).k
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -140,13 +149,13 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
 
     @override
     def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
-        assert self._topk is not None
+        assert self._k is not None
         return search_topk(
             x,
             self.W_enc.T,
             self.b_enc,
             norms,
-            self._topk.k,
+            int(self._k),
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
@@ -160,9 +169,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
 
     @override
     def graph_key(self) -> object | None:
-        if self._topk is None:
-            return None
-        return self._topk.k, self.cfg.rescale_acts_by_decoder_norm
+        return None if self._k is None else (self._k, self.cfg.rescale_acts_by_decoder_norm)
 
     @override
     def calculate_topk_aux_loss(

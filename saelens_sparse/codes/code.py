@@ -91,6 +91,14 @@ class Code(ABC):
         """Activations as SAELens reports them, `[n_rows, d_sae]`, on the graph."""
 
     @abstractmethod
+    def active(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row, latent and activation as SAELens reports it, wherever that is not zero.
+
+        Each is `[nnz]`, by row and within a row by latent; rows and latents are int64. The
+        activations are on the graph. Waits for their number.
+        """
+
+    @abstractmethod
     def firing(self) -> torch.Tensor:
         """Where latents are active, `[n_rows, d_sae]` bool."""
 
@@ -165,20 +173,32 @@ class PairCode(Code):
     def metrics(self) -> dict[str, float]:
         return {} if self.pairs.rows.k is None else {"rows_recomputed": self.pairs.rows_recomputed}
 
+    def reported_acts(self) -> torch.Tensor:
+        """Activations as SAELens reports them, `[n_pairs]`, on the graph."""
+        if self.norms is None:
+            return self.acts
+        norms, is_current = self.norms, version_of(self.W_dec) == self.decoder_version
+        if torch.is_grad_enabled() and self.norms_have_graph and is_current:
+            norms = self.W_dec.norm(dim=-1)  # on the graph
+        return self.acts * norms[self.pairs.latents]
+
     @override
     def dense_acts(self) -> torch.Tensor:
-        values = self.acts
-        if self.norms is not None:
-            norms = self.norms
-            if self.norms_have_graph and version_of(self.W_dec) == self.decoder_version:
-                norms = self.W_dec.norm(dim=-1)  # on the graph
-            values = values * norms[self.pairs.latents]
+        values = self.reported_acts()
         rows, latents = self.pairs.rows, self.pairs.latents
         if rows.k is not None:
             by_row = (rows.n_rows, rows.k)
             dense = values.new_zeros(rows.n_rows, self.d_sae)
             return dense.scatter(1, latents.view(by_row), values.view(by_row))
         return self._with_a_column_for_no_sum(values)
+
+    @override
+    def active(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values, keys = self.reported_acts(), self.pairs.keys
+        places = ((values != 0) & (keys < self.d_sae)).nonzero().squeeze(1)
+        rows, latents = self.pairs.rows.of(places), self.pairs.latents[places]
+        order = (rows * self.d_sae + latents).argsort()
+        return rows[order], latents[order], values[places[order]]
 
     @override
     def firing(self) -> torch.Tensor:
@@ -203,9 +223,11 @@ class PairCode(Code):
     def row_counts(self) -> torch.Tensor:
         if self.pairs.row_counts is not None:
             return self.pairs.row_counts
-        rows = self.pairs.rows
-        assert rows.k is not None
-        return (self.pairs.keys.view(rows.n_rows, rows.k) < self.d_sae).sum(-1)
+        rows, takes_part = self.pairs.rows, self.pairs.keys < self.d_sae
+        if rows.k is not None:
+            return takes_part.view(rows.n_rows, rows.k).sum(-1)
+        before = torch.nn.functional.pad(takes_part.cumsum(0), (1, 0))
+        return before[rows.starts(before.device)].diff()
 
     @override
     def latent_counts(self) -> torch.Tensor:
@@ -220,16 +242,28 @@ class PairCode(Code):
     def decode(
         self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.decode_rows(W_dec, b_dec, self.pairs, self.order, to_step=to_step)
+
+    def decode_rows(
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor | None,
+        pairs: ActivePairs,
+        order: LatentOrder,
+        *,
+        to_step: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `decode`, of its pairs on rows that may be others than those of the batch."""
         acts = self.acts
         norms_vary = torch.is_grad_enabled() and W_dec.requires_grad and not self.norms_have_graph
         if self.norms is not None and norms_vary:
             # One in value. Decoding divides by the norms, and nothing cancels their gradient.
             scale = self.norms / W_dec.norm(dim=-1)
-            acts = acts * at_latents(scale, self.pairs.latents, self.order, self.backend)
+            acts = acts * at_latents(scale, pairs.latents, order, self.backend)
         to_step = to_step and W_dec is self.W_dec
-        row_gradients = self.step.row_gradients_of("W_dec", self.order) if to_step else None
+        row_gradients = self.step.row_gradients_of("W_dec", order) if to_step else None
         return decode_pairs(
-            acts, W_dec, b_dec, self.pairs, self.order, self.block, self.backend, row_gradients
+            acts, W_dec, b_dec, pairs, order, self.block, self.backend, row_gradients
         )
 
 
@@ -258,6 +292,11 @@ class DenseCode(Code):
     @override
     def dense_acts(self) -> torch.Tensor:
         return self.acts.to(self.pre_acts_dtype)
+
+    @override
+    def active(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows, latents = self.acts.nonzero().unbind(1)
+        return rows, latents, self.acts[rows, latents].to(self.pre_acts_dtype)
 
     @override
     def firing(self) -> torch.Tensor:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
+
 from saelens_sparse.choice.availability import Choice
 from saelens_sparse.choice.policy import PairTotals
 from saelens_sparse.codes.dead import DeadLatents
@@ -72,6 +74,7 @@ class StepContext:
         was_complete: whether all that was asked at once had been found at once.
         pair_totals: how many pairs its batch had, where the next choice depends on that.
         needed: how many pairs the step had that was dropped for it; None if none was dropped.
+        seen: what the forward pass has found out for `commit`, on the device, by name.
     """
 
     choice: Choice
@@ -83,6 +86,7 @@ class StepContext:
     was_complete: bool = True
     pair_totals: PairTotals | None = None
     needed: PairTotals | None = None
+    seen: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
     def is_complete(self) -> bool:
         """Whether its searches have missed nothing. Waits for the device."""

@@ -244,6 +244,7 @@ class GraphedPass:
             asks_at_once=False,
             n_training_steps=n_training_steps,
             checks=[check.renewed() for check in recorded.step.checks],
+            seen=recorded.step.seen,
         )
         code = code_of(recorded.output.feature_acts)
         assert isinstance(code, PairCode)

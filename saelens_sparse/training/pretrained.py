@@ -63,9 +63,8 @@ def check_pretrained(path: str | Path, cfg: TrainingSAEConfig) -> None:
         ValueError: the folder holds no whole SAE, or one that does not fit; the message says why.
     """
     saved = _saved_config(path)
-    inference = cfg.get_inference_config_class().architecture()
     architecture = str(saved.get("architecture"))
-    if architecture != cfg.architecture() and architecture.removesuffix(_SPARSE) != inference:
+    if architecture.removesuffix(_SPARSE) != cfg.architecture().removesuffix(_SPARSE):
         raise ValueError(
             f"from_pretrained_path: {str(path)!r} holds an SAE of architecture {architecture!r}, "
             f"whose weights do not fit sae.architecture={cfg.architecture()!r}"

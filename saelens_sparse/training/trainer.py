@@ -115,7 +115,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         batch = batch.to(sae.device, non_blocking=sae.device.type == "cuda")
         taken = self._take_passes(sae, self.activation_scaler(batch))
         if taken.step is not None:
-            sae.commit(taken.step)
+            sae.commit(taken.step, taken.output)
         if self._graphs.can_replay_followups(taken, lambda: self._followups_depend_on(sae)):
             self._replay_followups(sae, taken)
         else:

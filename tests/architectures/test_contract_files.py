@@ -20,7 +20,8 @@ def test_inference_model_is_stock_s(
 ) -> None:
     stock, x = subject.case(n_rows=9, **options)
     sparse = subject.sparse(stock)
-    forward_pass(sparse, x)
+    for sae in (stock, sparse):
+        forward_pass(sae, x)
     assert sparse.W_enc.T.is_contiguous(), "the test is about the transposed layout"
     for folder, sae in (("stock", stock), ("sparse", sparse)):
         sae.save_inference_model(tmp_path / folder)
@@ -34,15 +35,16 @@ def test_inference_model_is_stock_s(
         for folder in ("stock", "sparse")
     ]
     assert type(loaded[0]) is type(loaded[1]) is subject.architecture.inference_sae
-    assert loaded[1].cfg.architecture() == subject.architecture.stock
+    assert type(loaded[1].cfg) is subject.architecture.inference_config
     for name, value in loaded[0].state_dict().items():
         assert torch.equal(loaded[1].state_dict()[name], value), name
     configs = [json.loads((tmp_path / f / "cfg.json").read_text()) for f in ("stock", "sparse")]
     assert configs[0].pop("metadata").keys() == configs[1].pop("metadata").keys()
     assert configs[0] == configs[1]
-    torch.testing.assert_close(loaded[1].encode(x), stock.encode(x))
-    torch.testing.assert_close(loaded[1].encode(x), sparse.encode(x))
-    torch.testing.assert_close(loaded[1](x), stock(x))
+    if subject.infers_as_it_trains:
+        torch.testing.assert_close(loaded[1].encode(x), stock.encode(x))
+        torch.testing.assert_close(loaded[1].encode(x), sparse.encode(x))
+        torch.testing.assert_close(loaded[1](x), stock(x))
 
 
 @subjects(ON_CPU, precisions=(FLOAT32, BFLOAT16))
@@ -82,7 +84,7 @@ def test_state_dict_is_stock_s(subject: Subject, tmp_path: Path) -> None:
     torch.save(sparse.state_dict(), tmp_path / "weights.pt")
     fresh = subject.stock()
     fresh.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    for name, value in stock.state_dict().items():
+    for name, value in sparse.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value), name
 
 

@@ -27,6 +27,14 @@ ENVIRONMENT = {"device", "commit", "torch", "triton", "sae_lens", "python", "dat
     ("case", "architecture", "active", "losses", "parameters"),
     [
         ("tiny", "topk", "k 4", {"auxiliary_reconstruction_loss"}, set[str]()),
+        ("tiny_batchtopk", "batchtopk", "k 4", {"auxiliary_reconstruction_loss"}, set[str]()),
+        (
+            "tiny_matryoshka",
+            "matryoshka_batchtopk",
+            "k 4",
+            {"auxiliary_reconstruction_loss", *(f"inner_mse_loss_{w}" for w in (8, 32, 128))},
+            set[str](),
+        ),
         ("tiny_jumprelu", "jumprelu", "L0 4", {"l0_loss", "pre_act_loss"}, {"threshold"}),
     ],
 )
@@ -67,7 +75,7 @@ def test_train_step_appends_complete_rows(
     assert f"| 32 -> 256, {active}, 64 | float32 | step |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", ["tiny", "tiny_jumprelu"])
+@pytest.mark.parametrize("case", ["tiny", "tiny_batchtopk", "tiny_jumprelu"])
 def test_forward_appends_complete_rows(case: str, run: Callable[..., list[Row]]):
     rows = run("forward", case)
     assert [(row["arm"], row["operation"]) for row in rows] == [

@@ -101,8 +101,8 @@ def test_marked_latents_beyond_one_list_of_words_are_found(
 ) -> None:
     problem = gate_helpers.nothing_to_everything(3, 12, 100).to(device)
     expected = problem.start(backend).result()
-    gate = module("search.threshold_kernels")
-    monkeypatch.setattr(gate, "LAUNCH", gate.GateLaunch(LIST_WORDS=words))
+    marks = module("search.mark_kernels")
+    monkeypatch.setattr(marks, "LAUNCH", marks.MarkLaunch(LIST_WORDS=words))
     for capacity in (None, 25):
         pattern = problem.start(backend, capacity).result()
         gate_helpers.assert_same_bits(pattern, expected)

@@ -401,7 +401,7 @@ def test_rows_too_wide_for_a_program_are_computed_in_full(
     backend: Backend, device: torch.device, searches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend == "triton":
-        monkeypatch.setattr("saelens_sparse.ops.search.threshold_kernels.MAX_D_IN", 20)
+        monkeypatch.setattr("saelens_sparse.ops.search.mark_kernels.MAX_D_IN", 20)
     for d_in in (20, 21):
         problem = plain(3, d_in, 40).to(device)
         assert_pattern(problem, problem.start(backend, 1).result())

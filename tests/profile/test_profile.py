@@ -178,12 +178,12 @@ def profile_tiny(output: Path, *more: str) -> dict[str, Any]:
     return json.loads((output / "results.json").read_text())
 
 
-@pytest.mark.parametrize("architecture", ["topk_sparse", "jumprelu_sparse"])
+@pytest.mark.parametrize("architecture", ["topk_sparse", "batchtopk_sparse", "jumprelu_sparse"])
 def test_the_command_profiles_all_arms(
     architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = tmp_path / "out"
-    dead = ("--dead-fraction", "0.3") if architecture == "topk_sparse" else ()
+    dead = ("--dead-fraction", "0.3") if architecture != "jumprelu_sparse" else ()
     results = profile_tiny(output, "--architecture", architecture, *dead)
     assert list(results["arms"]) == ["stock", "sparse", "sparse_runner"]
     for name, arm in results["arms"].items():

@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import HookedSAETransformer, LanguageModelSAETrainingRunner, MultiSAETrainingRunner
+from sae_lens import (
+    SAE,
+    HookedSAETransformer,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+)
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.activations_store import ActivationsStore
 
 from saelens_sparse import SparseTopKTrainingSAE
 from saelens_sparse.architectures import ARCHITECTURES, Architecture
+from tests.support.architectures import SUBJECTS
 from tests.support.runs import (
     BATCH,
     BOTH,
@@ -79,8 +85,9 @@ def test_output_opens_where_the_plugin_is_missing(run: Run, tmp_path: Path) -> N
         kind, acts, recons = torch.load(Path(folder) / "out.pt")
         assert kind == ARCHITECTURES[name].inference_sae.__name__
         assert acts.any()
-        torch.testing.assert_close(acts, runner.sae.encode(x))
-        torch.testing.assert_close(recons, runner.sae(x))
+        sae = runner.sae if SUBJECTS[name].infers_as_it_trains else SAE.load_from_disk(folder)
+        torch.testing.assert_close(acts, sae.encode(x))
+        torch.testing.assert_close(recons, sae(x))
 
 
 def test_runner_resumes(run: Run) -> None:

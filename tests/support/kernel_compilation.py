@@ -248,6 +248,7 @@ def _run_launchers(shape: Shape) -> None:
     from saelens_sparse.ops.rows import kernels as row_ops
     from saelens_sparse.ops.rows import segment_kernels as segments
     from saelens_sparse.ops.rows.block import RowBlock
+    from saelens_sparse.ops.search.batch_topk_kernels import find_largest
     from saelens_sparse.ops.search.threshold_kernels import find_pattern
     from saelens_sparse.ops.search.topk_kernels import (
         MAX_KEEP_COLUMNS,
@@ -270,6 +271,8 @@ def _run_launchers(shape: Shape) -> None:
     if can_screen(x, screened, k):
         for norms in (None, bias):
             select_topk(x, screened, bias, norms, k, buffer_bytes)
+    for norms in (None, bias):
+        find_largest(x, screened, bias, norms, n * k, buffer_bytes)
     width = min(d_sae // 2, MAX_KEEP_COLUMNS)
     for norms in (None, bias[:width]):
         topk_values(empty(n, width, dtype=low), bias[:width], norms, min(k, width))

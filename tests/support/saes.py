@@ -163,6 +163,39 @@ def zipf_inputs(
     raise ValueError(f"hardly any row decides which {n_selected} of {d_sae} latents it selects")
 
 
+def rows_for_batch_topk(
+    sae: TrainingSAE[Any], n_rows: int, *dead: torch.Tensor | None
+) -> torch.Tensor:
+    """Superposed rows, such that every precision selects the same latents of the batch.
+
+    No score is nearer to the batch's limit than bfloat16's rounding, and as many exceed it as a
+    BatchTopK with the SAE's k keeps. Rows' top dead latents of each mask are decided too.
+    """
+    oracle = stock_like(sae)
+    x = superposed_rows(sae, 60 * max(n_rows, 8))
+    with torch.no_grad():
+        scores = oracle.encode_with_hidden_pre(x.double())[1]
+    limit = scores.flatten().topk(int(sae.cfg.k * len(x))).values[-1]
+    assert limit > 0
+    decided = ((scores - limit).abs() > 0.01 * scores.abs().amax(1, keepdim=True)).all(1)
+    for mask in dead:
+        if mask is not None:
+            decided &= _is_decided(scores[:, mask], sae.cfg.d_in // 2)
+    x, counts = x[decided], (scores[decided] > limit).sum(1)
+    wanted = int(sae.cfg.k * n_rows)
+    for _ in range(n_rows + 1):
+        # The row whose replacement brings the number of active latents nearest to what is wanted.
+        excess = counts[:n_rows].sum() - wanted
+        if excess == 0:
+            return x[:n_rows]
+        left = (excess - (counts[:n_rows, None] - counts[n_rows:])).abs()
+        place, other = divmod(int(left.argmin()), left.shape[1])
+        order = torch.arange(len(x), device=x.device)
+        order[place], order[n_rows + other] = n_rows + other, place
+        x, counts = x[order], counts[order]
+    raise ValueError(f"no {n_rows} rows have {wanted} active latents that every precision selects")
+
+
 def superposed_rows(sae: TrainingSAE[Any], n_rows: int) -> torch.Tensor:
     """Rows of superposed decoder directions, present with Zipf-distributed frequencies.
 
@@ -364,8 +397,8 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                is_sparse = leaf.layout == torch.sparse_csr
-                self.numel = max(self.numel, leaf._nnz() if is_sparse else leaf.numel())
+                is_dense = leaf.layout == torch.strided
+                self.numel = max(self.numel, leaf.numel() if is_dense else leaf._nnz())
         return out
 
 

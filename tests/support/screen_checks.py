@@ -11,10 +11,10 @@ from saelens_sparse.ops.pairs import Rows
 from saelens_sparse.ops.screen import cpu as screen_cpu
 from tests.support.screen_bound import Operands
 
-GPU, CANDIDATES, THRESHOLD, ROWS = (
+GPU, CANDIDATES, MARKS, THRESHOLD, ROWS = (
     import_module(f"saelens_sparse.ops.{name}")
-    for name in ("screen.gpu", "search.candidate_kernels", "search.threshold_kernels",
-                 "rows.kernels")
+    for name in ("screen.gpu", "search.candidate_kernels", "search.mark_kernels",
+                 "search.threshold_kernels", "rows.kernels")
 )  # fmt: skip
 
 
@@ -69,10 +69,9 @@ def missed(operands: Operands, recomputed: torch.Tensor, k: int) -> int:
 
 
 def unmarked(operands: Operands, recomputed: torch.Tensor, edge: torch.Tensor) -> int:
-    """How many latents whose pre-activation reaches `edge`, `[d_sae]`, are not marked."""
-    assert operands.norms is None
+    """How many latents whose score reaches `edge`, `[d_sae]`, are not marked."""
     [(_, chunk)] = screen_of(operands).chunks(2**31, 1)
-    words = THRESHOLD.marks_of(chunk, edge)
+    words = MARKS.marks_of(chunk, edge)
     bits = torch.arange(32, device=words.device)
     marked = (words[:, :, None] >> bits & 1).flatten(1)[:, : chunk.L].bool()
     reach = (operands.scores() >= edge) | (recomputed >= edge)

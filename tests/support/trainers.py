@@ -49,10 +49,11 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
         state, trainer.optimizer.state_dict()["state"].values(), strict=True
     ):
         state = state | {f"{parameter} {name}": value for name, value in moments.items()}
+    state |= dict(trainer.sae.named_buffers())
     counts = ("act_freq_scores", "n_forward_passes_since_fired")
     state |= {name: getattr(trainer, name) for name in counts}
     state["samples"] = torch.tensor([trainer.n_training_samples, trainer.n_frac_active_samples])
-    return {name: value.double().cpu() for name, value in state.items()}
+    return {name: value.to("cpu", torch.float64, copy=True) for name, value in state.items()}
 
 
 def make_trainer(sae: TrainingSAE[Any], batches: Any = None, **cfg: Any) -> SAETrainer[Any, Any]:
@@ -86,7 +87,7 @@ def trajectory(sae: TrainingSAE[Any], batches: list[torch.Tensor], **options: An
         steps.append(on_cpu(step))
     stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     final = {
-        **{f"final {name}": parameter for name, parameter in sae.named_parameters()},
+        **{f"final {name}": value for name, value in sae.state_dict().items()},
         "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired,
         "act_freq_scores": trainer.act_freq_scores,
     }

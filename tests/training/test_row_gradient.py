@@ -182,7 +182,8 @@ def test_trains_as_with_buffers(subject: Subject, dtype: torch.dtype) -> None:
     """With latents that die at once, so that AuxK adds rows to the gradients."""
     n_steps = 40
     if subject.target.interpreted:
-        n_steps = 2 if subject.traits.steps_interpreted else 1
+        # The interpreter cuts a bfloat16 copy of W_enc off, where a GPU and PyTorch round it.
+        n_steps = 2 if subject.traits.steps_interpreted and dtype == torch.float32 else 1
     with_buffers, without = train_both_ways(
         subject, n_steps, dead_feature_window=0, autocast=dtype == torch.bfloat16
     )

@@ -258,14 +258,18 @@ class Screen:
             bound.accumulation(x.shape[1], tile, _capability(x.device)),
         )
 
+    def rows_at_once(self, buffer_bytes: int, rows_per_program: int) -> int:
+        """Rows of each of the `chunks` but the last."""
+        step = buffer_bytes // (self.weight.shape[0] * self.x.element_size())
+        return max(1, min(self.x.shape[0], step, MAX_GRID[1] * rows_per_program))
+
     def chunks(self, buffer_bytes: int, rows_per_program: int) -> Iterator[tuple[slice, Chunk]]:
         """Row ranges and their products, in a buffer that the next one reuses.
 
         Kernels with `rows_per_program` can be launched on the rows of any.
         """
         n_rows, d_sae = self.x.shape[0], self.weight.shape[0]
-        step = buffer_bytes // (d_sae * self.x.element_size())
-        step = max(1, min(n_rows, step, MAX_GRID[1] * rows_per_program))
+        step = self.rows_at_once(buffer_bytes, rows_per_program)
         buffer = torch.empty(step, d_sae, dtype=self.x.dtype, device=self.x.device)
         for start in range(0, n_rows, step):
             rows = slice(start, min(start + step, n_rows))

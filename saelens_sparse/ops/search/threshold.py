@@ -55,9 +55,9 @@ def search_above_threshold(
         raise ValueError(f"x must have shape [n_rows, {weight.shape[1]}]; got {list(x.shape)}")
     arguments = (x, weight, bias, threshold, bandwidth)
     if backend == "triton":
-        from saelens_sparse.ops.search import threshold_kernels
+        from saelens_sparse.ops.search import mark_kernels
 
-        if threshold_kernels.can_screen(x):
+        if mark_kernels.can_screen(x):
             return _search_by_kernels(arguments, capacity, buffer_bytes, rounded)
     pairs = None
     if screen_cpu.can_screen(x, weight):
