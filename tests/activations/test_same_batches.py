@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sae_lens.training.activations_store import ActivationsStore
 
 from saelens_sparse import FastActivationsStore
+from saelens_sparse.activations.packing import ConcatenatedRows, Packer, SeparateRows
 from tests.support.activation_data import CONTEXT, DATA
 from tests.support.activations import (
     CASES,
@@ -192,3 +193,26 @@ def test_what_fails_once_loses_nothing(
     _, own = play(FastActivationsStore, case, [*actions, "batch"], model, tmp_path / "own")
     assert sum(isinstance(event.result, str) for event in own) == 1
     assert_same_events([event for event in own if not isinstance(event.result, str)], stock)
+
+
+@pytest.mark.parametrize("data", ["int64", "rows of several lengths", "streaming"])
+def test_tokens_are_on_the_host_whatever_the_default_device(
+    models: Models, tmp_path: Path, data: str
+) -> None:
+    stores = [
+        make_store(FastActivationsStore, case(data), models["float32"], tmp_path / str(i))
+        for i in range(2)
+    ]
+    expected = stores[0].get_batch_tokens(5)
+    with torch.device("meta"):
+        assert torch.equal(stores[1].get_batch_tokens(5), expected)
+
+
+@pytest.mark.parametrize("packer", [ConcatenatedRows(4, 1, 2), SeparateRows(4, 1)])
+def test_sequences_are_on_the_host_whatever_the_default_device(packer: Packer) -> None:
+    row = torch.tensor([5, 6, 7])
+    with torch.device("meta"):
+        packer.feed(row)
+        sequence = packer.next()
+    assert sequence is not None
+    assert sequence.tolist() == [1, 5, 6, 7]

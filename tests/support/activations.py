@@ -138,6 +138,7 @@ CASES: dict[str, Case] = {
     "no mixing": case(activations_mixing_fraction=0.0),
     "no mixing, text": case("text", activations_mixing_fraction=0.0, train_batch_size_tokens=20),
     "little mixing": case(activations_mixing_fraction=0.25),
+    "a fraction of a row": case(activations_mixing_fraction=0.35, train_batch_size_tokens=9),
     "all is kept": case(activations_mixing_fraction=1.0),
     "all is kept, large batches": case(
         activations_mixing_fraction=1.0, train_batch_size_tokens=40
