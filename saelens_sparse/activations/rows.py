@@ -127,7 +127,10 @@ class TokenSlices:
         context_size = self._context_size
         if start >= stop:
             return torch.empty(0, context_size, dtype=torch.long, device="cpu")
-        rows: pa.Array = pa.concat_arrays(self._dataset[start:stop][self._column].chunks)
+        rows: Any = pa.concat_arrays(self._dataset[start:stop][self._column].chunks)
+        for row in range(len(rows)) if rows.null_count or rows.flatten().null_count else ():
+            if not rows[row].is_valid or None in rows[row].as_py():
+                raise ValueError(f"the dataset's row {start + row} has a null in {self._column!r}")
         lengths = torch.from_dlpack(pc.call_function("list_value_length", [rows])).long()
         short = (lengths < context_size).nonzero()
         if len(short):
