@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -126,7 +127,10 @@ class TokenSlices:
         context_size = self._context_size
         if start >= stop:
             return torch.empty(0, context_size, dtype=torch.long, device="cpu")
-        rows: pa.Array = pa.concat_arrays(self._dataset[start:stop][self._column].chunks)
+        rows: Any = pa.concat_arrays(self._dataset[start:stop][self._column].chunks)
+        for row in range(len(rows)) if rows.null_count or rows.flatten().null_count else ():
+            if not rows[row].is_valid or None in rows[row].as_py():
+                raise ValueError(f"the dataset's row {start + row} has a null in {self._column!r}")
         lengths = torch.from_dlpack(pc.call_function("list_value_length", [rows])).long()
         short = (lengths < context_size).nonzero()
         if len(short):
@@ -134,12 +138,14 @@ class TokenSlices:
                 f"the dataset's row {start + int(short[0])} has {int(lengths[short[0]])} tokens, "
                 f"fewer than context_size, {context_size}"
             )
-        tokens = torch.from_numpy(rows.flatten().to_numpy(zero_copy_only=False).astype("int64"))
+        tokens = rows.flatten().to_numpy(zero_copy_only=False)
         length = int(lengths[0])
         if (lengths == length).all():
-            return tokens.view(-1, length)[:, :context_size]
-        begins = lengths.cumsum(0) - lengths
-        return tokens[begins[:, None] + torch.arange(context_size, device="cpu")]
+            tokens = tokens.reshape(-1, length)[:, :context_size]
+        else:
+            begins = (lengths.cumsum(0) - lengths)[:, None].numpy()
+            tokens = tokens[begins + np.arange(context_size)]
+        return torch.from_numpy(tokens.astype("int64"))
 
 
 def can_slice(dataset: object, column: str) -> bool:

@@ -84,8 +84,8 @@ class FastActivationsStore(ActivationsStore):
             an empty buffer and the tokens that follow.
         reads_ahead: Whether activations for the next shuffle are computed while batches are left of
             the last one. On a GPU of its own, the language model is never idle then.
-            `SparseTrainingRunner` sets it for `prefetch_llm_batches`. A thread that prefetches has
-            nothing to do then: SAELens's runners get empty iterators for it.
+            `SparseTrainingRunner` sets it during a run, for `prefetch_llm_batches`. A thread that
+            prefetches has nothing to do then: SAELens's runners get empty iterators for it.
     """
 
     language_model: Option = "saelens"

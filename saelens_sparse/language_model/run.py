@@ -52,6 +52,8 @@ class RunningModel:
             model_kwargs=model_kwargs,
             n_positions=n_positions,
             n_tokens=training_tokens,
+            # SAELens's `compile_llm` has replaced it by a compiled one: so be it.
+            compiled=True if "run_with_cache" in vars(model) else None,
             cuda_graph=on_gpu,
         )
         self._preparing: float | None = time.perf_counter() - start

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -114,7 +115,7 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        with StopSignals() as self._stop_signals:
+        with StopSignals() as self._stop_signals, _reading_ahead(self):
             return super().run()
 
     @override
@@ -192,7 +193,7 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
-        with StopSignals() as self._stop_signals:
+        with StopSignals() as self._stop_signals, _reading_ahead(self):
             return super().run()
 
     @override
@@ -231,8 +232,21 @@ def _use_fast_store(
 ) -> None:
     """Give a runner a `FastActivationsStore`, unless somebody has given it another one."""
     if type(runner.activations_store) is ActivationsStore:
-        store = use_fast_activations_store(runner, **options)
-        store.reads_ahead = bool(runner.cfg.prefetch_llm_batches)
+        use_fast_activations_store(runner, **options)
+
+
+@contextmanager
+def _reading_ahead(runner: SparseTrainingRunner | SparseMultiSAETrainingRunner) -> Generator[None]:
+    """Within, the runner's store reads ahead by itself if `prefetch_llm_batches` asks for it."""
+    store = runner.activations_store
+    if not isinstance(store, FastActivationsStore):
+        yield
+        return
+    store.reads_ahead = bool(runner.cfg.prefetch_llm_batches)
+    try:
+        yield
+    finally:
+        store.reads_ahead = False
 
 
 def checked(

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import GPT2Config
 
 from saelens_sparse import FastActivationsStore
+from saelens_sparse.activations.rows import TokenSlices
 from tests.support.activation_data import CONTEXT, DATA, VOCABULARY, token_rows
 from tests.support.activation_runs import RUNNERS, Scenario, make_config, make_runner
 from tests.support.activations import (
@@ -178,3 +179,12 @@ def test_the_row_too_short_is_named(models: Models, tmp_path: Path) -> None:
     with one_line("row 20 "):
         for _ in range(30):
             store.get_batch_tokens(5)
+
+
+@pytest.mark.parametrize(
+    "rows", [[[1] * CONTEXT, None], [[1] * CONTEXT, [1, None] * CONTEXT]], ids=["row", "token"]
+)
+def test_nulls_are_named(rows: Any) -> None:
+    slices = TokenSlices(Dataset.from_dict({"input_ids": rows}), "input_ids", CONTEXT)
+    with pytest.raises(ValueError, match="row 1 has a null in 'input_ids'"):
+        slices.read(0, 2)

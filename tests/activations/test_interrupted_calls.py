@@ -81,11 +81,11 @@ def test_an_interruption_loses_nothing(
         return [event.result for event in player.play(["batch"] * n)]
 
     uninterrupted = player("uninterrupted")
-    with Tracer(uninterrupted.store._batches) as tracer:
+    with Tracer(vars(uninterrupted.store)["_batches"]) as tracer:
         expected = batches_of(uninterrupted, N_BATCHES)
     for stop in random.Random(0).sample(range(1, tracer.n_lines + 1), N_INTERRUPTIONS):
         interrupted = player(f"interrupted {stop}")
-        with Tracer(interrupted.store._batches, stop), pytest.raises(KeyboardInterrupt):
+        with Tracer(vars(interrupted.store)["_batches"], stop), pytest.raises(KeyboardInterrupt):
             interrupted.play(["batch"] * N_BATCHES)
         n = len(interrupted.events)
         interrupted.store.save(str(tmp_path / "state"))

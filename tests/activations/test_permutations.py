@@ -1,5 +1,7 @@
 """Orders that are drawn in advance are those that PyTorch draws when they are wanted."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,16 +29,14 @@ HOST = torch.device("cpu")
 def drawn_in_advance(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """However few elements there are; the numbers of those that are."""
     numbers: list[int] = []
-    draw = Permutations._draw
+    run = permutations._Drawing.run
 
-    def noting(
-        self: Permutations, n: int, before: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers.append(n)
-        return draw(self, n, before)
+    def noting(self: permutations._Drawing) -> None:
+        numbers.append(self.n)
+        run(self)
 
     monkeypatch.setattr(permutations, "_MIN_ELEMENTS", 0)
-    monkeypatch.setattr(Permutations, "_draw", noting)
+    monkeypatch.setattr(permutations._Drawing, "run", noting)
     return numbers
 
 
@@ -65,10 +65,23 @@ def test_an_order_that_was_drawn_is_taken(
     expected = torch.randperm(100, generator=torch.Generator().set_state(torch.get_rng_state()))
     drawing = orders._drawing
     assert drawing is not None
-    drawing.result.result()
+    drawing.join()
     monkeypatch.setattr(torch, "randperm", None)
     assert torch.equal(orders.draw(100), expected)
     assert drawn_in_advance == [100]
+
+
+def test_an_order_is_drawn_again_in_a_fork() -> None:
+    torch.manual_seed(3)
+    expected = torch.randperm(N)
+    torch.manual_seed(3)
+    orders = Permutations(HOST)
+    orders.prepare(N)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends it where it hangs
+        os._exit(0 if torch.equal(orders.draw(N), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_run_is_resumed_many_times(train: Train, uninterrupted: Uninterrupted)
         assert_same_run(run, expected, n_steps(checkpoint))
 
 
-@pytest.mark.parametrize("name", ["tokens with evals", "hooks with evals"])
+@pytest.mark.parametrize("name", ["text with evals", "hooks with evals"])
 def test_a_checkpoint_of_a_run_stopped_in_evals_counts_the_step_before_them(
     train: Train, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
