@@ -57,9 +57,9 @@ def test_it_is_computed_by_what_was_asked_for(
     for name, (owner, function) in owners.items():
         original = getattr(owner, function)
 
-        def spy(*args: Any, name: str = name, original: Any = original) -> Any:
+        def spy(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
             taken.append(name)
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(owner, function, spy)
     stock = make(target)

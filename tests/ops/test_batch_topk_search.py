@@ -243,6 +243,27 @@ def test_rows_that_are_sorted_by_their_scores(
     assert all(searches)
 
 
+@pytest.mark.parametrize("filled", ["none", "few", "all"])
+def test_the_edge_is_the_highest_that_enough_scores_reach(
+    filled: str, device: torch.device, target: Target
+) -> None:
+    if target.backend != "triton":
+        pytest.skip("of the kernels")
+    kernels = import_module(MODULE)
+    share = {"none": 0.0, "few": 1e-3, "all": 1.0}[filled]
+    # Bins up to infinity's.
+    values = torch.rand(2**18) < share
+    values[0x7F800000 >> 13 :] = False
+    counts = (values * torch.randint(1, 4, values.shape)).int().to(device)
+    total = int(counts.sum())
+    for count in {1, 2, 99, 30_000, max(1, total), total + 1}:
+        edge = kernels._edge_of(counts, count)
+        reached = counts.flip(0).cumsum(0).flip(0) >= count
+        places = reached.nonzero()
+        bits = (int(places[-1]) << 13) if len(places) else 0
+        assert int(edge.view(torch.int32)) == max(bits, 1), count
+
+
 def test_the_edge_rises_so_that_later_chunks_list_few(
     device: torch.device, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,12 +283,11 @@ def test_the_edge_rises_so_that_later_chunks_list_few(
         problem.x, problem.weight, problem.bias, problem.norms, 80, 2 * 1600 * 2
     )
     assert is_reached
-    assert edges[0] == torch.tensor(1, dtype=torch.int32).view(torch.float32)
     # Of a sample of the first chunk, then of each chunk.
-    assert len(edges) == 6
+    assert len(edges) == 5
     assert edges == sorted(edges)
-    assert edges[1] > 0.1
-    assert edges[-1] > 1.02 * edges[2] > edges[1]
+    assert edges[0] > 0.1
+    assert edges[-1] > 1.02 * edges[1] > edges[0]
     limit = problem.dense()[1].flatten().topk(80).values[-1]
     assert 0.99 * limit <= edges[-1] <= limit
     assert 80 <= n_candidates < 250 < capacity

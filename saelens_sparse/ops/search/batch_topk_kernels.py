@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments
+from saelens_sparse.ops.common.launch import kernel, max_warps, on_device_of_arguments
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.kernels import GATHER_DOT, gather_dot
 from saelens_sparse.ops.screen.gpu import Chunk, Screen, row_terms, screened
@@ -52,6 +52,8 @@ class BatchTopKLaunch:
     COUNT_COLS: int = 512
     COUNT_ROWS: int = 8
     COUNT_WARPS: int = 4
+    EDGE_BINS: int = 16384
+    EDGE_WARPS: int = 16
     KEPT_PAIRS: int = 512
     KEPT_WARPS: int = 4
 
@@ -97,6 +99,35 @@ def _histogram_kernel(
 
 
 @kernel
+def _edge_kernel(
+    edge_ptr,  # [1] int32, the bits of a float32
+    counts_ptr,  # [bins] int32
+    count,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The lower end of the highest bin that has `count` scores in it and above; the smallest
+    positive number if there are not so many.
+
+    Grid: one program.
+    """
+    bins = tl.arange(0, BLOCK)
+    start = BINS - BLOCK
+    above = tl.zeros((), dtype=tl.int64)
+    counts = tl.load(counts_ptr + start + bins).to(tl.int64)
+    here = tl.sum(counts, axis=0)
+    while (start > 0) & (above + here < count):
+        above += here
+        start -= BLOCK
+        counts = tl.load(counts_ptr + start + bins).to(tl.int64)
+        here = tl.sum(counts, axis=0)
+    from_bin = above + here - tl.cumsum(counts, axis=0) + counts
+    n_bins = tl.sum((from_bin >= count).to(tl.int32), axis=0)
+    bits = (start + n_bins - 1) << _BIN_BITS
+    tl.store(edge_ptr, tl.maximum(bits, 1))
+
+
+@kernel
 def _keys_kernel(
     keys_ptr,  # [P] int32
     pre_acts_ptr,  # [P]; with a bias, read without it and written with it
@@ -128,18 +159,26 @@ def _keys_kernel(
 @kernel
 def _count_kept_kernel(
     counts_ptr,  # [P] int64
+    found_ptr,  # [2] int64
     keys_ptr,  # [P]
     least_ptr,  # [1] int32
+    edge_ptr,  # [1] int32, the bits of a float32
+    n_pairs_ptr,  # [1] int64
     P,
     BLOCK_P: tl.constexpr,
 ):
     """counts[p] = 1 if the key is above the least one, 2^32 if it is the least one
+    found = number of candidates, and whether the edge was low enough
 
     Grid: a program for BLOCK_P pairs, [P / BLOCK_P].
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     key = tl.load(keys_ptr + i, mask=i < P, other=0)
-    least = tl.load(least_ptr)
+    least, edge = tl.load(least_ptr), tl.load(edge_ptr)
+    if tl.program_id(0) == 0:
+        tl.store(found_ptr, tl.load(n_pairs_ptr))
+        # Nothing positive is below the smallest positive number.
+        tl.store(found_ptr + 1, ((least >= edge) | (edge == 1)).to(tl.int64))
     ties = (key == least) & (key > 0)
     count = (key > least).to(tl.int64) + (ties.to(tl.int64) << 32)
     tl.store(counts_ptr + i, count, mask=i < P)
@@ -163,16 +202,22 @@ def _keep_kernel(
     rows_ptr,  # [P]
     pre_acts_ptr,  # [P]
     n_kept,
+    L,
     P,
     BLOCK_P: tl.constexpr,
 ):
-    """The pairs that are kept, in their order.
+    """The pairs that are kept, in their order, and beyond them pairs that take part in no sum.
 
     Grid: a program for BLOCK_P pairs, [P / BLOCK_P].
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     live = i < P
     room = n_kept - (tl.load(counts_ptr + P - 1) & _LOW)
+    empty = (i >= _kept_before(counts_ptr, P, True, room)) & (i < n_kept)
+    tl.store(out_latents_ptr + i, 0, mask=empty)
+    tl.store(out_keys_ptr + i, L, mask=empty)
+    tl.store(out_rows_ptr + i, 0, mask=empty)
+    tl.store(out_pre_acts_ptr + i, 0.0, mask=empty)
     place = _kept_before(counts_ptr, i, live, room)
     kept = live & (_kept_before(counts_ptr, i + 1, live, room) > place)
     latent = tl.load(latents_ptr + i, mask=kept, other=0)
@@ -227,24 +272,23 @@ def find_largest(
     screen = Screen.of(x, weight, bias, tile=GATHER_DOT.BLOCK_D, norms=norms, rounded=rounded)
     rows_per_program = min(MARK_LAUNCH.MARK_ROWS, LAUNCH.COUNT_ROWS)
     n_chunks = triton.cdiv(n_rows, screen.rows_at_once(buffer_bytes, rows_per_program))
+    is_certain = is_certain or n_chunks > 1
     capacity = min(list_capacity(count, n_chunks), n_rows * d_sae)
     marked = MarkedPairs(screen, capacity, torch.float32)
-    counts = torch.zeros(_N_BINS, dtype=torch.int32, device=x.device)
-    is_certain = is_certain or n_chunks > 1
-    edge = lowest = _edge_of(counts, 1)
+    # The smallest positive number.
+    edge = torch.ones(1, dtype=torch.int32, device=x.device).view(torch.float32)
+    sample, counts = torch.zeros(2, _N_BINS, dtype=torch.int32, device=x.device)
     for rows, chunk in screen.chunks(buffer_bytes, rows_per_program):
         if rows.start == 0:
-            sample = torch.zeros_like(counts)
-            _add_scores(sample, chunk, lowest, _SAMPLED_OF)
+            _add_scores(sample, chunk, edge, _SAMPLED_OF)
             edge = _edge_of(sample, count if is_certain else _share_of_sample(count))
         if is_certain:
             # Few reach the edge of the sample's own largest scores, and are counted.
             _add_scores(counts, chunk, edge, 1)
             edge = _edge_of(counts, count)
         marked.add(rows, chunk, marks_of(chunk, edge.expand(d_sae).contiguous()))
-    pairs, least = _keep(marked, screen, x, weight, count)
-    is_reached = (least >= edge.view(torch.int32)) | (edge == lowest)
-    return pairs, torch.cat([marked.total[None], is_reached]), capacity
+    pairs, found = _keep(marked, edge, screen, x, weight, count)
+    return pairs, found, capacity
 
 
 def _share_of_sample(count: int) -> int:
@@ -282,17 +326,28 @@ def _edge_of(counts: torch.Tensor, count: int) -> torch.Tensor:
     """The lower end, `[1]` float32, of the highest bin that has `count` scores in it and above; the
     smallest positive number if there are not so many.
     """
-    below = counts.cumsum(0)
-    n_bins = (below[-1:] - below + counts >= count).sum(0, keepdim=True)
-    bits = (n_bins - 1).clamp(min=0) << _BIN_BITS.value
-    return bits.clamp(min=1).to(torch.int32).view(torch.float32)
+    edge = torch.empty(1, dtype=torch.int32, device=counts.device)
+    _edge_kernel[(1,)](
+        edge_ptr=edge,
+        counts_ptr=counts,
+        count=count,
+        BINS=_N_BINS,
+        BLOCK=LAUNCH.EDGE_BINS,
+        num_warps=min(LAUNCH.EDGE_WARPS, max_warps(counts.device)),
+    )
+    return edge.view(torch.float32)
 
 
 def _keep(
-    marked: MarkedPairs, screen: Screen, x: torch.Tensor, weight: torch.Tensor, count: int
+    marked: MarkedPairs,
+    edge: torch.Tensor,
+    screen: Screen,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    count: int,
 ) -> tuple[ActivePairs, torch.Tensor]:
-    """Of marked pairs those with the `count` largest positive scores, of ties the first; and the
-    key of the last of them.
+    """Of pairs that were marked for an edge those with the `count` largest positive scores, of ties
+    the first; and `found` of `_count_kept_kernel`.
     """
     device, rows, latents, pre_acts = x.device, marked.rows, marked.latents, marked.pre_acts
     bias = None
@@ -311,17 +366,25 @@ def _keep(
         n_pairs_ptr=marked.total,
         **launch,
     )
-    least = keys.topk(count, sorted=False).values.amin(0, keepdim=True)
     counts = torch.empty(n_pairs, dtype=torch.int64, device=device)
-    _count_kept_kernel[grid](counts_ptr=counts, keys_ptr=keys, least_ptr=least, **launch)
+    found = torch.empty(2, dtype=torch.int64, device=device)
+    _count_kept_kernel[grid](
+        counts_ptr=counts,
+        found_ptr=found,
+        keys_ptr=keys,
+        least_ptr=keys.topk(count, sorted=False).values.amin(),
+        edge_ptr=edge.view(torch.int32),
+        n_pairs_ptr=marked.total,
+        **launch,
+    )
     torch.cumsum(counts, 0, out=counts)
     assert rows.of_pairs is not None and rows.offsets is not None
     offsets = torch.empty_like(rows.offsets)
     kept = ActivePairs(
-        latents=torch.zeros(count, dtype=torch.int64, device=device),
-        keys=torch.full((count,), weight.shape[0], dtype=torch.int32, device=device),
-        pre_acts=torch.zeros(count, dtype=screen.pre_acts_dtype, device=device),
-        rows=Rows.ragged(offsets, torch.zeros(count, dtype=torch.int32, device=device)),
+        latents=torch.empty(count, dtype=torch.int64, device=device),
+        keys=torch.empty(count, dtype=torch.int32, device=device),
+        pre_acts=torch.empty(count, dtype=screen.pre_acts_dtype, device=device),
+        rows=Rows.ragged(offsets, torch.empty(count, dtype=torch.int32, device=device)),
     )
     _keep_kernel[grid](
         out_latents_ptr=kept.latents,
@@ -333,6 +396,7 @@ def _keep(
         rows_ptr=rows.of_pairs,
         pre_acts_ptr=pre_acts,
         n_kept=count,
+        L=weight.shape[0],
         **launch,
     )
     _kept_offsets_kernel[(triton.cdiv(rows.n_rows + 1, block),)](
@@ -345,4 +409,4 @@ def _keep(
         BLOCK_N=block,
         num_warps=LAUNCH.KEPT_WARPS,
     )
-    return kept, least
+    return kept, found
