@@ -91,6 +91,14 @@ class Code(ABC):
         """Activations as SAELens reports them, `[n_rows, d_sae]`, on the graph."""
 
     @abstractmethod
+    def active(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row, latent and activation as SAELens reports it, wherever that is not zero.
+
+        Each is `[nnz]`, by row and within a row by latent; rows and latents are int64. The
+        activations are on the graph. Waits for their number.
+        """
+
+    @abstractmethod
     def firing(self) -> torch.Tensor:
         """Where latents are active, `[n_rows, d_sae]` bool."""
 
@@ -165,20 +173,32 @@ class PairCode(Code):
     def metrics(self) -> dict[str, float]:
         return {} if self.pairs.rows.k is None else {"rows_recomputed": self.pairs.rows_recomputed}
 
+    def reported_acts(self) -> torch.Tensor:
+        """Activations as SAELens reports them, `[n_pairs]`, on the graph."""
+        if self.norms is None:
+            return self.acts
+        norms, is_current = self.norms, version_of(self.W_dec) == self.decoder_version
+        if torch.is_grad_enabled() and self.norms_have_graph and is_current:
+            norms = self.W_dec.norm(dim=-1)  # on the graph
+        return self.acts * norms[self.pairs.latents]
+
     @override
     def dense_acts(self) -> torch.Tensor:
-        values = self.acts
-        if self.norms is not None:
-            norms = self.norms
-            if self.norms_have_graph and version_of(self.W_dec) == self.decoder_version:
-                norms = self.W_dec.norm(dim=-1)  # on the graph
-            values = values * norms[self.pairs.latents]
+        values = self.reported_acts()
         rows, latents = self.pairs.rows, self.pairs.latents
         if rows.k is not None:
             by_row = (rows.n_rows, rows.k)
             dense = values.new_zeros(rows.n_rows, self.d_sae)
             return dense.scatter(1, latents.view(by_row), values.view(by_row))
         return self._with_a_column_for_no_sum(values)
+
+    @override
+    def active(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values, keys = self.reported_acts(), self.pairs.keys
+        places = ((values != 0) & (keys < self.d_sae)).nonzero().squeeze(1)
+        rows, latents = self.pairs.rows.of(places), self.pairs.latents[places]
+        order = (rows * self.d_sae + latents).argsort()
+        return rows[order], latents[order], values[places[order]]
 
     @override
     def firing(self) -> torch.Tensor:
@@ -260,6 +280,11 @@ class DenseCode(Code):
     @override
     def dense_acts(self) -> torch.Tensor:
         return self.acts.to(self.pre_acts_dtype)
+
+    @override
+    def active(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows, latents = self.acts.nonzero().unbind(1)
+        return rows, latents, self.acts[rows, latents].to(self.pre_acts_dtype)
 
     @override
     def firing(self) -> torch.Tensor:

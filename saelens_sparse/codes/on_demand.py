@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from saelens_sparse.codes.code import Code, version_of
+from saelens_sparse.codes.compressed import compressed
 
 
 def _getter(name: str) -> Callable[..., Any]:
@@ -203,7 +204,24 @@ class SparseFeatureActs(OnDemandTensor):
         if func is torch.Tensor.bool and len(args) == 1 and not kwargs:
             self.code.require_current()
             return FiringPattern(self.code, self.size(), torch.bool)
+        layout = _layout_asked_for(func, args, kwargs)
+        has_rows = layout == torch.sparse_csr and self.dim() >= 2
+        if layout is not None and (has_rows or layout == torch.sparse_coo):
+            self.code.require_current()
+            return compressed(self.code, self.size(), layout)
         return NotImplemented
+
+
+def _layout_asked_for(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.layout | None:
+    """Into which layout a call brings a tensor; None if it does other things, or more."""
+    if func is torch.Tensor.to_sparse_csr and len(args) == 1 and not kwargs:
+        return torch.sparse_csr
+    # What `to_sparse_coo` calls too.
+    if func is torch.Tensor.to_sparse and len(args) == 1 and kwargs.keys() <= {"layout"}:
+        return kwargs.get("layout") or torch.sparse_coo
+    return None
 
 
 def code_of(tensor: torch.Tensor) -> Code | None:

@@ -182,6 +182,18 @@ def test_nested_in_containers(pair: Pair) -> None:
     )
 
 
+def test_zeros_are_not_stored_in_compressed_tensors() -> None:
+    stock = make_stock()
+    with torch.no_grad():
+        stock.b_enc.sub_(3)
+    x = zipf_inputs(stock, N_ROWS)
+    acts, _ = sparse_like(stock).encode_with_hidden_pre(x)
+    n_active = int(stock.encode(x).count_nonzero())
+    assert acts.to_sparse_coo().values().numel() == n_active
+    assert acts.to_sparse_csr().values().numel() == n_active
+    assert 0 < n_active < N_ROWS * stock.cfg.k
+
+
 def test_dead_latents_are_read_from_the_same_pattern() -> None:
     """`n_forward_passes_since_fired` and the firing counts of stock, with clipped zeros."""
     stock = make_stock()

@@ -396,8 +396,8 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                is_sparse = leaf.layout == torch.sparse_csr
-                self.numel = max(self.numel, leaf._nnz() if is_sparse else leaf.numel())
+                is_dense = leaf.layout == torch.strided
+                self.numel = max(self.numel, leaf.numel() if is_dense else leaf._nnz())
         return out
 
 
