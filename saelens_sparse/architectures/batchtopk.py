@@ -170,10 +170,7 @@ def _reported_at_pairs(acts: torch.Tensor) -> torch.Tensor | None:
     """
     if not isinstance(acts, SparseFeatureActs) or not acts.is_untouched:
         return None
-    code = acts.code
-    if not isinstance(code, PairCode):
-        return None
-    return code.acts if code.norms is None else code.acts * code.norms[code.pairs.latents]
+    return acts.code.reported_acts() if isinstance(acts.code, PairCode) else None
 
 
 BATCHTOPK = Architecture(
