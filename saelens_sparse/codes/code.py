@@ -242,16 +242,28 @@ class PairCode(Code):
     def decode(
         self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.decode_rows(W_dec, b_dec, self.pairs, self.order, to_step=to_step)
+
+    def decode_rows(
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor | None,
+        pairs: ActivePairs,
+        order: LatentOrder,
+        *,
+        to_step: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `decode`, of its pairs on rows that may be others than those of the batch."""
         acts = self.acts
         norms_vary = torch.is_grad_enabled() and W_dec.requires_grad and not self.norms_have_graph
         if self.norms is not None and norms_vary:
             # One in value. Decoding divides by the norms, and nothing cancels their gradient.
             scale = self.norms / W_dec.norm(dim=-1)
-            acts = acts * at_latents(scale, self.pairs.latents, self.order, self.backend)
+            acts = acts * at_latents(scale, pairs.latents, order, self.backend)
         to_step = to_step and W_dec is self.W_dec
-        row_gradients = self.step.row_gradients_of("W_dec", self.order) if to_step else None
+        row_gradients = self.step.row_gradients_of("W_dec", order) if to_step else None
         return decode_pairs(
-            acts, W_dec, b_dec, self.pairs, self.order, self.block, self.backend, row_gradients
+            acts, W_dec, b_dec, pairs, order, self.block, self.backend, row_gradients
         )
 
 
