@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ class Architecture:
         sparsity_field: config field that sets how many latents are active on a row; None if that
             is a result of the training.
         demo_config: file beside `compare` with a runner config for its built-in model.
+        needed_fields: config fields without which there is no SAE, for so many latents; with values
+            for whoever has none.
     """
 
     sae: type[TrainingSAE[Any]]
@@ -35,6 +38,7 @@ class Architecture:
     inference_config: type[SAEConfig]
     sparsity_field: str | None
     demo_config: str
+    needed_fields: Callable[[int], Mapping[str, Any]] = lambda _: {}
 
     @property
     def name(self) -> str:

@@ -71,7 +71,7 @@ class Case:
     @property
     def sae_options(self) -> dict[str, Any]:
         """Fields of the SAE's config besides its name and the sizes."""
-        fixed: dict[str, Any] = {}
+        fixed = dict(self.registered.needed_fields(self.d_sae))
         if hasattr(self.registered.stock_config, "l0_coefficient"):
             fixed["l0_coefficient"] = L0_COEFFICIENT
         if name := self.registered.sparsity_field:
