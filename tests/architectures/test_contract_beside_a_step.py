@@ -203,6 +203,11 @@ class TestOtherDecoders:
 class TestCompiled:
     """`torch.compile` of an SAE, which breaks its graph at the sparse parts."""
 
+    @pytest.fixture(autouse=True)
+    def nothing_is_compiled_yet(self) -> None:
+        """PyTorch limits how often it compiles a method, and all architectures share some."""
+        torch.compiler.reset()
+
     @subjects(ON_CPU)
     def test_gives_what_the_sae_gives(self, subject: Subject) -> None:
         stock, x = subject.case(n_rows=6)
