@@ -1,8 +1,8 @@
 """saelens_sparse: sparse-autoencoder training in SAELens that computes only what is active.
 
 Importing the package registers its architectures in SAELens's training registry, so that
-`architecture="topk_sparse"`, `"batchtopk_sparse"` and `"jumprelu_sparse"` work wherever SAELens
-takes an architecture.
+`architecture="topk_sparse"`, `"batchtopk_sparse"`, `"matryoshka_batchtopk_sparse"` and
+`"jumprelu_sparse"` work wherever SAELens takes an architecture.
 """
 
 from saelens_sparse.architectures import ARCHITECTURES
@@ -13,6 +13,10 @@ from saelens_sparse.architectures.batchtopk import (
 from saelens_sparse.architectures.jumprelu import (
     SparseJumpReLUTrainingSAE,
     SparseJumpReLUTrainingSAEConfig,
+)
+from saelens_sparse.architectures.matryoshka import (
+    SparseMatryoshkaBatchTopKTrainingSAE,
+    SparseMatryoshkaBatchTopKTrainingSAEConfig,
 )
 from saelens_sparse.architectures.registry import add
 from saelens_sparse.architectures.topk import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
@@ -28,6 +32,8 @@ __all__ = [
     "SparseBatchTopKTrainingSAEConfig",
     "SparseJumpReLUTrainingSAE",
     "SparseJumpReLUTrainingSAEConfig",
+    "SparseMatryoshkaBatchTopKTrainingSAE",
+    "SparseMatryoshkaBatchTopKTrainingSAEConfig",
     "SparseMultiSAETrainingRunner",
     "SparseTopKTrainingSAE",
     "SparseTopKTrainingSAEConfig",

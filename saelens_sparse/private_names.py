@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sae_lens import llm_sae_training_runner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from torch.autograd import profiler
 from torch.optim import Adam
 from torch.optim.adam import adam
@@ -28,6 +29,8 @@ TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13"}
 COMMAND_LINE = ("_parse_cfg_args",)
 # Called by SAELens's runner of several SAEs, and overridden by `SparseMultiSAETrainingRunner`.
 MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
+# What SAELens's Matryoshka losses take from the SAE, and what the sparse SAE gives them.
+MATRYOSHKA = ("_iterable_decode",)
 # PyTorch's registries of hooks: its public methods add to them and do not tell what is there.
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -69,6 +72,12 @@ def _check() -> None:
             dir(llm_sae_training_runner),
         ),
         ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
+        (
+            "sae-lens",
+            "MatryoshkaBatchTopKTrainingSAE",
+            MATRYOSHKA,
+            dir(MatryoshkaBatchTopKTrainingSAE),
+        ),
         ("torch", "nn.Module", MODULE_HOOKS, dir(torch.nn.Module())),
         ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),
         ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),

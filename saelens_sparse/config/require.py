@@ -21,6 +21,15 @@ def require_int(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name} must be at least {minimum}; got {value}")
 
 
+def require_ints(name: str, value: object) -> None:
+    """Raise unless a configuration value is a list of ints."""
+    if not isinstance(value, list):
+        raise TypeError(f"{name} must be a list of ints; got {value!r}")
+    for element in value:
+        if isinstance(element, bool) or not isinstance(element, int):
+            raise TypeError(f"{name} must be a list of ints; got {value!r}")
+
+
 def require_bool(name: str, value: object) -> None:
     """Raise unless a configuration value is True or False."""
     if not isinstance(value, bool):

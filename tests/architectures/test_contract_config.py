@@ -44,7 +44,8 @@ def test_class_dictionary_and_runner_config_say_the_same(
     settings: dict[str, Any] = {
         "d_in": 16, "d_sae": 200, "implementation": "torch", "screen_buffer_mib": 3,
     }  # fmt: skip
-    cfg: Any = subject.architecture.config(**{**settings, **options})
+    needed = subject.architecture.needed_fields(settings["d_sae"])
+    cfg: Any = subject.architecture.config(**{**settings, **needed, **options})
     as_json = json.loads(json.dumps(cfg.to_dict()))
     assert as_json["architecture"] == subject.name
     for values in (cfg.to_dict(), as_json):
@@ -99,12 +100,12 @@ def test_registration_is_idempotent(
         saelens_sparse.register()
 
 
-@architectures
-def test_triton_is_never_replaced(
-    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@subjects(ON_CPU)
+def test_triton_is_never_replaced(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    settings: dict[str, Any] = {"d_in": 16, "d_sae": 128, "implementation": "triton"}
+    architecture = subject.architecture
+    settings: dict[str, Any] = {"d_in": 16, "d_sae": 200, "implementation": "triton"}
+    settings |= architecture.needed_fields(settings["d_sae"])
     sae = architecture.sae(architecture.config(**settings))
     with pytest.raises(ValueError, match=r"implementation='triton' cannot run here: .*'torch'"):
         sae.encode(torch.zeros(4, 16))

@@ -52,7 +52,7 @@ def test_without_gradients(subject: Subject, name: str) -> None:
         torch.testing.assert_close(output.loss, expected.loss)
 
 
-@subjects(NOT_INTERPRETED)
+@subjects(NOT_INTERPRETED, any_input=True)
 def test_head_reshaping(subject: Subject) -> None:
     stock, flat = subject.case(n_rows=20, d_in=12, reshape_activations="hook_z")
     x = flat.view(-1, 4, 3)

@@ -104,7 +104,7 @@ def test_shapes(
     compare_steps(stock, subject.sparse(stock), x, dead, FLOAT32, input_gradient=True)
 
 
-@subjects(NOT_INTERPRETED, options="few")
+@subjects(NOT_INTERPRETED, options="few", any_input=True)
 def test_non_contiguous_input_with_leading_dimensions(
     subject: Subject, options: dict[str, Any]
 ) -> None:
@@ -119,7 +119,7 @@ def test_non_contiguous_input_with_leading_dimensions(
 @pytest.mark.pairwise
 @pytest.mark.parametrize("normalize", ["constant_norm_rescale", "layer_norm"])
 @input_or_not
-@subjects(precisions=PRECISIONS)
+@subjects(precisions=PRECISIONS, any_input=True)
 def test_run_time_normalization(
     subject: Subject, precision: Precision, normalize: str, input_gradient: bool
 ) -> None:

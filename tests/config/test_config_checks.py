@@ -322,7 +322,7 @@ GOOD_CHANGES: dict[str, dict[str, Any]] = {
         architecture: {
             "sae": {"architecture": architecture, "d_in": 16, "d_sae": 64}
             | ({"k": 4} if "k" in config_class.__dataclass_fields__ else {})
-            | ARCHITECTURE_FIELDS.get(architecture, {})
+            | ARCHITECTURE_FIELDS.get(architecture.removesuffix("_sparse"), {})
         }
         for architecture, (_, config_class) in SAE_TRAINING_CLASS_REGISTRY.items()
     },

@@ -45,12 +45,15 @@ def test_every_promised_config_is_there() -> None:
     assert {path.stem for path in CONFIGS} == {
         "smollm2_demo_topk",
         "smollm2_demo_batchtopk",
+        "smollm2_demo_matryoshka_batchtopk",
         "smollm2_demo_jumprelu",
         "gpt2_small_topk",
         "gpt2_small_batchtopk",
+        "gpt2_small_matryoshka_batchtopk",
         "gpt2_small_jumprelu",
         "gemma_2_2b_topk",
         "gemma_2_2b_batchtopk",
+        "gemma_2_2b_matryoshka_batchtopk",
         "gemma_2_2b_jumprelu",
         "llama_3_1_8b_topk",
     }

@@ -16,6 +16,7 @@ from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.compare.options import parse_comparison
 from saelens_sparse.config.checks import check_training
 from saelens_sparse.config.files import load_config
+from tests.support.architectures import TRAITS
 from tests.support.runs import (
     D_MODEL,
     D_SAE,
@@ -43,7 +44,7 @@ RUN_SETTINGS: dict[str, Any] = {
 def config_of(architecture: str, **options: Any) -> Any:
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     options |= {"k": 4} if "k" in config_class.__dataclass_fields__ else {}
-    options |= SETTINGS.get(architecture, {})
+    options |= SETTINGS.get(architecture.removesuffix("_sparse"), {})
     return config_class(d_in=D_MODEL, d_sae=D_SAE, **options)
 
 
@@ -73,8 +74,15 @@ def test_what_a_run_of_stock_writes_is_taken(run: Run, architecture: str) -> Non
     assert_taken(checkpoints(cfg)[0] / "runner_cfg.json", architecture)
 
 
-@pytest.mark.parametrize("normalize", ["expected_average_only_in", "layer_norm"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "normalize"),
+    [
+        (name, normalize)
+        for name in ARCHITECTURES
+        for normalize in ("expected_average_only_in", "layer_norm")
+        if normalize != "layer_norm" or not TRAITS[name].takes_plain_rows_only
+    ],
+)
 def test_what_our_runner_writes_is_taken(
     architecture: str,
     normalize: str,

@@ -23,6 +23,7 @@ from tests.support.jumprelu import (
     decided_inputs,
     make_jumprelu,
 )
+from tests.support.matryoshka import make_matryoshka, matryoshka_inputs
 from tests.support.saes import (
     FLOAT32,
     Precision,
@@ -45,6 +46,17 @@ TOPK_OPTIONS: dict[str, dict[str, Any]] = {
     for rescale, centre in itertools.product((True, False), repeat=2)
 }
 ALL_OR_NO_OPTIONS = {name: TOPK_OPTIONS[name] for name in ("rescaled-centred", "raw-uncentred")}
+MATRYOSHKA_OPTIONS = {
+    f"{name}-{'level' if of_level else 'whole'}-error": {
+        **options, "use_matryoshka_aux_loss": of_level,
+    }
+    for of_level in (True, False)
+    for name, options in TOPK_OPTIONS.items()
+}  # fmt: skip
+TWO_MATRYOSHKA_OPTIONS = {
+    name: MATRYOSHKA_OPTIONS[name]
+    for name in ("rescaled-centred-level-error", "raw-uncentred-whole-error")
+}
 CENTRED_OR_NOT: Options = {
     "centred": {"apply_b_dec_to_input": True},
     "uncentred": {"apply_b_dec_to_input": False},
@@ -82,6 +94,8 @@ class Traits:
         large: further fields of an SAE whose sums several threads share.
         reconstruction_alone: fields with which no other loss is trained.
         own_files: what it writes into a checkpoint beside the files of stock.
+        takes_plain_rows_only: whether stock's training pass fails for all inputs but rows
+            `[n_rows, d_in]`, and for those that are normalized at run time.
     """
 
     options: Options = field(default_factory=lambda: CENTRED_OR_NOT)
@@ -95,6 +109,7 @@ class Traits:
     large: Mapping[str, Any] = field(default_factory=lambda: {"d_in": 32, "d_sae": 512})
     reconstruction_alone: Mapping[str, Any] = field(default_factory=dict[str, Any])
     own_files: Set[str] = frozenset()
+    takes_plain_rows_only: bool = False
 
 
 def jumprelu_inputs(
@@ -123,6 +138,16 @@ TRAITS = {
         inputs=lambda stock, n_rows, _, dead: rows_for_batch_topk(stock, n_rows, dead),
         screened={"d_in": 13, "d_sae": 64, "k": 2.3},
         large={"d_in": 32, "d_sae": 512, "k": 16},
+    ),
+    "matryoshka_batchtopk_sparse": Traits(
+        options=MATRYOSHKA_OPTIONS,
+        few_options=TWO_MATRYOSHKA_OPTIONS,
+        steps_interpreted=False,
+        make_stock=make_matryoshka,
+        inputs=lambda stock, n_rows, _, dead: matryoshka_inputs(stock, n_rows, dead),
+        screened={"d_in": 13, "d_sae": 64, "k": 2.3},
+        large={"d_in": 32, "d_sae": 512, "k": 16},
+        takes_plain_rows_only=True,
     ),
     "jumprelu_sparse": Traits(
         options=OPTIONS,
@@ -216,6 +241,7 @@ def subjects(
     *,
     precisions: Sequence[Precision] = (),
     options: Literal["all", "few", "centred or not"] | None = None,
+    any_input: bool = False,
 ) -> pytest.MarkDecorator:
     """Runs a test for every registered architecture, on each of its paths that runs here.
 
@@ -223,11 +249,14 @@ def subjects(
         where: names of paths; if None, all on which a step takes less than seconds.
         precisions: the test also takes a `precision`, each that a path takes.
         options: the test also takes `options`, each of its architecture.
+        any_input: leave out architectures whose stock trains on plain rows only.
     """
     names = ["subject", *["precision"] * bool(precisions), *["options"] * bool(options)]
     parameters: list[Any] = []
     for name, subject in SUBJECTS.items():
         traits, stock = subject.traits, subject.architecture.stock
+        if any_input and traits.takes_plain_rows_only:
+            continue
         for path, target in traits.paths.items():
             fast = traits.steps_interpreted or not target.interpreted
             if not target.runs_here or not (fast if where is None else path in where):

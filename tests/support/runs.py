@@ -58,6 +58,10 @@ def sae_config(config_class: Config = SparseTopKTrainingSAEConfig, **options: An
 FIELDS: dict[str, dict[str, Any]] = {
     "topk": {"k": K},
     "batchtopk": {"k": K + 0.3, "topk_threshold_lr": 0.1},
+    "matryoshka_batchtopk": {
+        "k": K + 0.3, "topk_threshold_lr": 0.1, "matryoshka_widths": [8, D_SAE],
+        "use_matryoshka_aux_loss": True,
+    },
     "jumprelu": {
         "dtype": "float64", "jumprelu_bandwidth": 0.2, "l0_coefficient": 0.3,
         "l0_warm_up_steps": 4, "pre_act_loss_coefficient": 3e-3,

@@ -164,12 +164,12 @@ def zipf_inputs(
 
 
 def rows_for_batch_topk(
-    sae: TrainingSAE[Any], n_rows: int, dead: torch.Tensor | None = None
+    sae: TrainingSAE[Any], n_rows: int, *dead: torch.Tensor | None
 ) -> torch.Tensor:
     """Superposed rows, such that every precision selects the same latents of the batch.
 
     No score is nearer to the batch's limit than bfloat16's rounding, and as many exceed it as a
-    BatchTopK with the SAE's k keeps. Rows' top dead latents, if there are any, are decided too.
+    BatchTopK with the SAE's k keeps. Rows' top dead latents of each mask are decided too.
     """
     oracle = stock_like(sae)
     x = superposed_rows(sae, 60 * max(n_rows, 8))
@@ -178,8 +178,9 @@ def rows_for_batch_topk(
     limit = scores.flatten().topk(int(sae.cfg.k * len(x))).values[-1]
     assert limit > 0
     decided = ((scores - limit).abs() > 0.01 * scores.abs().amax(1, keepdim=True)).all(1)
-    if dead is not None:
-        decided &= _is_decided(scores[:, dead], sae.cfg.d_in // 2)
+    for mask in dead:
+        if mask is not None:
+            decided &= _is_decided(scores[:, mask], sae.cfg.d_in // 2)
     x, counts = x[decided], (scores[decided] > limit).sum(1)
     wanted = int(sae.cfg.k * n_rows)
     for _ in range(n_rows + 1):

@@ -1,0 +1,283 @@
+"""Matryoshka BatchTopK training SAE that computes only what is active. Counterpart of SAELens's
+`matryoshka_batchtopk_sae.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from typing_extensions import override
+
+from saelens_sparse.architectures.batchtopk import (
+    SparseBatchTopKTrainingSAE,
+    SparseBatchTopKTrainingSAEConfig,
+)
+from saelens_sparse.architectures.registry import Architecture, add
+from saelens_sparse.codes.code import Code, PairCode
+from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, materialize
+from saelens_sparse.codes.step import StepContext
+from saelens_sparse.config.require import require_bool, require_ints
+from saelens_sparse.ops.common.host_copy import HostCopy
+from saelens_sparse.ops.pairs import ActivePairs, Rows
+from saelens_sparse.ops.rows.block import RowBlock
+
+
+@dataclass
+class SparseMatryoshkaBatchTopKTrainingSAEConfig(
+    SparseBatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig
+):
+    """
+    Configuration class for training a SparseMatryoshkaBatchTopKTrainingSAE.
+
+    Every field of SAELens's MatryoshkaBatchTopKTrainingSAEConfig has the same default and meaning.
+    The SAE that is saved for inference is a stock `jumprelu` SAE.
+
+    Args:
+        matryoshka_widths (list[int]): Number of latents of each level, ascending. Making an SAE
+            adds a last level of d_sae latents if there is none, with SAELens's warning.
+        use_matryoshka_aux_loss (bool): Let the dead latents of each level reconstruct the error of
+            that level, instead of all of them the error of the whole SAE.
+        implementation (Literal["auto", "triton", "torch", "dense"]): As in
+            SparseBatchTopKTrainingSAEConfig, as all that follow.
+        screen_buffer_mib (int): Bound on the size of the buffer of the search, in MiB.
+        fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel.
+        gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
+            SparseTrainingRunner too.
+        cuda_graph (bool): Let SparseTrainingRunner replay steps of small SAEs as CUDA graphs.
+        k (float): Number of latents that are active on a row, on average over the batch.
+        topk_threshold_lr (float): Share by which the smallest activation of a batch moves the
+            threshold that the saved SAE has.
+        aux_loss_coefficient (float): Coefficient for the auxiliary loss that revives dead latents.
+        rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
+
+    Raises:
+        TypeError: a field has a value of a wrong type; the message names it.
+        ValueError: a field has a value out of range; the message names it. SAELens checks the
+            widths when an SAE is made.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "matryoshka_batchtopk_sparse"
+
+    @override
+    def __post_init__(self) -> None:
+        require_ints("matryoshka_widths", self.matryoshka_widths)
+        require_bool("use_matryoshka_aux_loss", self.use_matryoshka_aux_loss)
+        super().__post_init__()
+
+
+class DeadLevel(NamedTuple):
+    """The dead latents of a level, and their rows `[n_dead, d_in]` of the weights."""
+
+    latents: torch.Tensor
+    W_enc: torch.Tensor
+    W_dec: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class LeveledCode(PairCode):
+    """Pairs that are decoded level by level, in one pass over them.
+
+    Attributes:
+        widths: number of latents of each level, ascending; the last is d_sae.
+        recons: reconstructions `[n_rows, d_in]` of the levels while a training step needs them,
+            before run-time normalization is undone.
+        dead_before: `[n_levels]`, number of dead latents up to each level's width; None if no loss
+            asks for it.
+    """
+
+    widths: Sequence[int]
+    recons: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    dead_before: HostCopy | None = None
+
+    @override
+    def decode(
+        self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.step.n_training_steps is None:
+            return super().decode(W_dec, b_dec, to_step=to_step)
+        rows = rows_by_level(self.pairs, self.widths)
+        pairs, order = replace(self.pairs, rows=rows), replace(self.order, rows=rows)
+        # Backward, errors add up from the widest level on: a pair's row is the sum of the errors of
+        # its own level and of all that contain it. So the weight gets one gradient.
+        sums, dead_W_dec = self.decode_rows(W_dec, None, pairs, order, to_step=to_step)
+        recons = b_dec
+        self.recons.clear()
+        for of_level in sums.view(-1, len(self.widths), W_dec.shape[1]).unbind(1):
+            recons = of_level + recons
+            self.recons.append(recons)
+        return recons, dead_W_dec
+
+    def dead_levels(self, mask: torch.Tensor) -> list[DeadLevel] | None:
+        """The dead latents of `mask` by level, no level if there are none; None if the step has not
+        made what they need. Waits for their numbers.
+        """
+        dead = self.dead
+        if dead is None or dead.mask is not mask:
+            return None
+        if dead.block is None:
+            return []
+        if dead.W_enc is None or dead.W_dec is None or self.dead_before is None:
+            return None
+        before = [0, *self.dead_before.values().tolist()]
+        sizes = [end - first for first, end in pairwise(before)]
+        padding = dead.block.width - before[-1]
+        parts = zip(
+            dead.block.latents.split(sizes),
+            dead.W_enc.split([*sizes, padding])[:-1],
+            dead.W_dec.split([*sizes, padding])[:-1],
+            strict=True,
+        )
+        return [DeadLevel(*part) for part in parts]
+
+
+def rows_by_level(pairs: ActivePairs, widths: Sequence[int]) -> Rows:
+    """
+    Rows of pairs apart by level: those of row n and level i are on row `n * n_levels + i`.
+
+    Args:
+        pairs: those of a row ascend by latent, and all of them take part in sums.
+        widths: number of latents of each level, ascending; the last is d_sae.
+    """
+    rows, latents, n_levels = pairs.rows, pairs.latents, len(widths)
+    levels = torch.zeros_like(latents)
+    for width in widths[:-1]:
+        levels += latents >= width
+    places = torch.arange(latents.numel(), device=latents.device)
+    is_on_row = places < rows.starts(latents.device)[-1]
+    by_level = rows.of(places) * n_levels + levels
+    n_rows = rows.n_rows * n_levels
+    offsets = torch.searchsorted(
+        by_level.where(is_on_row, n_rows), torch.arange(n_rows + 1, device=latents.device)
+    )
+    return Rows.ragged(offsets, by_level.where(is_on_row, 0).to(torch.int32))
+
+
+class SparseMatryoshkaBatchTopKTrainingSAE(
+    SparseBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE
+):
+    """
+    Matryoshka BatchTopK SAE that trains the same model as SAELens's
+    MatryoshkaBatchTopKTrainingSAE, computing only what is active: one pass over the active latents
+    gives the reconstructions of all levels, and each weight has one gradient for all of them.
+
+    A step holds a reconstruction and its gradient, `[n_rows, d_in]` each, for every level. As in
+    SAELens, a step fails with an AttributeError where `normalize_activations` is "layer_norm" or
+    "constant_norm_rescale", unless there is one level: what undoes them does so once a batch.
+    """
+
+    cfg: SparseMatryoshkaBatchTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @override
+    def graph_key(self) -> object | None:
+        key = super().graph_key()
+        return None if key is None else (key, tuple(self.cfg.matryoshka_widths))
+
+    @override
+    def make_code(
+        self, x: torch.Tensor, input_bias: torch.Tensor | None, step: StepContext
+    ) -> Code:
+        code = super().make_code(x, input_bias, step)
+        assert isinstance(code, PairCode)
+        widths = tuple(self.cfg.matryoshka_widths)
+        dead_before = None
+        if code.dead is not None and code.block is not None and self.cfg.use_matryoshka_aux_loss:
+            mask = code.dead.mask
+            dead_before = HostCopy(torch.stack([mask[:width].sum() for width in widths]))
+        of_code = {field.name: getattr(code, field.name) for field in fields(code)}
+        return LeveledCode(**of_code, widths=widths, dead_before=dead_before)
+
+    @override
+    def propose(self, step_input: TrainStepInput, step: StepContext) -> TrainStepOutput:
+        output = super().propose(step_input, step)
+        code = code_of(output.feature_acts)
+        if isinstance(code, LeveledCode):
+            code.recons.clear()  # outputs may live long
+        return output
+
+    @override
+    def _iterable_decode(
+        self, feature_acts: torch.Tensor, include_outer_loss: bool = False
+    ) -> Generator[tuple[int, torch.Tensor], None, None]:
+        """Each level's width and reconstruction `[..., d_in]`, those that `decode` has left."""
+        code = None
+        if isinstance(feature_acts, SparseFeatureActs) and feature_acts.is_untouched:
+            code = feature_acts.code
+        if not isinstance(code, LeveledCode) or not code.recons:
+            yield from super()._iterable_decode(materialize(feature_acts), include_outer_loss)
+            return
+        widths = code.widths if include_outer_loss else code.widths[:-1]
+        for width, recons in zip(widths, code.recons, strict=False):
+            by_row = recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
+            yield width, self.run_time_activation_norm_fn_out(by_row)
+
+    @override
+    def calculate_matryoshka_aux_loss(
+        self,
+        sae_in: torch.Tensor,
+        sae_out: torch.Tensor,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        dead_neuron_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        AuxK loss of each level's dead latents for the error of that level, computed on their rows
+        of the weights alone. Formula: as SAELens's.
+        """
+        if dead_neuron_mask is None:
+            return sae_out.new_zeros(())
+        code = code_of(hidden_pre)
+        levels = code.dead_levels(dead_neuron_mask) if isinstance(code, LeveledCode) else None
+        if not isinstance(code, LeveledCode) or levels is None:
+            return super().calculate_matryoshka_aux_loss(
+                sae_in, sae_out, feature_acts, hidden_pre, dead_neuron_mask
+            )
+        if not levels:
+            return sae_out.new_zeros(())
+        recons = self._iterable_decode(feature_acts, include_outer_loss=True)
+        losses = [
+            self._dead_level_loss(code, dead, (sae_in - of_level).detach())
+            for dead, (_, of_level) in zip(levels, recons, strict=True)
+            if dead.latents.numel() > 0
+        ]
+        return self.cfg.aux_loss_coefficient * torch.stack(losses).sum()
+
+    def _dead_level_loss(
+        self, code: LeveledCode, dead: DeadLevel, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """How far dead latents are from the error of their level, `[..., d_in]`."""
+        n_dead, k_aux = dead.latents.numel(), residual.shape[-1] // 2
+        values = self._dead_acts(code, RowBlock(dead.latents, n_dead), dead.W_enc, k_aux)
+        error = (values @ dead.W_dec).view_as(residual) - residual
+        return min(n_dead / k_aux, 1.0) * error.pow(2).sum(dim=-1).mean()
+
+
+def _four_levels(d_sae: int) -> dict[str, list[int]]:
+    """A 32nd, an eighth, half and all of the latents."""
+    return {"matryoshka_widths": sorted({max(1, d_sae // part) for part in (32, 8, 2, 1)})}
+
+
+MATRYOSHKA = Architecture(
+    sae=SparseMatryoshkaBatchTopKTrainingSAE,
+    config=SparseMatryoshkaBatchTopKTrainingSAEConfig,
+    stock_sae=MatryoshkaBatchTopKTrainingSAE,
+    stock_config=MatryoshkaBatchTopKTrainingSAEConfig,
+    inference_sae=JumpReLUSAE,
+    inference_config=JumpReLUSAEConfig,
+    sparsity_field="k",
+    demo_config="smollm2_demo_matryoshka_batchtopk.json",
+    needed_fields=_four_levels,
+)
+add(MATRYOSHKA)
