@@ -79,7 +79,7 @@ def differences(trajectory: Trajectory, reference: Trajectory, device: str = "cp
 
 def kind_of(name: str) -> str:
     """The kind of a quantity: "loss" of every loss term, "gradient" of "gradient of W_dec"."""
-    return "loss" if name.endswith("loss") else name.split(" of ", maxsplit=1)[0]
+    return "loss" if "loss" in name else name.split(" of ", maxsplit=1)[0]
 
 
 def require_agreement(found: Differences, stock: Differences) -> None:

@@ -18,6 +18,8 @@ REFERENCE_PRECISION = {"float32": FLOAT64, "autocast": FLOAT32, "bfloat16": FLOA
 
 BOTH = (FLOAT32, AUTOCAST)
 TOPK, BATCHTOPK, JUMPRELU = "topk_sparse", "batchtopk_sparse", "jumprelu_sparse"
+# Its levels have a 32nd, an eighth, half and all of the latents.
+MATRYOSHKA = "matryoshka_batchtopk_sparse"
 FORWARD, STEP_AND_FORWARD = ("forward",), ("step", "forward")
 
 
@@ -75,6 +77,7 @@ CASES: dict[str, NamedCase] = {
         replace(AUTOCAST_BATCH, name="batchtopk_dead30", dead_fraction=0.3),
         replace(AUTOCAST_BATCH, name="batchtopk_wide", d_sae=262_144),
         replace(AUTOCAST_BATCH, name="batchtopk_million", d_sae=1_048_576, check_rows=256),
+        replace(BATCH, name="matryoshka", architecture=MATRYOSHKA),
         NamedCase("batchtopk_gpt2", BATCHTOPK, 768, 24_576, 32, 4096, BOTH),
         *(
             replace(GEMMA, name=f"jumprelu_l0_{l0}", architecture=JUMPRELU, sparsity=l0)
@@ -91,12 +94,14 @@ CASES: dict[str, NamedCase] = {
         ),
         NamedCase("cpu", TOPK, 512, 16_384, 32, 1024, (FLOAT32,)),
         NamedCase("cpu_batchtopk", BATCHTOPK, 512, 16_384, 32, 1024, (FLOAT32,)),
+        NamedCase("cpu_matryoshka", MATRYOSHKA, 512, 16_384, 32, 1024, (FLOAT32,)),
         NamedCase("cpu_jumprelu", JUMPRELU, 512, 16_384, 32, 1024, (FLOAT32,)),
         QUICK,
         replace(QUICK, name="quick_batchtopk", architecture=BATCHTOPK),
         replace(QUICK, name="quick_jumprelu", architecture=JUMPRELU),
         TINY,
         replace(TINY, name="tiny_batchtopk", architecture=BATCHTOPK),
+        replace(TINY, name="tiny_matryoshka", architecture=MATRYOSHKA),
         replace(
             TINY, name="tiny_jumprelu", architecture=JUMPRELU,
             options={"pre_act_loss_coefficient": 3e-6},
@@ -121,7 +126,7 @@ def groups_of(benchmark: str) -> dict[str, tuple[str, ...]]:
         "cuda": tuple(n for n in single if not n.startswith(("cpu", "quick", "tiny"))),
         "quick": ("quick_topk", "quick_batchtopk", "quick_jumprelu"),
     }
-    on_cpu = ("cpu", "cpu_batchtopk", "cpu_jumprelu")
+    on_cpu = ("cpu", "cpu_batchtopk", "cpu_matryoshka", "cpu_jumprelu")
     groups["cpu"] = on_cpu if benchmark == "step" else groups["quick"]
     for case in cases:
         if case.sweep is not None:

@@ -42,6 +42,7 @@ NAMES = {
     "million": "1M latents",
     "seed1": "16k latents",
     "batchtopk": "Gemma-2-2B",
+    "matryoshka": "Gemma-2-2B",
     "batchtopk_dead30": "Gemma-2-2B, 30% dead",
     "batchtopk_wide": "262k latents",
     "batchtopk_million": "1M latents",
@@ -50,8 +51,8 @@ NAMES = {
 }
 """What the headline cases stand for; other cases go by their own names."""
 BREAKDOWN_CASES = (
-    "gemma2b", "gpt2", "llama8b", "wide", "batchtopk", "jumprelu_l0_64",
-    "cpu", "cpu_batchtopk", "cpu_jumprelu",
+    "gemma2b", "gpt2", "llama8b", "wide", "batchtopk", "matryoshka", "jumprelu_l0_64",
+    "cpu", "cpu_batchtopk", "cpu_matryoshka", "cpu_jumprelu",
 )  # fmt: skip
 """Those of which a step is taken apart; where none of them was measured, all are."""
 CONTENDERS = ("stock", *SPARSE)

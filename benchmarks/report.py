@@ -131,7 +131,12 @@ def active(row: Mapping[str, Any]) -> str:
 def title_of(row: Mapping[str, Any]) -> str:
     """What people call the row's architecture."""
     name: str = row["architecture"]
-    names = {"topk": "Top-K", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
+    names = {
+        "topk": "Top-K",
+        "batchtopk": "BatchTopK",
+        "matryoshka_batchtopk": "Matryoshka BatchTopK",
+        "jumprelu": "JumpReLU",
+    }
     return names.get(name, name)
 
 

@@ -28,6 +28,13 @@ ENVIRONMENT = {"device", "commit", "torch", "triton", "sae_lens", "python", "dat
     [
         ("tiny", "topk", "k 4", {"auxiliary_reconstruction_loss"}, set[str]()),
         ("tiny_batchtopk", "batchtopk", "k 4", {"auxiliary_reconstruction_loss"}, set[str]()),
+        (
+            "tiny_matryoshka",
+            "matryoshka_batchtopk",
+            "k 4",
+            {"auxiliary_reconstruction_loss", *(f"inner_mse_loss_{w}" for w in (8, 32, 128))},
+            set[str](),
+        ),
         ("tiny_jumprelu", "jumprelu", "L0 4", {"l0_loss", "pre_act_loss"}, {"threshold"}),
     ],
 )
