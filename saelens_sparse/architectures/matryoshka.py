@@ -212,15 +212,14 @@ class SparseMatryoshkaBatchTopKTrainingSAE(
         self, feature_acts: torch.Tensor, include_outer_loss: bool = False
     ) -> Generator[tuple[int, torch.Tensor], None, None]:
         """Each level's width and reconstruction `[..., d_in]`, those that `decode` has left."""
-        if not isinstance(feature_acts, SparseFeatureActs):
-            yield from super()._iterable_decode(feature_acts, include_outer_loss)
-            return
-        code = feature_acts.code
-        if not isinstance(code, LeveledCode) or not code.recons or not feature_acts.is_untouched:
+        code = None
+        if isinstance(feature_acts, SparseFeatureActs) and feature_acts.is_untouched:
+            code = feature_acts.code
+        if not isinstance(code, LeveledCode) or not code.recons:
             yield from super()._iterable_decode(materialize(feature_acts), include_outer_loss)
             return
-        n_levels = len(code.widths) - (not include_outer_loss)
-        for width, recons in list(zip(code.widths, code.recons, strict=True))[:n_levels]:
+        widths = code.widths if include_outer_loss else code.widths[:-1]
+        for width, recons in zip(widths, code.recons, strict=False):
             by_row = recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
             yield width, self.run_time_activation_norm_fn_out(by_row)
 

@@ -36,10 +36,11 @@ def compressed(code: Code, shape: torch.Size, layout: torch.layout) -> torch.Ten
             check_invariants=check,
         )  # fmt: skip
     *batch, n_rows, _ = shape
-    counts = torch.bincount(rows, minlength=math.prod(batch) * n_rows).view(*batch, n_rows)
+    boundaries = torch.arange(math.prod(batch) * n_rows + 1, device=rows.device)
+    counts = torch.searchsorted(rows, boundaries).diff().view(*batch, n_rows)
     crow_indices = F.pad(counts.cumsum(-1), (1, 0))
     by_batch = (*batch, values.numel() // max(1, math.prod(batch)))
-    if (crow_indices[..., -1] != by_batch[-1]).any():
+    if batch and (crow_indices[..., -1] != by_batch[-1]).any():
         raise RuntimeError(
             "to_sparse_csr of feature_acts with more than two dimensions needs the same number of "
             "active latents in each batch. Use to_sparse_coo, or encode inputs [n_rows, d_in]."
