@@ -1,4 +1,4 @@
-"""What this package uses of SAELens and PyTorch that is not public: every such name, in one place.
+"""What this package uses of its dependencies that is not public: every such name, in one place.
 
 A release may drop or change such a name without notice. Importing this module then fails with one
 line that says which name is missing and which releases have it.
@@ -21,12 +21,13 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch.autograd import profiler
 from torch.optim import Adam
 from torch.optim.adam import adam
+from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig
 
 # The releases that the test suite has been run with.
-TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13"}
+TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13", "transformers": "5.24"}
 
 # SAELens's command line: flags to a runner config.
 COMMAND_LINE = ("_parse_cfg_args",)
@@ -39,13 +40,17 @@ STORE_MODULE = ("_get_input_token_device",)
 STORE = ("_hook_names", "_hook_d_ins", "_hook_head_indices", "_dataloader")
 # What a streaming dataset of `datasets` is made of. Without it, positions are found by reading.
 EXAMPLES = "_ex_iterable"
-# PyTorch's registries of hooks: its public methods add to them and do not tell what is there.
+# A module's parts, and PyTorch's registries of hooks: its public methods add to these and do not
+# tell what is there.
+MODULE_MEMBERS = ("_modules", "_parameters")
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 # Autograd's count of in-place changes; what makes a tensor whose values come later.
 TENSOR = ("_version", "_make_wrapper_subclass")
 TENSOR_SUBCLASSES = ("DisableTorchFunctionSubclass",)
+# Which attention function a transformers model calls.
+MODEL_CONFIG = ("_attn_implementation",)
 # Whether a profiler runs, and what an operator takes.
 PROFILER = ("_is_profiler_enabled",)
 OPERATOR = ("_schema",)
@@ -84,10 +89,11 @@ def _check() -> None:
         ("sae-lens", "SAETrainer", TRAINERS, dir(SAETrainer)),
         ("sae-lens", "MultiSAETrainer", TRAINERS, dir(MultiSAETrainer)),
         ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
-        ("torch", "nn.Module", MODULE_HOOKS, dir(torch.nn.Module())),
+        ("torch", "nn.Module", (*MODULE_HOOKS, *MODULE_MEMBERS), dir(torch.nn.Module())),
         ("torch", "Tensor", (*TENSOR, *TENSOR_HOOKS), dir(torch.Tensor)),
         ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),
         ("torch", "_C", TENSOR_SUBCLASSES, dir(torch._C)),  # pyright: ignore[reportPrivateUsage]
+        ("transformers", "PretrainedConfig", MODEL_CONFIG, dir(PretrainedConfig())),
         ("torch", "autograd.profiler", PROFILER, dir(profiler)),
         ("torch", "ops.aten.mm.default", OPERATOR, dir(torch.ops.aten.mm.default)),
         ("torch", "optim.adam.adam()", FUNCTIONAL_ADAM, inspect.signature(adam).parameters),

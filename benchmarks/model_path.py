@@ -1,0 +1,303 @@
+"""
+Time what computes a language model's activations at a hook point, per 4,096 tokens.
+
+    python -m benchmarks.model_path [--cases gpt2,gemma2] [--contenders ...] [--tiny]
+
+For each case, models of random weights are made on the device: one of TransformerLens and one of
+transformers, up to the hook. SAELens's own path is timed first. The fast path of each model must
+then give SAELens's activations before it is timed: eagerly, compiled, and as a CUDA graph.
+`--tiny` runs the same on a CPU in a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from sae_lens.load_model import HookedProxyLM
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from benchmarks.rows import ResultsFile
+from saelens_sparse.language_model import ModelPath, choose_model_path
+from saelens_sparse.profile.measure import GIB, time_calls
+from saelens_sparse.reports.results import environment
+
+TOKENS = 4096
+LIMITS = {"float32": 1e-4, "autocast": 0.05, "bfloat16": 0.05}
+"""Largest distance between two paths' activations, relative norm."""
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """
+    A model's shape, and the batch that it gets.
+
+    Attributes:
+        family: "gpt2", "llama" or "gemma2".
+        layer: index of the layer whose output is the hook point.
+        precisions: of the weights' dtype, or "autocast" for float32 weights.
+        n_prompts, n_positions: of a batch.
+    """
+
+    family: str
+    layer: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    vocabulary: int
+    precisions: tuple[str, ...]
+    n_prompts: int
+    n_positions: int
+
+    @property
+    def tiny(self) -> ModelCase:
+        """A case of the same kind for a CPU."""
+        heads = {"n_heads": 4, "n_key_value_heads": 2 if self.is_grouped else 4, "d_head": 16}
+        sizes = {"layer": 1, "d_model": 64, "d_mlp": 128, "vocabulary": 256}
+        return replace(self, **heads, **sizes, n_prompts=2, n_positions=64)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether keys and values are fewer than queries."""
+        return self.n_key_value_heads < self.n_heads
+
+
+GEMMA2 = ModelCase("gemma2", 12, 2304, 8, 4, 256, 9216, 256000, ("autocast", "bfloat16"), 8, 1024)
+CASES = {
+    "gpt2": ModelCase(
+        "gpt2", 8, 768, 12, 12, 64, 3072, 50257, ("autocast", "bfloat16", "float32"), 64, 128
+    ),
+    "llama_of_gemma2_shape": replace(
+        GEMMA2, family="llama", vocabulary=32000, precisions=("autocast", "bfloat16", "float32")
+    ),
+    "gemma2": GEMMA2,
+    "llama_8b": ModelCase("llama", 16, 4096, 32, 8, 128, 14336, 128256, ("bfloat16",), 4, 1024),
+}
+
+
+def transformer_lens_model(case: ModelCase, dtype: torch.dtype, device: str) -> HookedTransformer:
+    """TransformerLens's model, with the fields that its own configs of these models set."""
+    n_layers = case.layer + 1
+    config: dict[str, Any] = {
+        "n_layers": n_layers,
+        "d_model": case.d_model,
+        "n_heads": case.n_heads,
+        "d_head": case.d_head,
+        "d_mlp": case.d_mlp,
+        "d_vocab": case.vocabulary,
+        "d_vocab_out": 8,  # never used
+        "n_ctx": case.n_positions,
+        "dtype": dtype,
+        "device": device,
+        "init_weights": False,
+    }
+    if case.family == "gpt2":
+        config |= {"act_fn": "gelu_new", "normalization_type": "LN"}
+    else:
+        config |= {
+            "act_fn": "silu",
+            "normalization_type": "RMS",
+            "final_rms": True,
+            "gated_mlp": True,
+            "n_key_value_heads": case.n_key_value_heads,
+            "positional_embedding_type": "rotary",
+            "rotary_dim": case.d_head,
+            "rotary_adjacent_pairs": False,
+        }
+    if case.family == "gemma2":
+        config |= {
+            "act_fn": "gelu_pytorch_tanh",
+            "use_normalization_before_and_after": True,
+            "attn_scores_soft_cap": 50.0,
+            "use_local_attn": True,
+            "window_size": 4096,
+            "attn_types": (["global", "local"] * n_layers)[:n_layers],
+        }
+    with torch.device(device):
+        model = HookedTransformer(HookedTransformerConfig(**config))
+    randomize(model)
+    return model
+
+
+def transformers_model(case: ModelCase, dtype: torch.dtype, device: str) -> HookedProxyLM:
+    """transformers' model in SAELens's wrapper, with a hook at the case's layer only."""
+    shape: dict[str, Any] = {
+        "vocab_size": case.vocabulary,
+        "hidden_size": case.d_model,
+        "num_hidden_layers": case.layer + 1,
+        "num_attention_heads": case.n_heads,
+        "max_position_embeddings": case.n_positions,
+        "tie_word_embeddings": True,
+    }
+    grouped = shape | {
+        "num_key_value_heads": case.n_key_value_heads,
+        "head_dim": case.d_head,
+        "intermediate_size": case.d_mlp,
+    }
+    kinds: dict[str, Any] = {
+        "gpt2": transformers.GPT2Config,
+        "llama": transformers.LlamaConfig,
+        "gemma2": transformers.Gemma2Config,
+    }
+    config = kinds[case.family](**shape if case.family == "gpt2" else grouped)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    randomize(model)
+    tokenizer: Any = None
+    return HookedProxyLM(model, tokenizer, hook_names=[hook_name(case, "HF")])
+
+
+def randomize(model: nn.Module) -> None:
+    """Draw weights on their device; biases are zero, weights of norms keep their values."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.02)
+
+
+def hook_name(case: ModelCase, library: str) -> str:
+    """The residual stream after the case's layer."""
+    if library == "TL":
+        return f"blocks.{case.layer}.hook_resid_post"
+    return f"{'transformer.h' if case.family == 'gpt2' else 'model.layers'}.{case.layer}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A path and how it runs."""
+
+    name: str
+    option: str
+    compiled: bool = False
+    cuda_graph: bool = False
+
+
+CONTENDERS = (
+    Contender("saelens", "saelens"),
+    Contender("eager", "auto"),
+    Contender("graph", "auto", cuda_graph=True),
+    Contender("compiled", "auto", compiled=True),
+    Contender("compiled_graph", "auto", compiled=True, cuda_graph=True),
+)
+
+
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """Raise where a path, a compiler or a CUDA graph was asked for and not taken."""
+    with warnings.catch_warnings():
+        for message in ("Activations are computed by SAELens", "The language model runs without"):
+            warnings.filterwarnings("error", message)
+        yield
+
+
+def path_of(
+    contender: Contender, model: nn.Module, name: str, case: ModelCase, precision: str
+) -> ModelPath:
+    """The contender's path, which must be the one that it names."""
+    with no_fallback():
+        return choose_model_path(
+            model,
+            [name],
+            option="saelens" if contender.option == "saelens" else "auto",
+            autocast=precision == "autocast",
+            n_positions=case.n_positions,
+            compiled=contender.compiled,
+            cuda_graph=contender.cuda_graph,
+        )
+
+
+def measure(
+    case: ModelCase, precision: str, library: str, device: str, repeats: int, only: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of one model: stock's, then those of the fast path after a check."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    make = transformer_lens_model if library == "TL" else transformers_model
+    model, name = make(case, dtype, device), hook_name(case, library)
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.n_prompts, case.n_positions)
+    tokens = torch.randint(case.vocabulary, shape, generator=generator).to(device)
+    expected: Tensor | None = None
+    for contender in CONTENDERS:
+        if contender.name not in ("saelens", *only):
+            continue
+        path = path_of(contender, model, name, case, precision)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with no_fallback():
+            found = path.activations(tokens)[name].float()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        first_call = time.perf_counter() - start
+        expected = found if expected is None else expected
+        difference = float((found - expected).norm() / expected.norm())
+        if not difference < LIMITS[precision]:
+            raise AssertionError(f"{contender.name} differs from SAELens by {difference:.1e}")
+        timed = time_calls(lambda path=path: path.activations(tokens), device, repeats)
+        per_batch = TOKENS / tokens.numel()
+        row = timed.to_row()
+        yield {
+            "library": library,
+            "arm": contender.name,
+            "ms_per_4096": per_batch * row["ms"],
+            "ms_min_per_4096": per_batch * row["ms_min"],
+            "first_call_s": first_call,
+            "difference": difference,
+            "peak_gib_above": ((timed.peak_bytes or 0) - (timed.before_bytes or 0)) / GIB,
+            **row,
+        }
+        del path, found
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    names = [contender.name for contender in CONTENDERS]
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--precisions", help="default: those of the case")
+    parser.add_argument("--libraries", default="TL,HF")
+    parser.add_argument("--contenders", default=",".join(names), help="besides saelens")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
+    results = options.results and ResultsFile(options.results, environment(device, None))
+    print(
+        f"{'case':24}{'precision':11}{'path':19}{'ms per 4,096':>13}{'first call, s':>14}"
+        f"{'difference':>12}{'peak, GiB':>10}"
+    )
+    for name in options.cases.split(","):
+        case = CASES[name].tiny if options.tiny else CASES[name]
+        precisions = options.precisions.split(",") if options.precisions else case.precisions
+        for precision, library in product(precisions, options.libraries.split(",")):
+            only = options.contenders.split(",")
+            for row in measure(case, precision, library, device, options.repeats, only):
+                print(
+                    f"{name:24}{precision:11}{library + ' ' + row['arm']:19}"
+                    f"{row['ms_per_4096']:13.3f}{row['first_call_s']:14.2f}"
+                    f"{row['difference']:12.1e}{row['peak_gib_above']:10.2f}",
+                    flush=True,
+                )
+                if results:
+                    results.append({"case": name, "precision": precision, **asdict(case), **row})
+
+
+if __name__ == "__main__":
+    main()
