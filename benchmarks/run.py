@@ -42,7 +42,7 @@ from benchmarks.model_path import no_fallback
 from benchmarks.random_data import token_dataset
 from benchmarks.rows import ResultsFile, Row
 from benchmarks.run_agreement import require_close_batches
-from benchmarks.run_cases import CONTENDERS, RunCase, RunContender, Runner, RunPrecision
+from benchmarks.run_cases import RunCase, RunContender, Runner, RunPrecision
 from benchmarks.run_marks import EndOfRun, MarkingEvaluator, Marks, marked_first_step
 from benchmarks.store import first_batches, one_epoch, require_same_batches
 from benchmarks.wall_clock import PER_TOKENS, Clock, now, start_peak
