@@ -18,19 +18,21 @@ import saelens_sparse
 from saelens_sparse.config.checks import check_field, check_fields, check_training, field_hints
 from saelens_sparse.config.files import UsageError, load_config, usage_errors
 from saelens_sparse.config.messages import suggestion
+from saelens_sparse.language_model import OPTIONS, check_option
 from saelens_sparse.private_names import parse_cfg_args
 from saelens_sparse.training.runners import SparseTrainingRunner, checked
 
 USAGE = """\
-usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...] [--no-save-buffer]
-       saelens-sparse train --config FILE.json [--no-save-buffer]
+usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...] [own flags]
+       saelens-sparse train --config FILE.json [own flags]
        saelens-sparse compare [FILE.json] [options]
        saelens-sparse profile FILE.json | --shape D_IN,D_SAE,K,BATCH [options]
 
 train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrainingRunner with a
          faster step for sparse architectures. The flags are SAELens's own (`saelens-sparse train
          --help` lists them); FILE.json is what LanguageModelSAERunnerConfig.to_dict() gives.
-         --no-save-buffer leaves the shuffled activations out of checkpoints.
+         Own flags: --no-save-buffer leaves the shuffled activations out of checkpoints.
+         --language-model saelens computes activations as SAELens does, bit for bit.
 compare  trains a stock and a sparse SAE from one config, and reports whether they are the same
          and what each costs.
 profile  takes one training step of each apart: where its time and memory go.
@@ -39,6 +41,7 @@ profile  takes one training step of each apart: where its time and memory go.
 """
 
 NO_SAVE_BUFFER = "--no-save-buffer"
+LANGUAGE_MODEL = "--language-model"
 # Modules with a `main` that takes the arguments and returns the exit status; imported when asked
 # for, since they bring what training does not need.
 _COMMANDS = {
@@ -131,13 +134,31 @@ def _whole_numbers(args: Sequence[str], fields: Iterable[str]) -> Iterator[tuple
 
 def train(args: Sequence[str]) -> int:
     """`saelens-sparse train ARGS`."""
+    args, language_model = _without_language_model(args)
     save_buffer = NO_SAVE_BUFFER not in args
     cfg = parse_train_args([arg for arg in args if arg != NO_SAVE_BUFFER])
     with usage_errors():
+        check_option(language_model, LANGUAGE_MODEL)
         check_training(cfg)
         cfg = checked(cfg, save_buffer=save_buffer)
-    SparseTrainingRunner(cfg, save_buffer=save_buffer).run()
+    options: dict[str, Any] = {"save_buffer": save_buffer, "language_model": language_model}
+    SparseTrainingRunner(cfg, **options).run()
     return 0
+
+
+def _without_language_model(args: Sequence[str]) -> tuple[list[str], str]:
+    """The other arguments, and the value of `--language-model`."""
+    rest, value = list(args), "auto"
+    for index, arg in enumerate(args):
+        if arg == LANGUAGE_MODEL:
+            if index + 1 == len(args):
+                raise UsageError(f"{LANGUAGE_MODEL} needs a value: {' or '.join(OPTIONS)}")
+            rest[index : index + 2], value = [], args[index + 1]
+            break
+        if arg.startswith(f"{LANGUAGE_MODEL}="):
+            rest[index : index + 1], value = [], arg.partition("=")[2]
+            break
+    return rest, value
 
 
 def main(args: Sequence[str] | None = None) -> int:

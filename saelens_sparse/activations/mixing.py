@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from saelens_sparse.activations.permutations import Permutations
-from saelens_sparse.ops.common.host_copy import HostCopy
+from saelens_sparse.ops.common.host_copy import HostCopy, to_device
 
 # What widens to float32 without a change of value, so that the buffer may hold it as it is.
 _NARROW = (torch.bfloat16, torch.float16)
@@ -218,10 +218,3 @@ def _widened(rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Rows that can hold a part: a run may resume with a model of another dtype."""
     is_narrow = rows.dtype in _NARROW
     return rows.to(torch.promote_types(rows.dtype, part.dtype)) if is_narrow else rows
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device. From the host to a GPU, nothing waits for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

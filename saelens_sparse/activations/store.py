@@ -19,7 +19,6 @@ from datasets import Dataset
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import tokenize_with_chat_template
 from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -37,10 +36,12 @@ from saelens_sparse.activations.epoch import (
     as_value,
     part_of,
 )
-from saelens_sparse.activations.mixing import EMPTY, MixingBuffer, to_device
+from saelens_sparse.activations.mixing import EMPTY, MixingBuffer
 from saelens_sparse.activations.packing import ConcatenatedRows, SeparateRows, TokenizedRows
 from saelens_sparse.activations.rows import Rows, TokenSlices, can_slice
 from saelens_sparse.config.checks import check_buffer
+from saelens_sparse.language_model import Option, RunningModel
+from saelens_sparse.ops.common.host_copy import to_device
 from saelens_sparse.private_names import input_token_device
 from saelens_sparse.warn import warn_caller
 
@@ -77,6 +78,8 @@ class FastActivationsStore(ActivationsStore):
       host, so that a resumed run gets the batches that it would have got.
 
     Attributes:
+        language_model: What computes the activations: "saelens" gives SAELens's bits, "auto" its
+            activations up to rounding, faster. See `choose_model_path`.
         saves_buffer: Whether the buffer belongs to the state. Without it, a resumed run begins with
             an empty buffer and the tokens that follow.
         reads_ahead: Whether activations for the next shuffle are computed while batches are left of
@@ -85,10 +88,12 @@ class FastActivationsStore(ActivationsStore):
             nothing to do then: SAELens's runners get empty iterators for it.
     """
 
+    language_model: Option = "saelens"
     saves_buffer: bool = True
     reads_ahead: bool = False
     iterable_sequences: Epoch
     _batches: Batches | None
+    _language_model: RunningModel | None
     _buffer_state: dict[str, torch.Tensor] | None  # loaded, for batches that are yet to come
 
     @override
@@ -120,7 +125,7 @@ class FastActivationsStore(ActivationsStore):
 
     def _prepare(self) -> None:
         self._lock = threading.RLock()
-        self._batches = self._buffer_state = None
+        self._batches = self._buffer_state = self._language_model = None
         excluded = self.exclude_special_tokens
         self._excluded = None if excluded is None else excluded.cpu()
         cached = self.cached_activation_dataset
@@ -323,8 +328,7 @@ class FastActivationsStore(ActivationsStore):
         Args:
             tokens: `[prompts, context_size]`, on the host.
         """
-        on_device = to_device(tokens, input_token_device(self.model))
-        parts = [part.flatten(0, 1) for part in self._run_model(on_device)]
+        parts = [part.flatten(0, 1) for part in self._run_model(tokens)]
         kept = self._kept(tokens[:, slice(*self.seqpos_slice)])
         if kept is not None:
             parts = [part.index_select(0, to_device(kept, part.device)) for part in parts]
@@ -335,21 +339,22 @@ class FastActivationsStore(ActivationsStore):
         return parts
 
     def _run_model(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Activations at each hook, `[prompts, positions, width]`."""
+        """Activations at each hook, `[prompts, positions, width]`, of tokens on the host."""
         names = self._hook_names or [self.hook_name]
-        stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
-        known = [stop for stop in stops if stop is not None]
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast_lm):
-            cache: Any = self.model.run_with_cache(
-                tokens,
-                names_filter=list(names),
-                stop_at_layer=max(known) if len(known) == len(stops) else None,
-                prepend_bos=False,
-                **self.model_kwargs,
-            )[1]
+        if self._language_model is None:
+            self._language_model = RunningModel(
+                self.model,
+                names,
+                self.language_model,
+                autocast=self.autocast_lm,
+                model_kwargs=self.model_kwargs,
+                n_positions=self.context_size,
+                training_tokens=self.total_training_tokens,
+            )
+        found = self._language_model.activations(tokens)
         parts: list[torch.Tensor] = []
         for name in names:
-            part = cache[name][:, slice(*self.seqpos_slice)]
+            part = found[name][:, slice(*self.seqpos_slice)]
             head = (
                 self.hook_head_index
                 if self._hook_names is None

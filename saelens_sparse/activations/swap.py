@@ -7,10 +7,14 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.training.activations_store import ActivationsStore
 
 from saelens_sparse.activations.store import FastActivationsStore
+from saelens_sparse.language_model import Option, check_option
 
 
 def use_fast_activations_store(
-    runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner, *, save_buffer: bool = True
+    runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner,
+    *,
+    save_buffer: bool = True,
+    language_model: Option = "auto",
 ) -> FastActivationsStore:
     """
     Let a runner of SAELens's and its evaluator take activations from a `FastActivationsStore`.
@@ -23,14 +27,18 @@ def use_fast_activations_store(
         runner: One that has not run.
         save_buffer: Whether checkpoints hold the buffer. It takes 4 bytes an activation,
             1.5 GB for 164k x 2,304.
+        language_model: What computes the activations. "auto" is fast, and gives SAELens's values
+            up to rounding; "saelens" gives its bits. See `choose_model_path`.
 
     Returns:
         The store.
 
     Raises:
         TypeError: its store is of another class than SAELens's.
-        ValueError: its store has been read from, or its settings cannot work.
+        ValueError: its store has been read from, its settings cannot work, or `language_model` is
+            neither "auto" nor "saelens".
     """
+    check_option(language_model, "language_model")
     store = runner.activations_store
     if type(store) not in (ActivationsStore, FastActivationsStore):
         raise TypeError(
@@ -39,7 +47,7 @@ def use_fast_activations_store(
         )
     own = FastActivationsStore.taking_over(store)
     own.check()
-    own.saves_buffer = save_buffer
+    own.saves_buffer, own.language_model = save_buffer, language_model
     runner.activations_store = own
     if getattr(runner.evaluator, "activations_store", None) is store:
         runner.evaluator.activations_store = own

@@ -95,7 +95,9 @@ class Side(LanguageModelSAETrainingRunner):
         is_sparse = cfg.sae.architecture() in ARCHITECTURES
         # SAELens's store begins its data anew when it resumes. Both sides must do the same.
         if is_sparse and cfg.resume_from_checkpoint is None:
-            saelens_sparse.use_fast_activations_store(self, save_buffer=False)
+            saelens_sparse.use_fast_activations_store(
+                self, save_buffer=False, language_model="saelens"
+            )
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:

@@ -10,9 +10,9 @@ d_head, R rotary dimensions, F d_mlp, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -290,6 +290,43 @@ def block(
     return resid, recorder.found
 
 
+def tensors_of(weights: Any) -> Iterator[Tensor]:
+    """The tensors of weights, in their order."""
+    if isinstance(weights, Tensor):
+        yield weights
+    elif weights is not None:
+        for part in weights:
+            yield from tensors_of(part)
+
+
+def precise_block(
+    resid: Tensor,
+    weights: BlockWeights,
+    shape: BlockShape,
+    padding: Padding | None,
+    wanted: Wanted,
+    stops: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`block` in the next wider dtype than its weights': a reference for what rounding does."""
+    dtype = wider(weights.qkv.dtype)
+
+    def widened(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.to(dtype)
+        if isinstance(part, tuple):
+            parts = [widened(each) for each in part]
+            return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+        return part
+
+    shape = replace(shape, dtype=dtype)
+    return block(resid.to(dtype), widened(weights), shape, padding, wanted, stops)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """float64 for what has 32 bits or more, else float32."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
 class Block(Protocol):
     """`block`, or what a compiler has made of it."""
 
@@ -334,6 +371,11 @@ class Decoder:
     position_embedding: Tensor | None
     embedding_scale: Tensor | None
     blocks: Sequence[tuple[BlockWeights, BlockShape]]
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights of the blocks."""
+        return sum(weight.numel() for weights, _ in self.blocks for weight in tensors_of(weights))
 
     def embed(self, tokens: Tensor, padding: Padding | None, recorder: Recorder) -> Tensor:
         """The residual stream before the first block, `[B, S, M]`; `tokens` is `[B, S]` int64."""

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
+from sae_lens import HookedSAETransformer
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor, nn
@@ -21,18 +22,28 @@ from transformer_lens import HookedTransformer
 
 from saelens_sparse.language_model import hooked_transformer, transformers_model
 from saelens_sparse.language_model.compiled import CompiledBlock
-from saelens_sparse.language_model.decoder import Block, Decoder, Padding, Point, block
+from saelens_sparse.language_model.decoder import (
+    Block,
+    Decoder,
+    Padding,
+    Point,
+    block,
+    precise_block,
+    wider,
+)
 from saelens_sparse.language_model.graph import GraphedRun
 from saelens_sparse.language_model.watch import Watch, placement
+from saelens_sparse.measured import MIN_COMPILED_WORK
+from saelens_sparse.ops.common.host_copy import to_device
+from saelens_sparse.private_names import input_token_device
 from saelens_sparse.warn import warn_caller
 
 Option = Literal["auto", "saelens"]
+OPTIONS: tuple[Option, ...] = ("auto", "saelens")
 
-MAX_PROBE_ERRORS = {torch.float64: 1e-9, torch.float32: 1e-3}
-MAX_COARSE_PROBE_ERROR = 0.1
-"""Relative errors beyond which values are not the same up to rounding: of products in full
-precision, by dtype, and of all others (autocast, bfloat16, float16, TensorFloat-32)."""
-
+MAX_NOISE_RATIO = 6
+"""How much farther than the fast path's values SAELens's may be from those in a wider dtype. The
+ratio is 0.8 to 2.6 in the families that are tested."""
 MAX_PROBE_POSITIONS = 32
 
 
@@ -58,16 +69,31 @@ class Settings:
     Attributes:
         autocast: whether products run in bfloat16 by autocast, as with SAELens's `autocast_lm`.
         model_kwargs: what SAELens passes to the model's forward.
-        compiled: whether blocks are compiled.
+        compiled: whether blocks are compiled; None where it pays for `n_tokens`.
         cuda_graph: whether a batch of a known shape is replayed as a CUDA graph.
         n_positions: the longest prompt that has come or is expected, in tokens.
+        n_tokens: how many tokens the model will see.
     """
 
     autocast: bool
     model_kwargs: Mapping[str, Any]
-    compiled: bool
+    compiled: bool | None
     cuda_graph: bool
     n_positions: int
+    n_tokens: int
+
+    def compiles(self, decoder: Decoder, device: torch.device) -> bool:
+        """
+        Whether blocks are compiled.
+
+        Compiled blocks round differently, so this must not depend on anything measured: a run that
+        is resumed computes the same bits.
+        """
+        if self.compiled is not None:
+            return self.compiled
+        is_capped = any(shape.soft_cap is not None for _, shape in decoder.blocks)
+        work = decoder.n_parameters * self.n_tokens
+        return device.type == "cuda" and work >= MIN_COMPILED_WORK[is_capped]
 
 
 class Reader(Protocol):
@@ -99,6 +125,7 @@ class ModelPath:
         self._settings = settings
         self._warned: set[str] = set()
         self._compiled = CompiledBlock()
+        self._compiles = False
         self._choose()
 
     def activations(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -121,14 +148,26 @@ class ModelPath:
             return self._saelens(tokens, self._model.run_with_cache)
         return self._run(tokens)
 
+    @property
+    def description(self) -> str:
+        """What runs, in words."""
+        if self.choice.path == "saelens":
+            return "SAELens's own path"
+        compiled = self._compiles and self._compiled.is_compiled
+        graph = self._settings.cuda_graph and self._device.type == "cuda"
+        return (
+            f"the fast path, {'compiled' if compiled else 'not compiled'}"
+            f"{', as a CUDA graph' if graph else ''}"
+        )
+
     def _saelens(self, tokens: Tensor, run_with_cache: Callable[..., Any]) -> dict[str, Tensor]:
         stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in self._hook_names]
         known = [stop for stop in stops if stop is not None]
         with torch.no_grad(), self._autocast():
             cache = run_with_cache(
-                tokens.to(self._device),
+                to_device(tokens, self._device),
                 names_filter=self._hook_names,
-                stop_at_layer=max(known, default=None),
+                stop_at_layer=max(known) if len(known) == len(stops) else None,
                 prepend_bos=False,
                 **self._settings.model_kwargs,
             )[1]
@@ -136,14 +175,14 @@ class ModelPath:
 
     def _on_device(self, tokens: Tensor, padding: Padding | None) -> tuple[Tensor, Padding | None]:
         if padding is not None:
-            padding = Padding(*(part.to(self._device, non_blocking=True) for part in padding))
-        return tokens.to(self._device, non_blocking=True), padding
+            padding = Padding(*(to_device(part, self._device) for part in padding))
+        return to_device(tokens, self._device), padding
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device.type, torch.bfloat16, self._settings.autocast)
 
     def _choose(self) -> None:
-        self._device = next(self._model.parameters()).device
+        self._device = torch.device(input_token_device(self._model))
         self._run: Callable[[Tensor], dict[str, Tensor]] | None = None
         reader = reader_of(self._model)
         why_not = "the option says so" if self._option == "saelens" else self._try_fast(reader)
@@ -156,8 +195,8 @@ class ModelPath:
             if self._option != "saelens" and why_not not in self._warned:
                 self._warned.add(why_not)
                 warn_caller(f"Activations are computed by SAELens's own path: {why_not}.")
-        modules = self._model.modules() if reader is None else reader.modules_of(self._model)
-        self._watch = Watch(modules)
+        is_fixed = self._option == "saelens"
+        self._watch = Watch([] if reader is None or is_fixed else reader.modules_of(self._model))
 
     def _try_fast(self, reader: Reader | None) -> str | None:
         """Set up the fast path. Gives a reason if it cannot be, None if it is."""
@@ -182,12 +221,13 @@ class ModelPath:
             self._device,
             settings.autocast,
         )
-        found = fast(*self._on_device(tokens, reader.padding_of(model, tokens)))
-        limit = max_probe_error(decoder.embedding.dtype, settings.autocast)
-        why_not = difference({name: found[points[name]] for name in points}, expected, limit)
-        if why_not is not None:
-            return why_not
-        if settings.compiled:
+        batch = self._on_device(tokens, reader.padding_of(model, tokens))
+        found, precise = fast(*batch), fast.precise(*batch)
+        for name, point in points.items():
+            if (why_not := difference(found[point], expected[name], precise[point])) is not None:
+                return f"{name!r} {why_not}"
+        self._compiles = settings.compiles(decoder, self._device)
+        if self._compiles:
             fast.block = self._compiled
         run_batch = GraphedRun(fast, self._device) if settings.cuda_graph else fast
 
@@ -225,17 +265,34 @@ class FastRun:
 
     def __call__(self, tokens: Tensor, padding: Padding | None = None) -> dict[Point, Tensor]:
         """Values at the points, of tokens `[n_prompts, n_positions]` on the device."""
+        return self._run(tokens, padding, self._wanted, self.block, self._autocast)
+
+    def precise(self, tokens: Tensor, padding: Padding | None) -> dict[Point, Tensor]:
+        """The values of the same model with its weights in the next wider dtype."""
+        narrow = torch.bfloat16 if self._autocast else self._decoder.embedding.dtype
+        dtype = wider(narrow)
+        run = precise_block if dtype != self._decoder.embedding.dtype else block
+        return self._run(tokens, padding, dict.fromkeys(self._wanted, dtype), run, autocast=False)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        padding: Padding | None,
+        wanted: dict[Point, torch.dtype],
+        block: Block,
+        autocast: bool,
+    ) -> dict[Point, Tensor]:
         # Each weight is read once a pass: keeping its rounded copy until the end saves nothing.
-        autocast = torch.autocast(
-            self._device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False
+        casts = torch.autocast(
+            self._device.type, torch.bfloat16, enabled=autocast, cache_enabled=False
         )
-        with torch.no_grad(), autocast:
-            return self._decoder.run(tokens, padding, self._wanted, self.block)
+        with torch.no_grad(), casts:
+            return self._decoder.run(tokens, padding, wanted, block)
 
 
 def reader_of(model: nn.Module) -> Reader | None:
     """What reads this kind of model; None where nothing does."""
-    if type(model) is HookedTransformer:
+    if type(model) in (HookedTransformer, HookedSAETransformer):
         return hooked_transformer
     return transformers_model if type(model) is HookedProxyLM else None
 
@@ -247,25 +304,35 @@ def probe_tokens(decoder: Decoder, n_positions: int) -> Tensor:
     return (spread % decoder.embedding.shape[0]).view(2, n_positions)
 
 
-def max_probe_error(dtype: torch.dtype, autocast: bool) -> float:
-    """The relative error that rounding may cause, of a model of this dtype."""
-    is_full = torch.get_float32_matmul_precision() == "highest" and not autocast
-    return (
-        MAX_PROBE_ERRORS.get(dtype, MAX_COARSE_PROBE_ERROR) if is_full else MAX_COARSE_PROBE_ERROR
-    )
+def difference(found: Tensor, expected: Tensor, precise: Tensor) -> str | None:
+    """
+    What two values differ by that rounding does not explain, in words; None if nothing.
+
+    Args:
+        found: the fast path's.
+        expected: SAELens's.
+        precise: the fast path's in a wider dtype.
+    """
+    if found.shape != expected.shape:
+        return f"has shape {list(expected.shape)} in SAELens, not {list(found.shape)}"
+    exact = precise.double()
+    noise, distance = ((value.double() - exact).norm() for value in (found, expected))
+    floor = 1e3 * torch.finfo(precise.dtype).eps * exact.norm()
+    if distance <= MAX_NOISE_RATIO * noise + floor:
+        return None
+    distance, noise = (float(norm / exact.norm()) for norm in (distance, noise))
+    return f"differs from SAELens's by {distance:.1e}, and rounding makes {noise:.1e}"
 
 
-def difference(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float
-) -> str | None:
-    """Which value is not the expected one up to rounding, in words; None if all are."""
-    for name, value in expected.items():
-        if found[name].shape != value.shape:
-            return f"{name!r} has shape {list(value.shape)}, not {list(found[name].shape)}"
-        error = (found[name].double() - value.double()).norm() / value.double().norm()
-        if not error <= limit:
-            return f"{name!r} differs from SAELens's by {float(error):.1e}, {limit:.0e} is allowed"
-    return None
+def check_option(option: str, name: str) -> None:
+    """
+    Check what is to compute activations.
+
+    Raises:
+        ValueError: it is not one of `OPTIONS`; says so with the argument's name.
+    """
+    if option not in OPTIONS:
+        raise ValueError(f"{name} must be 'auto' or 'saelens', got {option!r}")
 
 
 def choose_model_path(
@@ -276,7 +343,8 @@ def choose_model_path(
     autocast: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     n_positions: int,
-    compiled: bool = False,
+    n_tokens: int = 0,
+    compiled: bool | None = None,
     cuda_graph: bool = False,
 ) -> ModelPath:
     """
@@ -294,13 +362,15 @@ def choose_model_path(
         autocast: SAELens's `autocast_lm`.
         model_kwargs: SAELens's `model_kwargs`.
         n_positions: the longest prompt expected, in tokens; a longer one costs a new choice.
-        compiled: whether blocks of the fast path are compiled by `torch.compile`.
+        n_tokens: how many tokens the model will see, for `compiled`.
+        compiled: whether blocks of the fast path are compiled by `torch.compile`. By default, they
+            are on a GPU, if that saves more time over `n_tokens` than it takes.
         cuda_graph: whether the fast path is replayed as a CUDA graph, on a CUDA device.
 
     Raises:
         ValueError: `option` is not one of "auto" and "saelens".
     """
-    if option not in ("auto", "saelens"):
-        raise ValueError(f"option must be 'auto' or 'saelens', got {option!r}")
-    settings = Settings(autocast, dict(model_kwargs or {}), compiled, cuda_graph, n_positions)
+    check_option(option, "option")
+    kwargs = dict(model_kwargs or {})
+    settings = Settings(autocast, kwargs, compiled, cuda_graph, n_positions, n_tokens)
     return ModelPath(model, hook_names, option, settings)

@@ -38,6 +38,7 @@ from saelens_sparse.activations.before_loading import check_activations
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.activations.swap import use_fast_activations_store
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
+from saelens_sparse.language_model import Option, check_option
 from saelens_sparse.training.checkpoints import whole_checkpoint
 from saelens_sparse.training.interruption import StopSignals
 from saelens_sparse.training.pretrained import check_pretrained, concerns_sparse, load_pretrained
@@ -68,6 +69,9 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
         save_buffer: Whether checkpoints hold the activations that are being shuffled. They take up
             to 4 bytes an activation, 1.5 GB for 164k x 2,304. Without them, a resumed run begins
             with an empty buffer and the tokens that follow, and says so.
+        language_model: What computes the activations. "auto" is fast, and gives SAELens's values
+            up to rounding; what has no fast equivalent runs as in SAELens, with a warning.
+            "saelens" gives its bits. See `choose_model_path`.
 
     Raises:
         ValueError: an output has no place to go, there is nothing whole to resume from, the
@@ -86,8 +90,13 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
         *,
         save_buffer: bool = True,
+        language_model: Option = "auto",
     ) -> None:
-        self._save_buffer = save_buffer
+        check_option(language_model, "language_model")
+        self._store_options: dict[str, Any] = {
+            "save_buffer": save_buffer,
+            "language_model": language_model,
+        }
         if override_sae is not None:
             cfg = copy.copy(cfg)
             cfg.from_pretrained_path = None  # SAELens does not look at it then
@@ -101,7 +110,7 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
 
     def prepare_store(self) -> None:
         """Take activations from a `FastActivationsStore`; called when all has been loaded."""
-        _use_fast_store(self, self._save_buffer)
+        _use_fast_store(self, self._store_options)
 
     @override
     def run(self) -> TrainingSAE[Any]:
@@ -144,7 +153,8 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
     """
     SAELens's `MultiSAETrainingRunner` with the step of `SparseSAETrainer` for each SAE.
 
-    Signals, activations, checkpoints, outputs and `save_buffer` are as in `SparseTrainingRunner`.
+    Signals, activations, checkpoints, outputs, `save_buffer` and `language_model` are as in
+    `SparseTrainingRunner`.
     SAELens's config has no `from_pretrained_path` for several SAEs: give what `load_pretrained`
     returns as `override_saes`.
 
@@ -162,8 +172,13 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
         override_saes: dict[str, TrainingSAE[Any]] | None = None,
         *,
         save_buffer: bool = True,
+        language_model: Option = "auto",
     ) -> None:
-        self._save_buffer = save_buffer
+        check_option(language_model, "language_model")
+        self._store_options: dict[str, Any] = {
+            "save_buffer": save_buffer,
+            "language_model": language_model,
+        }
         check_multi_runner_outputs(cfg, save_buffer=save_buffer)
         check_activations(cfg, override_dataset, override_model)
         cfg = _checked(cfg, names_of_saes=[*cfg.saes])
@@ -173,7 +188,7 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     def prepare_store(self) -> None:
         """Take activations from a `FastActivationsStore`; called when all has been loaded."""
-        _use_fast_store(self, self._save_buffer)
+        _use_fast_store(self, self._store_options)
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
@@ -212,11 +227,11 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
 
 
 def _use_fast_store(
-    runner: SparseTrainingRunner | SparseMultiSAETrainingRunner, save_buffer: bool
+    runner: SparseTrainingRunner | SparseMultiSAETrainingRunner, options: dict[str, Any]
 ) -> None:
     """Give a runner a `FastActivationsStore`, unless somebody has given it another one."""
     if type(runner.activations_store) is ActivationsStore:
-        store = use_fast_activations_store(runner, save_buffer=save_buffer)
+        store = use_fast_activations_store(runner, **options)
         store.reads_ahead = bool(runner.cfg.prefetch_llm_batches)
 
 

@@ -1,7 +1,7 @@
 """Compiled blocks and CUDA graphs compute what blocks compute; a failing one is left for these."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ RESID = "blocks.2.hook_resid_post"
 
 
 @contextmanager
-def no_fallback() -> Iterator[None]:
+def no_fallback() -> Generator[None]:
     """Raise where blocks were not compiled, or a graph was not recorded."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The language model runs without")

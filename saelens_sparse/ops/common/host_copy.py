@@ -1,4 +1,4 @@
-"""Numbers that travel from the device to the host while both go on working."""
+"""Tensors that travel between host and device while both go on working."""
 
 from __future__ import annotations
 
@@ -51,3 +51,10 @@ class HostCount:
     def renewed(self) -> HostCount:
         """The count that the replay of a CUDA graph has written anew."""
         return HostCount(self.mask, self._count.renewed())
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. From the host to a GPU, nothing waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
