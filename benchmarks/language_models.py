@@ -122,7 +122,7 @@ def transformer_lens_model(
         }
     with torch.device(device):
         model = HookedTransformer(HookedTransformerConfig(**config))
-    randomize(model)
+    randomize(model, shape)
     return model
 
 
@@ -149,14 +149,19 @@ def transformers_model(shape: ModelShape, dtype: torch.dtype, device: str) -> Ho
     config = kinds[shape.family](**sizes if shape.family == "gpt2" else grouped)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    randomize(model)
+    randomize(model, shape)
     tokenizer: Any = None
     return HookedProxyLM(model, tokenizer, hook_names=[shape.hook_name("HF")])
 
 
-def randomize(model: nn.Module) -> None:
-    """Draw weights on their device; biases and weights of norms keep their values."""
+def randomize(model: nn.Module, shape: ModelShape) -> None:
+    """
+    Draw weights on their device; biases and weights of norms keep their values.
+
+    The standard deviation is d_model^-0.5. Logits are then of size one, and zeros in their place
+    change the loss, which SAELens's evals divide by.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=shape.d_model**-0.5)

@@ -151,14 +151,12 @@ class RunSession:
         clock = Clock(self.device)
         with clock:
             runner = self.build(contender)
-            store = runner.activations_store
-        is_own = isinstance(store, FastActivationsStore) and contender.is_own
-        model = self._time_model(store) if is_own else None
+        model = self._time_model(runner)
         batches = self.first_batches(runner)
         with clock:
             first = next(batches)
         difference = self.check(contender, itertools.chain([first], batches))
-        marks, to_first_step = self._run(runner, profiles=is_own and self.device == "cuda")
+        marks, to_first_step = self._run(runner, profiles=model is not None)
         autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.precision.autocast)
         turn = Turn(
             marks,
@@ -172,12 +170,17 @@ class RunSession:
             turn.floor = self._floor(runner, model)
         return turn
 
-    def _time_model(self, store: FastActivationsStore) -> ModelTimes:
-        n_tokens = self.period * self.case.batch
-        return time_model(store, self.case.shape.vocabulary, n_tokens, self.folder, self.device)
+    def _time_model(self, runner: Runner) -> ModelTimes | None:
+        """The language model alone, where all else is this package's too."""
+        store, vocabulary = runner.activations_store, self.case.shape.vocabulary
+        if isinstance(runner, SparseTrainingRunner) and isinstance(store, FastActivationsStore):
+            n_tokens = self.period * self.case.batch
+            return time_model(store, vocabulary, n_tokens, self.folder, self.device)
+        return None
 
     def _run(self, runner: Runner, *, profiles: bool) -> tuple[Marks, float]:
         """Run until the evaluator ends it; gives the seconds to the end of the first step too."""
+        profiles = profiles and self.device == "cuda"
         evaluator = MarkingEvaluator(runner.evaluator, self.windows, self.device, profiles=profiles)
         runner.evaluator = evaluator
         begin = now(self.device)

@@ -188,18 +188,13 @@ class RunContender:
     prepare: Callable[[Runner], object] | None = None
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    @property
-    def is_own(self) -> bool:
-        """Whether its steps are this package's."""
-        return issubclass(self.runner, SparseTrainingRunner)
-
     def build(
         self, cfg: LanguageModelSAERunnerConfig[Any], model: HookedRootModule, dataset: Any
     ) -> Runner:
         """The runner, with SAE weights that depend on the seed only."""
         torch.manual_seed(0)
         overrides: dict[str, Any] = {"override_dataset": dataset, "override_model": model}
-        if self.is_own:
+        if issubclass(self.runner, SparseTrainingRunner):
             overrides["language_model"] = self.language_model
         runner = self.runner(cfg, **overrides)
         if self.prepare is not None:

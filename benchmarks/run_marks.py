@@ -30,8 +30,8 @@ class Marks:
     Attributes:
         spans: begin and end of each call of the evaluator, in seconds, up to the last timed window.
         first_step: end of the first step, in seconds.
-        eval_seconds: how long the eval at the end took; None if there was not enough memory.
-        eval_failure: why there is none.
+        eval_seconds: how long the eval at the end took; None if it failed.
+        eval_failure: why: too little memory, or a loss that the hook's activations do not change.
         busy_ms: milliseconds that the device is busy in a window after the timed ones; None if
             that was not measured.
         step_peaks: GiB allocated at most before each call, since the one before it; None on a CPU.
@@ -110,7 +110,7 @@ class MarkingEvaluator(LLMSaeEvaluator[Any]):
         begin = now(self.device)
         try:
             super().__call__(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, ZeroDivisionError) as error:
             self.marks.eval_failure = describe_failure(error)["message"]
             return None
         return now(self.device) - begin

@@ -62,7 +62,7 @@ def busy_ms(profile: Any) -> float:
     spans = (
         (event.time_range.start, event.time_range.end)
         for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
     )
     return covered(spans) / 1e3
 
