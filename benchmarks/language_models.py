@@ -10,6 +10,7 @@ import transformers
 from sae_lens.load_model import HookedProxyLM
 from torch import nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.HookedRootModule import HookedRootModule
 
 LIBRARIES = ("TL", "HF")
 """TransformerLens, and transformers in SAELens's `HookedProxyLM`."""
@@ -66,10 +67,16 @@ class ModelShape:
             return f"blocks.{self.layer}.hook_resid_post"
         return f"{'transformer.h' if self.family == 'gpt2' else 'model.layers'}.{self.layer}"
 
-    def make(self, library: str, dtype: torch.dtype, device: str) -> HookedTransformer | Any:
-        """The model of a library, with weights of their own."""
+    def make(self, library: str, dtype: torch.dtype, device: str) -> HookedRootModule:
+        """The model of a library."""
         make = transformer_lens_model if library == "TL" else transformers_model
         return make(self, dtype, device)
+
+
+GPT2 = ModelShape("gpt2", 8, 768, 12, 12, 64, 3072, 50_257, 128, n_layers=12)
+GEMMA2 = ModelShape("gemma2", 12, 2304, 8, 4, 256, 9216, 256_000, 1024)
+LLAMA_OF_GEMMA2_SHAPE = replace(GEMMA2, family="llama", vocabulary=32_000)
+LLAMA_8B = ModelShape("llama", 16, 4096, 32, 8, 128, 14_336, 128_256, 1024)
 
 
 def transformer_lens_model(

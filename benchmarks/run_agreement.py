@@ -8,8 +8,11 @@ import torch
 
 from benchmarks.rows import DisagreementError
 
-MAX_DIFFERENCE = {"float32": 1e-4, "autocast": 0.05, "bfloat16_model": 0.05}
-"""Relative distance of a batch from SAELens's that rounding may cause, by precision."""
+MAX_DIFFERENCE = {"float32": 1e-4, "autocast": 0.1, "bfloat16_model": 0.1}
+"""
+Relative distance of a batch from SAELens's that rounding may cause, by precision. Two passes of 17
+random layers in bfloat16 are 0.06 apart. `model_path` compares errors against float32.
+"""
 MAX_ROW_DIFFERENCE = 0.5
 """Relative distance of a row. Rows of two tokens are about 1.4 apart."""
 

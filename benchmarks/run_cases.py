@@ -16,7 +16,14 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
 from benchmarks.cases import TOPK
-from benchmarks.language_models import LIBRARIES, ModelShape
+from benchmarks.language_models import (
+    GEMMA2,
+    GPT2,
+    LIBRARIES,
+    LLAMA_8B,
+    LLAMA_OF_GEMMA2_SHAPE,
+    ModelShape,
+)
 from benchmarks.rows import CHECKOUT
 from saelens_sparse import SparseTrainingRunner, use_fast_activations_store
 from saelens_sparse.compare.embedded_inputs import make_model, make_once
@@ -230,10 +237,6 @@ def smollm2() -> Path:
     return folder
 
 
-_GPT2 = ModelShape("gpt2", 8, 768, 12, 12, 64, 3072, 50_257, 128, n_layers=12)
-_GEMMA2 = ModelShape("gemma2", 12, 2304, 8, 4, 256, 9216, 256_000, 1024)
-_OF_GEMMA2_SHAPE = replace(_GEMMA2, family="llama", vocabulary=32_000)
-_LLAMA_8B = ModelShape("llama", 16, 4096, 32, 8, 128, 14_336, 128_256, 1024)
 _SMOLLM2 = ModelShape("llama", 8, 576, 9, 3, 64, 1536, 49_152, 128)
 _CPU = ModelShape("gpt2", 1, 128, 2, 2, 64, 512, 2048, 128)
 
@@ -242,23 +245,23 @@ CASES = {
     for case in (
         RunCase(
             "gpt2", TOPK, 768, 24_576, 32, 4096, (AUTOCAST, BFLOAT16_MODEL),
-            shape=_GPT2, context=128, model_prompts=64, buffer_prompts=640,
+            shape=GPT2, context=128, model_prompts=64, buffer_prompts=640,
             stock_ms={"autocast": 43, "bfloat16_model": 43, "float32": 60},
         ),
         RunCase(
             "llama_of_gemma2_shape", TOPK, 2304, 65_536, 64, 4096,
             (AUTOCAST, BFLOAT16_MODEL, FLOAT32),
-            shape=_OF_GEMMA2_SHAPE, context=1024, model_prompts=8, buffer_prompts=160,
+            shape=LLAMA_OF_GEMMA2_SHAPE, context=1024, model_prompts=8, buffer_prompts=160,
             stock_ms={"autocast": 103, "bfloat16_model": 80, "float32": 395},
         ),
         RunCase(
             "gemma2", TOPK, 2304, 65_536, 64, 4096, (AUTOCAST, BFLOAT16_MODEL),
-            shape=_GEMMA2, context=1024, model_prompts=8, buffer_prompts=160,
+            shape=GEMMA2, context=1024, model_prompts=8, buffer_prompts=160,
             stock_ms={"autocast": 115, "bfloat16_model": 90, "float32": 420},
         ),
         RunCase(
             "llama_8b", TOPK, 4096, 131_072, 64, 4096, (BFLOAT16_MODEL,),
-            shape=_LLAMA_8B, context=1024, model_prompts=8, buffer_prompts=160,
+            shape=LLAMA_8B, context=1024, model_prompts=8, buffer_prompts=160,
             stock_ms={"bfloat16_model": 286},
         ),
         RunCase(
