@@ -248,35 +248,29 @@ def summary(case: RunCase, period: int, turns: Sequence[Turn]) -> Row:
 
 def measure(session: RunSession, contenders: Sequence[RunContender], rounds: int) -> Iterator[Row]:
     """
-    Let contenders run in turn; a row for each, which says why if one could not.
+    Let contenders run in turn; a row for each after its last turn, which says why if one failed.
 
     Stock comes first: its first batches are what the others' are compared with.
     """
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
-    failures: dict[str, Row] = {}
-    for _ in range(rounds):
+    failed: set[str] = set()
+    for left in reversed(range(rounds)):
         for contender in contenders:
-            if contender.name in failures:
+            if contender.name in failed:
                 continue
-            begin = time.perf_counter()
+            begin, row = time.perf_counter(), None
             try:
                 turns[contender.name].append(session.timed(contender))
             except Exception as error:
-                failures[contender.name] = describe(error)
+                failed.add(contender.name)
+                row = describe(error)
             release_memory(session.device)
             say(f"{contender.name} took {time.perf_counter() - begin:.0f} s")
-    for contender in contenders:
-        row = failures.get(contender.name)
-        yield {
-            "contender": contender.name,
-            **(
-                row
-                or {
-                    "status": "ok",
-                    **summary(session.case, session.period, turns[contender.name]),
-                }
-            ),
-        }
+            if row is None and not left:
+                ran = turns[contender.name]
+                row = {"status": "ok", **summary(session.case, session.period, ran)}
+            if row is not None:
+                yield {"contender": contender.name, **row}
 
 
 def sizes_of(case: RunCase, library: str) -> Row:

@@ -252,16 +252,19 @@ CASES = {
             "llama_of_gemma2_shape", TOPK, 2304, 65_536, 64, 4096,
             (AUTOCAST, BFLOAT16_MODEL, FLOAT32),
             shape=LLAMA_OF_GEMMA2_SHAPE, context=1024, model_prompts=8, buffer_prompts=160,
+            config={"n_eval_batches": 2},
             stock_ms={"autocast": 103, "bfloat16_model": 80, "float32": 395},
         ),
         RunCase(
             "gemma2", TOPK, 2304, 65_536, 64, 4096, (AUTOCAST, BFLOAT16_MODEL),
             shape=GEMMA2, context=1024, model_prompts=8, buffer_prompts=160,
+            config={"n_eval_batches": 2},
             stock_ms={"autocast": 115, "bfloat16_model": 90, "float32": 420},
         ),
         RunCase(
             "llama_8b", TOPK, 4096, 131_072, 64, 4096, (BFLOAT16_MODEL,),
             shape=LLAMA_8B, context=1024, model_prompts=8, buffer_prompts=160,
+            config={"n_eval_batches": 2},
             stock_ms={"bfloat16_model": 286},
         ),
         RunCase(
