@@ -123,11 +123,15 @@ class Batches(Iterator[Any]):
         if fill is None:
             return
         self._buffer.drop(0)
-        if not fill.is_whole:
+        if self._generator is not None:
+            torch.set_rng_state(self._generator)
+        if fill.is_whole:
+            fill.is_whole = False  # until all is back
+            while fill.early:
+                self._source.put_back(fill.early.pop())
+        else:
             self._source.go_to(fill.position)
-        while fill.early and fill.is_whole:
-            self._source.put_back(fill.early.pop())
-        self._fill = None
+        self._fill = self._generator = None
 
     def state(self, *, with_buffer: bool) -> dict[str, torch.Tensor]:
         """
@@ -160,7 +164,8 @@ class Batches(Iterator[Any]):
             has_more = True
         self._generator = torch.get_rng_state()
         self._buffer.shuffle()
-        self._fill = self._generator = None
+        self._fill = self._generator = None  # no signal comes between this and the shuffle's end
+        self._buffer.prepare_shuffle()
 
     def _read_ahead(self) -> None:
         """Compute one batch of the language model early, if there is room and it will be needed."""

@@ -120,7 +120,7 @@ class SlicedEpoch(Epoch):
     def _read(self, n: int) -> Sequences:
         self._slices = self._slices or self._open()
         tokens = self._slices.read(self.rows_read, n)
-        rows = torch.arange(self.rows_read, self.rows_read + len(tokens)) + 1
+        rows = torch.arange(self.rows_read, self.rows_read + len(tokens), device="cpu") + 1
         return Sequences(tokens, rows)
 
     @override
@@ -193,7 +193,7 @@ class PackedEpoch(Epoch):
             self._packer.feed(self._tokenize(row))
         if not tokens:
             return first
-        return first.joined(Sequences(torch.stack(tokens), torch.tensor(rows)))
+        return first.joined(Sequences(torch.stack(tokens), torch.tensor(rows, device="cpu")))
 
     @override
     def put_back(self, sequences: Sequences, rows_read: int) -> None:
@@ -234,7 +234,8 @@ def part_of(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.T
 
 
 def _none(context_size: int) -> Sequences:
-    return Sequences(torch.empty(0, context_size, dtype=torch.long), torch.empty(0).long())
+    tokens = torch.empty(0, context_size, dtype=torch.long, device="cpu")
+    return Sequences(tokens, tokens.new_empty(0))
 
 
 def _split(sequences: Sequences, n: int) -> tuple[Sequences, Sequences]:

@@ -122,7 +122,6 @@ class MixingBuffer:
         free = torch.cat([*dropped, self._free])
         self._free, self._kept = free, kept
 
-    @torch.no_grad()
     def shuffle(self) -> None:
         """Draw an order, and begin to serve."""
         self._settle()
@@ -133,11 +132,13 @@ class MixingBuffer:
         n_served = n_batches * self.batch_size
         serving, left = places[:n_served], places[n_served:]
         self._serving, self._kept = serving, (left,)
-        if self.mix_fraction > 0:
-            n_adds = max(1, -(-(self.size - len(left)) // self._n_at_once))
-            self._orders.prepare(len(left) + n_adds * self._n_at_once)
 
-    @torch.no_grad()
+    def prepare_shuffle(self) -> None:
+        """Begin to draw the next order, of as many rows as there will be if none is excluded."""
+        if self.mix_fraction > 0:
+            n_adds = max(1, -(-(self.size - self.n_kept) // self._n_at_once))
+            self._orders.prepare(self.n_kept + n_adds * self._n_at_once)
+
     def next_batch(self) -> list[torch.Tensor]:
         """The next batch, `[batch_size, width]` for each part, on the buffer's device."""
         places, serving = self._serving[: self.batch_size], self._serving[self.batch_size :]
@@ -158,7 +159,7 @@ class MixingBuffer:
         places = torch.cat([self._serving, *self._kept[: n_added + 1]])
         copies = {}
         for i, rows in enumerate(self._rows):
-            copy = torch.empty(len(places), rows.shape[1], dtype=rows.dtype)
+            copy = torch.empty(len(places), rows.shape[1], dtype=rows.dtype, device="cpu")
             for start in range(0, len(places), _ROWS_OF_COPY):
                 part = places[start : start + _ROWS_OF_COPY]
                 copy[start : start + len(part)] = rows.index_select(0, part)
@@ -183,16 +184,17 @@ class MixingBuffer:
     def _grow(self, n: int, parts: Sequence[torch.Tensor]) -> None:
         """Make room for `n` more rows like these."""
         capacity = max(self._capacity, self.n_kept + self.n_to_serve + n)
-        old, self._rows = self._rows, []
+        grown: list[torch.Tensor] = []
         for i, part in enumerate(parts):
             dtype = part.dtype if self.dtype is None or part.dtype in _NARROW else self.dtype
             rows = torch.empty(capacity, part.shape[1], dtype=dtype, device=self.device)
-            if old:
-                rows[: len(old[i])] = old[i]
-            self._rows.append(rows)
-        n_old = len(old[0]) if old else 0
+            if self._rows:
+                rows[: len(self._rows[i])] = self._rows[i]
+            grown.append(rows)
+        n_old = len(self._rows[0]) if self._rows else 0
         new = torch.arange(n_old, capacity, device=self.device)
-        self._free = torch.cat([self._free, new])
+        free = torch.cat([self._free, new])
+        self._rows, self._free = grown, free
 
     def _write(self, places: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         for rows, part in zip(self._rows, parts, strict=True):
@@ -201,15 +203,16 @@ class MixingBuffer:
     def _settle(self) -> None:
         """Write rows that were on their way from a GPU to the host."""
         if self._arriving is not None:
-            (places, copies), self._arriving = self._arriving, None
+            places, copies = self._arriving
             self._write(places, [copy.values() for copy in copies])
+            self._arriving = None
 
     def _gathered(self, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         if rows.is_cuda or not torch.cuda.is_available():
             batch = rows.index_select(0, places)
         else:  # from pinned memory, the copy to a GPU is faster and nobody waits for it
             shape = len(places), rows.shape[1]
-            batch = torch.empty(shape, dtype=rows.dtype, pin_memory=True)
+            batch = torch.empty(shape, dtype=rows.dtype, device="cpu", pin_memory=True)
             torch.index_select(rows, 0, places, out=batch)
         return batch if self.dtype is None else batch.to(self.dtype)
 

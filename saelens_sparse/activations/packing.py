@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-_NO_TOKENS = torch.empty(0, dtype=torch.long)
+_NO_TOKENS = torch.empty(0, dtype=torch.long, device="cpu")
 
 
 class Packer(ABC):
@@ -67,7 +67,7 @@ class ConcatenatedRows(Packer):
         before = self._separator if len(self._begun) else self._bos
         begun = self._begun
         if before is not None and self.row[0] != before:
-            begun = torch.cat([begun, torch.tensor([before])])
+            begun = torch.cat([begun, self.row.new_tensor([before])])
         n_missing = self.context_size - len(begun)
         sequence = torch.cat([begun, self.row[:n_missing]])
         self.row = self.row[n_missing:]
@@ -100,7 +100,7 @@ class SeparateRows(Packer):
         row, self.row = self.row, _NO_TOKENS
         is_long = len(row) >= max(1, self.context_size - 1)
         if self._bos is not None and is_long and row[0] != self._bos:
-            row = torch.cat([torch.tensor([self._bos]), row[: self.context_size - 1]])
+            row = torch.cat([row.new_tensor([self._bos]), row[: self.context_size - 1]])
         return row[: self.context_size] if len(row) >= self.context_size else None
 
 

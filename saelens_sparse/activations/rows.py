@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -104,7 +105,7 @@ class TokenSlices:
         self._dataset = dataset.with_format("arrow", columns=[column])
         self._column = column
         self._context_size = context_size
-        self._start, self._slice = 0, torch.empty(0, context_size, dtype=torch.long)
+        self._start, self._slice = 0, torch.empty(0, context_size, dtype=torch.long, device="cpu")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -125,7 +126,7 @@ class TokenSlices:
     def _tokens(self, start: int, stop: int) -> torch.Tensor:
         context_size = self._context_size
         if start >= stop:
-            return torch.empty(0, context_size, dtype=torch.long)
+            return torch.empty(0, context_size, dtype=torch.long, device="cpu")
         rows: pa.Array = pa.concat_arrays(self._dataset[start:stop][self._column].chunks)
         lengths = torch.from_dlpack(pc.call_function("list_value_length", [rows])).long()
         short = (lengths < context_size).nonzero()
@@ -134,12 +135,14 @@ class TokenSlices:
                 f"the dataset's row {start + int(short[0])} has {int(lengths[short[0]])} tokens, "
                 f"fewer than context_size, {context_size}"
             )
-        tokens = torch.from_numpy(rows.flatten().to_numpy(zero_copy_only=False).astype("int64"))
+        tokens = rows.flatten().to_numpy(zero_copy_only=False)
         length = int(lengths[0])
         if (lengths == length).all():
-            return tokens.view(-1, length)[:, :context_size]
-        begins = lengths.cumsum(0) - lengths
-        return tokens[begins[:, None] + torch.arange(context_size)]
+            tokens = tokens.reshape(-1, length)[:, :context_size]
+        else:
+            begins = (lengths.cumsum(0) - lengths)[:, None].numpy()
+            tokens = tokens[begins + np.arange(context_size)]
+        return torch.from_numpy(tokens.astype("int64"))
 
 
 def can_slice(dataset: object, column: str) -> bool:

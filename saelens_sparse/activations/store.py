@@ -355,15 +355,15 @@ class FastActivationsStore(ActivationsStore):
         parts: list[torch.Tensor] = []
         for name in names:
             part = found[name][:, slice(*self.seqpos_slice)]
-            head = (
-                self.hook_head_index
-                if self._hook_names is None
-                else self._hook_head_indices.get(name)
-            )
+            head = self._head(name)
             part = part.flatten(2) if head is None else part[:, :, head]
             checks.check_width(name, part.shape[-1], self._width(name))
             parts.append(part)
         return parts
+
+    def _head(self, hook_name: str) -> int | None:
+        is_single = self._hook_names is None
+        return self.hook_head_index if is_single else self._hook_head_indices.get(hook_name)
 
     def _width(self, hook_name: str) -> int:
         return self.d_in if self._hook_d_ins is None else self._hook_d_ins[hook_name]
@@ -486,7 +486,7 @@ class FastActivationsStore(ActivationsStore):
 
     def _settings(self) -> dict[str, dict[str, Any]]:
         """What must be the same for a position, and for rows of a buffer, to have their meaning."""
-        names = self._hook_names or [self.hook_name]
+        names, excluded = self._hook_names or [self.hook_name], self._excluded
         return {
             "position": {
                 "context_size": self.context_size,
@@ -496,9 +496,10 @@ class FastActivationsStore(ActivationsStore):
             },
             "buffer": {
                 "n_batches_in_buffer": self.n_batches_in_buffer,
-                "context_size": self.training_context_size,
+                "positions": [*range(self.context_size)[slice(*self.seqpos_slice)]],
                 "train_batch_size_tokens": self.train_batch_size_tokens,
                 "activations_mixing_fraction": self.activations_mixing_fraction,
-                "hooks": [[name, self._width(name)] for name in names],
+                "hooks": [[name, self._head(name), self._width(name)] for name in names],
+                "exclude_special_tokens": None if excluded is None else excluded.tolist(),
             },
         }

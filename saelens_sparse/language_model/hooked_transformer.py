@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sae_lens import HookedSAETransformer
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.components.attention import Attention
@@ -38,9 +37,8 @@ from saelens_sparse.language_model.storage import adjoin
 from saelens_sparse.language_model.watch import edits
 
 KNOWN_MODULES = (
-    Attention, Embed, GatedMLP, GroupedQueryAttention, HookPoint, HookedSAETransformer,
-    HookedTransformer, LayerNorm, LayerNormPre, MLP, PosEmbed, RMSNorm, RMSNormPre,
-    TransformerBlock, Unembed,
+    Attention, Embed, GatedMLP, GroupedQueryAttention, HookPoint, HookedTransformer, LayerNorm,
+    LayerNormPre, MLP, PosEmbed, RMSNorm, RMSNormPre, TransformerBlock, Unembed,
 )  # fmt: skip
 """Exactly these classes, not subclasses of them, compute what `Decoder` computes."""
 

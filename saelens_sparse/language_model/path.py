@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from sae_lens import HookedSAETransformer
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor, nn
@@ -292,7 +291,7 @@ class FastRun:
 
 def reader_of(model: nn.Module) -> Reader | None:
     """What reads this kind of model; None where nothing does."""
-    if type(model) in (HookedTransformer, HookedSAETransformer):
+    if type(model) is HookedTransformer:
         return hooked_transformer
     return transformers_model if type(model) is HookedProxyLM else None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -290,7 +290,7 @@ def _fit(trainer: SparseSAETrainer | SparseMultiSAETrainer) -> Any:
     passed = trainer.n_training_samples
     trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= passed]
     if trainer.evaluator is not None:
-        trainer.evaluator = signals.allowed_during(trainer.evaluator)
+        trainer.evaluator = _stoppable_evals(trainer, trainer.evaluator)
     try:
         return trainer.fit()
     except KeyboardInterrupt:
@@ -300,6 +300,25 @@ def _fit(trainer: SparseSAETrainer | SparseMultiSAETrainer) -> Any:
                 logger.warning("interrupted, saving progress to %s", checkpoint)
                 trainer.save_checkpoint(checkpoint.name)
         raise
+
+
+def _stoppable_evals(
+    trainer: SparseSAETrainer | SparseMultiSAETrainer, evaluator: Callable[..., Any]
+) -> Callable[..., Any]:
+    """An evaluator that a signal stops at once. SAELens would count the step after its evals."""
+    is_single = isinstance(trainer, SparseSAETrainer)
+    counted = [trainer] if is_single else [*trainer.trainers.values()]
+    evaluate = trainer.stop_signals.allowed_during(evaluator)
+
+    def stoppable(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return evaluate(*args, **kwargs)
+        except KeyboardInterrupt:
+            for each in counted:
+                each.n_training_steps += 1
+            raise
+
+    return stoppable
 
 
 def _spare(cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig) -> list[Path]:

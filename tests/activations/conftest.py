@@ -1,18 +1,19 @@
 """Models that stores make activations with, and trainings."""
 
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import wandb
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.support.activation_runs import Run, Scenario, make_runner
-from tests.support.activations import Models, tiny_models
+from tests.support.activations import CASES, Event, Models, PlayStock, play, tiny_models
 from tests.support.runs import checkpoints
 
 
@@ -20,6 +21,21 @@ from tests.support.runs import checkpoints
 def models() -> Models:
     """By their names in `Case`."""
     return tiny_models()
+
+
+@pytest.fixture(scope="session")
+def play_stock(models: Models, tmp_path_factory: pytest.TempPathFactory) -> PlayStock:
+    """What SAELens's store says when it is made, and gives, for a name in `CASES` and actions."""
+    played: dict[tuple[str, ...], tuple[list[str], list[Event]]] = {}
+
+    def play_stock(name: str, actions: Sequence[str]) -> tuple[list[str], list[Event]]:
+        key = (name, *actions)
+        if key not in played:
+            case, folder = CASES[name], tmp_path_factory.mktemp("stock") / "store"
+            played[key] = play(ActivationsStore, case, actions, models[case.model], folder)
+        return played[key]
+
+    return play_stock
 
 
 @pytest.fixture

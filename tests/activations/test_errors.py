@@ -156,11 +156,8 @@ def test_a_row_shorter_than_the_context(
 def test_another_width_than_the_saes(
     models: Models, hooks: tuple[str, ...], tmp_path: Path
 ) -> None:
-    options = (
-        {"hook_names": {POST: HOOK, HOOK: "ln_final.hook_normalized"}}
-        if hooks
-        else {"hook_name": POST}
-    )
+    elsewhere = {POST: HOOK, HOOK: "ln_final.hook_normalized"}
+    options: dict[str, Any] = {"hook_names": elsewhere} if hooks else {"hook_name": POST}
     scenario = Scenario("int64", hooks=hooks)
     store = make_runner(scenario, models["float32"], tmp_path / "run", **options).activations_store
     d_in, width = (32, 16) if hooks else (16, 32)

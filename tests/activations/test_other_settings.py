@@ -21,11 +21,11 @@ from tests.support.activations import (
     Event,
     Models,
     Player,
+    Z,
     assert_same_events,
     case,
     make_store,
     play,
-    tensors_of,
 )
 from tests.support.runs import what_libraries_say
 
@@ -59,6 +59,16 @@ ANEW = {
     "another batch": (case("text"), case("text", train_batch_size_tokens=17)),
     "another mixing": (case("streaming"), case("streaming", activations_mixing_fraction=0.25)),
     "other positions": (case(), case(seqpos_slice=(1, None))),
+    "positions from elsewhere": (case(seqpos_slice=(0, -1)), case(seqpos_slice=(1, None))),
+    "another head": (
+        case(hook_name=Z, hook_head_index=0, d_in=8),
+        case(hook_name=Z, hook_head_index=1, d_in=8),
+    ),
+    "another head of hooks": (
+        case(hooks=(Z, HOOK), hook_head_indices={Z: 0}),
+        case(hooks=(Z, HOOK), hook_head_indices={Z: 1}),
+    ),
+    "other tokens excluded": (case(), case(exclude_special_tokens=[5, 6, 7, 8, 9])),
     "another hook": (case(), case(hook_name=OTHER)),
     "another width": (case(), case(hook_name=POST, d_in=32)),
     "a hook more": (case(hooks=(HOOK,)), case(hooks=(HOOK, OTHER))),
@@ -78,6 +88,10 @@ def test_a_buffer_of_other_settings_begins_empty(models: Models, name: str, tmp_
     assert_same_events(own, stock)
 
 
+def batches_of(event: Event) -> list[torch.Tensor]:
+    return [*event.result.values()] if isinstance(event.result, dict) else [event.result]
+
+
 @pytest.mark.parametrize("hooks", [(), (HOOK, OTHER)], ids=["a hook", "hooks"])
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_a_model_of_another_dtype_fills_the_same_buffer(
@@ -92,8 +106,8 @@ def test_a_model_of_another_dtype_fills_the_same_buffer(
     assert not any(isinstance(event.result, str) for event in events)
     assert torch.equal(events[0].result, whole[len(FIRST)].result)
     for own, other in zip(events[1:3], whole[len(FIRST) + 1 :], strict=False):
-        for name, batch in tensors_of(other.result).items():
-            assert torch.equal(tensors_of(own.result)[name].to(batch.dtype), batch)
+        for one, batch in zip(*map(batches_of, (own, other)), strict=True):
+            assert torch.equal(one.to(batch.dtype), batch)
 
 
 OTHER_TOKENS = {
@@ -132,19 +146,19 @@ def test_a_buffer_that_is_left_out(models: Models, name: str, tmp_path: Path) ->
     """The tokens that follow are the same."""
     case, model = CASES[name], models["float32"]
     torch.manual_seed(0)
-    player = Player(make_store(FastActivationsStore, case, model, tmp_path / "store"))
-    player.play(FIRST)
+    store = make_store(FastActivationsStore, case, model, tmp_path / "store")
+    Player(store).play(FIRST)
     whole, without = tmp_path / "whole", tmp_path / "without"
-    player.store.save(str(whole))
-    player.store.saves_buffer = False
-    player.store.save(str(without))
-    n_rows = player.store.n_batches_in_buffer * CONTEXT - 2 * BATCH
+    store.save(str(whole))
+    store.saves_buffer = False
+    store.save(str(without))
+    n_rows = store.n_batches_in_buffer * CONTEXT - 2 * BATCH
     assert whole.stat().st_size - without.stat().st_size > n_rows * D_MODEL * 4
     assert not any("buffer.rows" in key for key in load_file(without))
     other = make_store(FastActivationsStore, case, model, tmp_path / "other")
     with pytest.warns(UserWarning, match="the buffer starts empty"):
         other.load(str(without))
-    assert torch.equal(other.get_batch_tokens(9), player.store.get_batch_tokens(9))
+    assert torch.equal(other.get_batch_tokens(9), store.get_batch_tokens(9))
     Player(other).play(["batch"])
 
 

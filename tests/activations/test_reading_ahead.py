@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens.training.activations_store import ActivationsStore
 
 from saelens_sparse import FastActivationsStore
 from tests.support.activation_runs import SCENARIOS, Run, assert_same_run, n_steps
@@ -15,9 +14,9 @@ from tests.support.activations import (
     WITH_EVALS,
     Models,
     Player,
+    PlayStock,
     assert_same_events,
     make_store,
-    play,
 )
 from tests.support.runs import what_libraries_say
 
@@ -33,9 +32,11 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stock_gives_the_same(models: Models, name: str, tmp_path: Path) -> None:
+def test_stock_gives_the_same(
+    models: Models, play_stock: PlayStock, name: str, tmp_path: Path
+) -> None:
     case, model = CASES[name], models[CASES[name].model]
-    _, stock = play(ActivationsStore, case, WITH_EVALS, model, tmp_path / "stock")
+    _, stock = play_stock(name, WITH_EVALS)
     torch.manual_seed(0)
     store = make_store(FastActivationsStore, case, model, tmp_path / "own")
     store.reads_ahead = True
@@ -44,9 +45,11 @@ def test_stock_gives_the_same(models: Models, name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["int64", "streaming", "text", "hooks, text"])
-def test_a_state_is_that_of_what_was_served(models: Models, name: str, tmp_path: Path) -> None:
+def test_a_state_is_that_of_what_was_served(
+    models: Models, play_stock: PlayStock, name: str, tmp_path: Path
+) -> None:
     case, model = CASES[name], models[CASES[name].model]
-    _, stock = play(ActivationsStore, case, WITH_EVALS, model, tmp_path / "stock")
+    _, stock = play_stock(name, WITH_EVALS)
     own, state = [], tmp_path / "state"
     for part, start in enumerate(range(0, len(WITH_EVALS), 7)):
         torch.manual_seed(part)

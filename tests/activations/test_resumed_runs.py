@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from saelens_sparse import FastActivationsStore
 from tests.support.activation_runs import SCENARIOS, Run, assert_same_run, n_steps
 from tests.support.activations import BATCH, Models
 from tests.support.runs import what_libraries_say
@@ -65,6 +66,27 @@ def test_a_run_is_resumed_many_times(train: Train, uninterrupted: Uninterrupted)
         assert_same_run(run, expected, n_steps(checkpoint))
 
 
+@pytest.mark.parametrize("name", ["tokens with evals", "hooks with evals"])
+def test_a_checkpoint_of_a_run_stopped_in_evals_counts_the_step_before_them(
+    train: Train, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    original = FastActivationsStore.get_batch_tokens
+
+    def hit(store: FastActivationsStore, *args: Any, **kwargs: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(store, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FastActivationsStore, "get_batch_tokens", hit)
+        run = train(SCENARIOS[name])
+    assert isinstance(run.error, KeyboardInterrupt)
+    (checkpoint,) = run.checkpoints
+    states = [torch.load(path) for path in checkpoint.rglob("trainer_state.pt")]
+    assert states
+    for state in states:
+        assert state["n_training_steps"] == n_steps(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [
@@ -72,7 +94,6 @@ def test_a_run_is_resumed_many_times(train: Train, uninterrupted: Uninterrupted)
         ("hooks", 3, 2),
         ("tokens", 2, False),
         ("hooks", False, 2),
-        ("tokens", False, True),
     ],
 )
 def test_batches_that_were_prefetched_are_trained_on(

@@ -26,7 +26,6 @@ Train = Callable[..., Run]
 @pytest.mark.parametrize(
     ("name", "prefetch"),
     [
-        ("text with evals", False),
         ("normalized", False),
         ("hooks with evals", False),
         ("text, streaming", 2),

@@ -1,10 +1,10 @@
 """Activation stores over tiny models and datasets, and what a store gives, action by action."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -82,6 +82,9 @@ def tiny_models() -> Models:
     )
 
 
+Store = TypeVar("Store", bound=ActivationsStore)
+
+
 @dataclass(frozen=True)
 class Case:
     """A store's dataset, by its name in `DATA`, and options of the runner's config.
@@ -124,7 +127,7 @@ CASES: dict[str, Case] = {
     "special tokens excluded": case("special tokens", exclude_special_tokens=True),
     "listed tokens excluded": case(exclude_special_tokens=[5, 6, 7, 8, 49]),
     "special tokens of a text excluded": case("text", exclude_special_tokens=True),
-    "all tokens excluded": case(exclude_special_tokens=[*range(BOS, 45)]),
+    "all tokens excluded": case(exclude_special_tokens=[*range(BOS, 35)]),
     "positions": case(seqpos_slice=(2, 7)),
     "positions with a step": case("text", seqpos_slice=(1, -1, 2), exclude_special_tokens=True),
     "a head": case(hook_name=Z, hook_head_index=1, d_in=D_HEAD),
@@ -135,13 +138,13 @@ CASES: dict[str, Case] = {
     "no mixing": case(activations_mixing_fraction=0.0),
     "no mixing, text": case("text", activations_mixing_fraction=0.0, train_batch_size_tokens=20),
     "little mixing": case(activations_mixing_fraction=0.25),
+    "a fraction of a row": case(activations_mixing_fraction=0.35, train_batch_size_tokens=9),
     "all is kept": case(activations_mixing_fraction=1.0),
     "all is kept, large batches": case(
         activations_mixing_fraction=1.0, train_batch_size_tokens=40
     ),
     "batch does not divide the buffer": case("text", train_batch_size_tokens=17),
     "batch of the buffer": case(train_batch_size_tokens=BUFFER_PROMPTS * CONTEXT),
-    "batch of nearly the buffer": case(train_batch_size_tokens=BUFFER_PROMPTS * CONTEXT - 1),
     "batch of one": case("special tokens", train_batch_size_tokens=1, exclude_special_tokens=True),
     "model batch larger than the buffer": case(n_batches_in_buffer=3, store_batch_size_prompts=7),
     "model batch larger than the buffer, no mixing": case(
@@ -213,9 +216,7 @@ def settings_of(case: Case, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def make_store(
-    store_class: type[ActivationsStore], case: Case, model: Any, folder: Path
-) -> ActivationsStore:
+def make_store(store_class: type[Store], case: Case, model: Any, folder: Path) -> Store:
     """A store as SAELens's runners make it.
 
     Args:
@@ -228,12 +229,16 @@ def make_store(
     data = DATA[case.data](folder / "data")
     settings = settings_of(case, folder)
     if case.hooks:
-        return several_hooks(store_class, case, settings, data, model)
+        several = several_hooks(store_class, case, settings, data, model)
+        assert isinstance(several, store_class)
+        return several
     sae = TopKTrainingSAEConfig(d_in=case.options.get("d_in", D_MODEL), d_sae=32, k=4)
     cfg = runner_config(sae, folder, **settings)
     if isinstance(data, str):
         cfg.dataset_path, data = data, None
-    return store_class.from_config(model, cfg, override_dataset=data)
+    store = store_class.from_config(model, cfg, override_dataset=data)
+    assert isinstance(store, store_class)
+    return store
 
 
 def several_hooks(
@@ -262,16 +267,14 @@ def several_hooks(
     )
 
 
-TRAINING = ["batch"] * 45
+TRAINING = ["batch"] * 30
 # Evals take tokens of any number between two batches.
 WITH_EVALS = [
-    *("tokens 3", "batch", "batch", "tokens", "tokens 9", "reset", "tokens 2"),
-    *["batch"] * 7,
-    *("unmoved tokens", "batch", "raw", "batch", "filtered", "epoch's tokens"),
-    *["batch"] * 3,
+    *("tokens 3", "batch", "batch", "tokens", "tokens 9", "reset", "tokens 2", *["batch"] * 5),
+    *("unmoved tokens", "batch", "raw", "batch", "filtered", "epoch's tokens", *["batch"] * 3),
     *["epoch's tokens"] * 7,
-    *["batch"] * 9,
-    *("tokens 30", *["batch"] * 12),
+    *["batch"] * 5,
+    *("tokens 30", *["batch"] * 8),
 ]
 
 
@@ -286,6 +289,10 @@ class Event:
     random_state: torch.Tensor
 
 
+# Of a fixture: what SAELens's store says and gives, by its case's name and actions.
+PlayStock = Callable[[str, Sequence[str]], tuple[list[str], list[Event]]]
+
+
 def tensors_of(result: Any) -> dict[str, torch.Tensor | None]:
     if isinstance(result, dict):
         return result
@@ -298,7 +305,7 @@ class Player:
 
     An action is "batch", "raw" or "filtered" for what training takes, "tokens" for what evals
     take, with a number of prompts after a space, or "epoch's tokens", "unmoved tokens". "reset" and
-    "shuffle" are done to the dataset.
+    "shuffle" are done to the dataset; "draw" is what others do with PyTorch's generator.
     """
 
     def __init__(self, store: ActivationsStore) -> None:
@@ -327,6 +334,8 @@ class Player:
                 return store.get_filtered_llm_batch()
             case "shuffle":
                 return store.shuffle_input_dataset(seed=3, buffer_size=4)
+            case "draw":
+                return torch.rand(3)
             case "reset":
                 return store.reset_input_dataset()
             case _:

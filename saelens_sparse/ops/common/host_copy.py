@@ -55,6 +55,7 @@ class HostCount:
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device. From the host to a GPU, nothing waits for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+    is_async = device.type == "cuda"
+    if is_async and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=is_async)
