@@ -32,8 +32,10 @@ from benchmarks.cases import CASES, NamedCase, groups_of
 from benchmarks.command_line import CommandParser, names_of
 from benchmarks.contenders import SPARSE, SPARSE_RUNNER, STOCK
 from benchmarks.harness import FORWARD, STEP, Benchmark, Session, say
+from benchmarks.language_models import LIBRARIES
 from benchmarks.report import kernel_table, markdown, plain, run_table, store_table, tables
 from benchmarks.rows import FIGURES, Frame, ResultsFile, frame_of, load_rows
+from benchmarks.run_cases import RUN_PRECISIONS
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import PRECISIONS, Precision
 from saelens_sparse.reports.command_line import DEFAULT_STEPS, parse_shape, whole_number
@@ -196,9 +198,20 @@ def run_run(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--precision",
-        type=names_of(PRECISIONS),
+        type=names_of(RUN_PRECISIONS),
         default=[],
-        help=f"{', '.join(PRECISIONS)}; by default each case's own",
+        help=f"{', '.join(RUN_PRECISIONS)}; by default each case's own",
+    )
+    parser.add_argument(
+        "--libraries",
+        type=names_of(LIBRARIES),
+        default=list(LIBRARIES),
+        help="of the language model, TransformerLens or transformers; by default %(default)s",
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the same cases so small that a CPU runs them in seconds",
     )
     parser.add_argument(
         "--contenders",
@@ -210,16 +223,19 @@ def run_run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--windows",
         type=whole_number(1),
-        default=3,
+        default=2,
         help="timed windows of a run; by default %(default)s",
     )
-    parser.add_turn_options(rounds=2)
+    parser.add_turn_options(rounds=1)
     args = parser.parse_args(argv)
     results = open_results(args)
+    asked = [cases[name] for name in args.cases or run_cases.DEFAULT_CASES[args.device]]
     measured = [
-        (case, precision)
-        for case in (cases[name] for name in args.cases or run_cases.DEFAULT_CASES[args.device])
-        for precision in [PRECISIONS[name] for name in args.precision] or case.precisions
+        (case.tiny if args.tiny else case, precision, library)
+        for case in asked
+        for precision in [RUN_PRECISIONS[name] for name in args.precision] or case.precisions
+        for library in args.libraries
+        if library in case.libraries
     ]
     entered = [one for one in contenders.values() if one.name in {"stock", *args.contenders}]
     status = run.run(results, measured, entered, args)

@@ -24,11 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from benchmarks.language_models import (
+    GEMMA2,
+    GPT2,
+    LLAMA_8B,
+    LLAMA_OF_GEMMA2_SHAPE,
+    ModelShape,
+    transformer_lens_model,
+    transformers_model,
+)
 from benchmarks.rows import ResultsFile
 from saelens_sparse.language_model import ModelPath, choose_model_path
 from saelens_sparse.profile.measure import GIB, time_calls
@@ -44,138 +51,39 @@ MAX_FLOAT32_DISTANCE = 1e-4
 @dataclass(frozen=True)
 class ModelCase:
     """
-    A model's shape, and the batch that it gets.
+    A model, and the batch that it gets.
 
     Attributes:
-        family: "gpt2", "llama" or "gemma2".
-        layer: index of the layer whose output is the hook point.
+        shape: the model's. A prompt has its `n_positions`.
         precisions: of the weights' dtype, or "autocast" for float32 weights.
-        n_prompts, n_positions: of a batch.
+        n_prompts: of a batch.
     """
 
-    family: str
-    layer: int
-    d_model: int
-    n_heads: int
-    n_key_value_heads: int
-    d_head: int
-    d_mlp: int
-    vocabulary: int
+    shape: ModelShape
     precisions: tuple[str, ...]
     n_prompts: int
-    n_positions: int
 
     @property
     def tiny(self) -> ModelCase:
         """A case of the same kind for a CPU."""
-        heads = {"n_heads": 4, "n_key_value_heads": 2 if self.is_grouped else 4, "d_head": 16}
-        sizes = {"layer": 1, "d_model": 64, "d_mlp": 128, "vocabulary": 256}
-        return replace(self, **heads, **sizes, n_prompts=2, n_positions=64)
-
-    @property
-    def is_grouped(self) -> bool:
-        """Whether keys and values are fewer than queries."""
-        return self.n_key_value_heads < self.n_heads
+        return replace(self, shape=self.shape.tiny, n_prompts=2)
 
 
-GEMMA2 = ModelCase("gemma2", 12, 2304, 8, 4, 256, 9216, 256000, ("autocast", "bfloat16"), 8, 1024)
 CASES = {
-    "gpt2": ModelCase(
-        "gpt2", 8, 768, 12, 12, 64, 3072, 50257, ("autocast", "bfloat16", "float32"), 64, 128
+    "gpt2": ModelCase(GPT2, ("autocast", "bfloat16", "float32"), 64),
+    "llama_of_gemma2_shape": ModelCase(
+        LLAMA_OF_GEMMA2_SHAPE, ("autocast", "bfloat16", "float32"), 8
     ),
-    "llama_of_gemma2_shape": replace(
-        GEMMA2, family="llama", vocabulary=32000, precisions=("autocast", "bfloat16", "float32")
-    ),
-    "gemma2": GEMMA2,
-    "llama_8b": ModelCase("llama", 16, 4096, 32, 8, 128, 14336, 128256, ("bfloat16",), 4, 1024),
+    "gemma2": ModelCase(GEMMA2, ("autocast", "bfloat16"), 8),
+    "llama_8b": ModelCase(LLAMA_8B, ("bfloat16",), 4),
 }
 
 
-def transformer_lens_model(case: ModelCase, dtype: torch.dtype, device: str) -> HookedTransformer:
-    """TransformerLens's model, with the fields that its own configs of these models set."""
-    n_layers = case.layer + 1
-    config: dict[str, Any] = {
-        "n_layers": n_layers,
-        "d_model": case.d_model,
-        "n_heads": case.n_heads,
-        "d_head": case.d_head,
-        "d_mlp": case.d_mlp,
-        "d_vocab": case.vocabulary,
-        "d_vocab_out": 8,  # never used
-        "n_ctx": case.n_positions,
-        "dtype": dtype,
-        "device": device,
-        "init_weights": False,
-    }
-    if case.family == "gpt2":
-        config |= {"act_fn": "gelu_new", "normalization_type": "LN"}
-    else:
-        config |= {
-            "act_fn": "silu",
-            "normalization_type": "RMS",
-            "final_rms": True,
-            "gated_mlp": True,
-            "n_key_value_heads": case.n_key_value_heads,
-            "positional_embedding_type": "rotary",
-            "rotary_dim": case.d_head,
-            "rotary_adjacent_pairs": False,
-        }
-    if case.family == "gemma2":
-        config |= {
-            "act_fn": "gelu_pytorch_tanh",
-            "use_normalization_before_and_after": True,
-            "attn_scores_soft_cap": 50.0,
-            "use_local_attn": True,
-            "window_size": 4096,
-            "attn_types": (["global", "local"] * n_layers)[:n_layers],
-        }
-    with torch.device(device):
-        model = HookedTransformer(HookedTransformerConfig(**config))
-    randomize(model)
-    return model
-
-
-def transformers_model(case: ModelCase, dtype: torch.dtype, device: str) -> HookedProxyLM:
-    """transformers' model in SAELens's wrapper, with a hook at the case's layer only."""
-    shape: dict[str, Any] = {
-        "vocab_size": case.vocabulary,
-        "hidden_size": case.d_model,
-        "num_hidden_layers": case.layer + 1,
-        "num_attention_heads": case.n_heads,
-        "max_position_embeddings": case.n_positions,
-        "tie_word_embeddings": True,
-    }
-    grouped = shape | {
-        "num_key_value_heads": case.n_key_value_heads,
-        "head_dim": case.d_head,
-        "intermediate_size": case.d_mlp,
-    }
-    kinds: dict[str, Any] = {
-        "gpt2": transformers.GPT2Config,
-        "llama": transformers.LlamaConfig,
-        "gemma2": transformers.Gemma2Config,
-    }
-    config = kinds[case.family](**shape if case.family == "gpt2" else grouped)
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    randomize(model)
-    tokenizer: Any = None
-    return HookedProxyLM(model, tokenizer, hook_names=[hook_name(case, "HF")])
-
-
-def randomize(model: nn.Module) -> None:
-    """Draw weights on their device; biases are zero, weights of norms keep their values."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.02)
-
-
-def hook_name(case: ModelCase, library: str) -> str:
-    """The residual stream after the case's layer."""
+def make_model(case: ModelCase, library: str, dtype: torch.dtype, device: str) -> Any:
+    """The model of a library. No logits are wanted."""
     if library == "TL":
-        return f"blocks.{case.layer}.hook_resid_post"
-    return f"{'transformer.h' if case.family == 'gpt2' else 'model.layers'}.{case.layer}"
+        return transformer_lens_model(case.shape, dtype, device, unembeds=False)
+    return transformers_model(case.shape, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -216,7 +124,7 @@ def path_of(
             [name],
             option="saelens" if contender.option == "saelens" else "auto",
             autocast=precision == "autocast",
-            n_positions=case.n_positions,
+            n_positions=case.shape.n_positions,
             compiled=contender.compiled,
             cuda_graph=contender.cuda_graph,
         )
@@ -226,7 +134,7 @@ def reference(case: ModelCase, precision: str, library: str, model: Any, tokens:
     """SAELens's activations in float32, `[n_prompts, n_positions, d_model]`."""
     wide = model
     if precision == "bfloat16" and library == "TL":
-        wide = transformer_lens_model(case, torch.float32, str(tokens.device))
+        wide = make_model(case, library, torch.float32, str(tokens.device))
         weights = {
             name: value for name, value in model.state_dict().items() if "rotary" not in name
         }
@@ -235,8 +143,8 @@ def reference(case: ModelCase, precision: str, library: str, model: Any, tokens:
         inner = copy.deepcopy(model.model).float()
         for module in inner.modules():
             module._forward_hooks.clear()
-        wide = HookedProxyLM(inner, model.tokenizer, hook_names=[hook_name(case, library)])
-    name = hook_name(case, library)
+        wide = HookedProxyLM(inner, model.tokenizer, hook_names=[case.shape.hook_name(library)])
+    name = case.shape.hook_name(library)
     path = path_of(CONTENDERS[0], wide, name, case, "float32")
     return path.activations(tokens)[name]
 
@@ -246,11 +154,10 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Rows of one model: stock's, then those of the fast path after a check."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    make = transformer_lens_model if library == "TL" else transformers_model
-    model, name = make(case, dtype, device), hook_name(case, library)
+    model, name = make_model(case, library, dtype, device), case.shape.hook_name(library)
     generator = torch.Generator().manual_seed(0)
-    shape = (case.n_prompts, case.n_positions)
-    tokens = torch.randint(case.vocabulary, shape, generator=generator).to(device)
+    shape = (case.n_prompts, case.shape.n_positions)
+    tokens = torch.randint(case.shape.vocabulary, shape, generator=generator).to(device)
     expected = reference(case, precision, library, model, tokens)
     largest = MAX_FLOAT32_DISTANCE
     for contender in CONTENDERS:
@@ -321,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     flush=True,
                 )
                 if results:
-                    results.append({"case": name, "precision": precision, **asdict(case), **row})
+                    key = {"case": name, "precision": precision, "n_prompts": case.n_prompts}
+                    results.append({**key, **asdict(case.shape), **row})
 
 
 if __name__ == "__main__":

@@ -149,9 +149,17 @@ def run_table(rows: Frame) -> Frame:
                 f"{row['d_in']} -> {row['d_sae']:,}, {active(row)}, {row['context']}"
             ),
             "precision": lambda row: row["precision"],
+            "model": lambda row: row["library"] or "TL",
             **_OF_BATCHES,
             "ms without evals": lambda row: _number(row["ms_without_evals"]),
             "GiB without evals": lambda row: _number(row["peak_gib_without_evals"]),
+            "model alone": lambda row: _number(row["model_ms"], 3),
+            "store alone": lambda row: _number(row["store_ms"], 3),
+            "step alone": lambda row: _number(row["step_ms"], 3),
+            "of the sum": lambda row: _share(row["ms_without_evals"], row["floor_ms"]),
+            "idle": lambda row: _share(row["idle"], 1),
+            "first step s": lambda row: _number(row["first_step_s"], 1),
+            "first model call s": lambda row: _number(row["first_model_call_s"], 1),
         },
     )
 
@@ -183,7 +191,7 @@ def _beside_stock(rows: Frame) -> Frame:
     """The last row of each contender in each case and precision, with how many times stock's speed
     it has; that is NaN where stock was not timed in the same run.
     """
-    case = ["operation", "case", "precision"]
+    case = ["operation", "case", "precision", "library"]
     rows = rows.drop_duplicates([*case, "contender"], keep="last")
     timed = rows[(rows["contender"] == "stock") & (rows["status"] == "ok")]
     of_run = [*case, *SOURCE, "machine", "date"]
@@ -223,6 +231,10 @@ def _largest(differences: Mapping[str, float], kind: str) -> str:
 
 def _rate(amount: float | None, per: float, digits: int) -> str:
     return "-" if amount is None else _number(amount / per, digits)
+
+
+def _share(value: float | None, whole: float | None) -> str:
+    return "-" if value is None or whole is None else f"{value / whole:.0%}"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -2,14 +2,18 @@
 Whole training runs: the language model, the activation store and the steps of an SAE.
 
 Every contender runs SAELens's `runner.run()` on the same language model of random weights and the
-same tokens in Arrow files on disk. Logging and evals are on, as in SAELens's defaults, with wandb
-offline. Contenders take turns, `--rounds` times. Before that, the first batches of each store must
-be SAELens's bit for bit.
+same tokens in Arrow files on disk. Logging is on, as in SAELens's defaults, with wandb offline. The
+config is that of a run of 100,000 steps, which is stopped early.
 
-A run calls its evaluator after every `PERIOD` steps. Its first and its last call evaluate, the
-others only mark the time. Between two calls lies a window of steps with all that a step does but
-evals. The first `PERIOD` steps and the first eval are warm-up. A long run with SAELens's defaults
-evaluates once in 1,000 steps, and so much of the time of an eval is added to that of a step.
+A contender's first batches must be those that SAELens's store and model give: up to rounding where
+its language model takes another path, bit for bit where not. Its run then goes on from there. The
+run calls its evaluator after every period, a number of steps. Between two calls lies a window of
+steps with all that a step does but evals. The first period is warm-up. An eval is timed at the end.
+A long run with SAELens's defaults evaluates once in 1,000 steps, and so much of the time of an eval
+is added to that of a step.
+
+Where both the store and the steps are this package's, language model, store and steps are also
+timed alone. Their sum is the floor of the run.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,186 +34,174 @@ from unittest.mock import patch
 import torch
 import wandb
 from sae_lens.config import LoggingConfig
-from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from transformer_lens.HookedRootModule import HookedRootModule
-from typing_extensions import override
 
+from benchmarks.floors import ModelTimes, floor_of, time_model, time_steps, time_store
 from benchmarks.harness import describe, say
+from benchmarks.model_path import no_fallback
 from benchmarks.random_data import token_dataset
 from benchmarks.rows import ResultsFile, Row
-from benchmarks.run_cases import CONTENDERS, RunCase, RunContender, Runner
-from benchmarks.store import CHECKED_REFILLS, first_batches, one_epoch, require_same_batches
-from benchmarks.wall_clock import PER_TOKENS, busy_ms, device_profile, now, peak_gib, start_peak
-from saelens_sparse.profile.cases import Precision
+from benchmarks.run_agreement import require_close_batches
+from benchmarks.run_cases import RunCase, RunContender, Runner, RunPrecision
+from benchmarks.run_marks import EndOfRun, MarkingEvaluator, Marks, marked_first_step
+from benchmarks.store import first_batches, one_epoch, require_same_batches
+from benchmarks.wall_clock import PER_TOKENS, Clock, now, start_peak
+from saelens_sparse import SparseTrainingRunner
+from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.profile.trainers import implementation_of, release_memory
 
-PERIOD = {"cuda": 50, "cpu": 10}
+CHECKED_REFILLS = 1.5
+FLOOR_REFILLS = 2
 _DEFAULTS = LoggingConfig()
 STEPS_BETWEEN_EVALS = _DEFAULTS.wandb_log_frequency * _DEFAULTS.eval_every_n_wandb_logs
 
 
 @dataclass
-class Marks:
+class Turn:
     """
-    What a run left.
+    What one run of a contender gave.
 
     Attributes:
-        spans: begin and end of each call of the evaluator, in seconds.
-        step_peaks: GiB allocated at most before each call, since the one before it; None on a CPU.
-        eval_peaks: GiB allocated at most during each call.
+        marks: of the run.
+        checked: how many batches were compared.
+        difference: the largest relative distance of a batch from SAELens's.
+        first_step_s: seconds from the making of the runner to the end of the first step, without
+            those of the comparison.
         implementation: what a sparse SAE ran on.
+        floor: keys of its row that say what each part takes alone.
     """
 
-    spans: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
-    step_peaks: list[float | None] = field(default_factory=list[float | None])
-    eval_peaks: list[float | None] = field(default_factory=list[float | None])
-    implementation: str | None = None
-
-    @property
-    def windows(self) -> list[float]:
-        """Seconds between one call and the next."""
-        return [after[0] - before[1] for before, after in itertools.pairwise(self.spans)]
-
-    @property
-    def last_eval(self) -> float:
-        """Seconds of the last call."""
-        begin, end = self.spans[-1]
-        return end - begin
-
-
-class MarkingEvaluator(LLMSaeEvaluator[Any]):
-    """
-    SAELens's evaluator, which marks the time of its calls and evaluates at some of them only.
-
-    Args:
-        evaluator: The runner's.
-        evaluates: Of each call, whether it evaluates.
-        device: "cuda" or "cpu".
-    """
-
-    @override
-    def __init__(self, evaluator: LLMSaeEvaluator[Any], evaluates: Sequence[bool], device: str):
-        super().__init__(**{one.name: getattr(evaluator, one.name) for one in fields(evaluator)})
-        self.evaluates = evaluates
-        self.device = device
-        self.marks = Marks()
-
-    @override
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        marks = self.marks
-        begin = now(self.device)
-        marks.step_peaks.append(peak_gib(self.device))
-        start_peak(self.device)
-        metrics = super().__call__(*args, **kwargs) if self.evaluates[len(marks.spans)] else {}
-        end = now(self.device)
-        marks.eval_peaks.append(peak_gib(self.device))
-        start_peak(self.device)
-        marks.spans.append((begin, end))
-        return metrics
-
-
-class ProfilingEvaluator(MarkingEvaluator):
-    """Profiles the device from its first call to its second one."""
-
-    profile: Any = None
-
-    @override
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        metrics = super().__call__(*args, **kwargs)
-        if self.profile is None:
-            self.profile = device_profile()
-            self.profile.start()
-        else:
-            self.profile.stop()
-        return metrics
+    marks: Marks
+    checked: int
+    difference: float
+    first_step_s: float
+    implementation: str | None
+    floor: Row = field(default_factory=dict[str, Any])
 
 
 @dataclass
 class RunSession:
     """
-    What all runs of a case share.
+    What all runs with a language model share.
 
     Attributes:
         case: what is trained.
         precision: of SAE and language model.
+        library: the language model's.
         device: "cuda" or "cpu".
         model: the language model, alive between runs.
         folder: where the data set is, or is written.
-        windows: timed windows of a run, of `PERIOD` steps each.
+        windows: timed windows of a run, of a period each.
+        expected: first batches of SAELens's store and model, on the host.
     """
 
     case: RunCase
-    precision: Precision
+    precision: RunPrecision
+    library: str
     device: str
     model: HookedRootModule
     folder: Path
     windows: int
+    expected: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
     @property
     def period(self) -> int:
-        return PERIOD[self.device]
+        return self.case.period(self.device)
 
-    def build(self, contender: RunContender, calls: int) -> Runner:
-        """A runner whose run calls its evaluator so often."""
-        cfg = self.case.runner_config(
-            contender, self.precision, self.device, calls * self.period, self.period
-        )
-        prompts = (self.windows + 2) * self.period * self.case.batch // self.case.context
-        # Each of two evals reads tokens for its reconstructions and for its statistics.
-        prompts += 2 * 2 * cfg.n_eval_batches * self.case.model_prompts
-        prompts += 3 * self.case.buffer_prompts
-        dataset = token_dataset(self.folder, prompts, self.case.context, self.case.vocabulary)
+    def build(self, contender: RunContender) -> Runner:
+        """A runner that has read nothing."""
+        case = self.case
+        cfg = case.runner_config(contender, self.precision, self.library, self.device)
+        refills = (self.windows + 2) * self.period / case.refill_steps
+        refills += CHECKED_REFILLS + 3 * FLOOR_REFILLS + 4
+        prompts = round(refills * case.buffer_prompts)
+        # An eval reads tokens for its reconstructions and for its statistics; one batch of each is
+        # for its warm-up.
+        prompts += 2 * (cfg.n_eval_batches + 1) * case.model_prompts
+        dataset = token_dataset(self.folder, prompts, case.context, case.shape.vocabulary)
         return contender.build(cfg, self.model, dataset)
 
-    def first_batches(self, contender: RunContender) -> Iterator[torch.Tensor]:
-        """What a run of the contender trains on, over some refills of the buffer."""
-        runner = self.build(contender, calls=1)
-        return first_batches(
-            runner.activations_store, round(CHECKED_REFILLS * self.case.refill_steps)
-        )
+    def first_batches(self, runner: Runner) -> Iterator[torch.Tensor]:
+        """What the run will have trained on, over some refills of the buffer."""
+        n_batches = round(CHECKED_REFILLS * self.case.refill_steps)
+        return first_batches(runner.activations_store, n_batches)
 
-    def check(self, contenders: Iterable[RunContender]) -> int:
+    def check(self, contender: RunContender, batches: Iterable[torch.Tensor]) -> float:
         """
-        Compare first batches with those of SAELens's runner and store.
+        Compare batches with those of SAELens's, which are the first that are seen.
 
         Returns:
-            How many were compared.
+            The largest relative distance of a batch.
 
         Raises:
             DisagreementError: Batches differ.
         """
-        expected = list(self.first_batches(CONTENDERS["stock"]))
-        for contender in contenders:
-            require_same_batches(expected, self.first_batches(contender))
-        return len(expected)
+        found = (batch.cpu() for batch in batches)
+        if not self.expected:
+            self.expected = list(found)
+            return 0.0
+        if contender.language_model == "auto":
+            return require_close_batches(self.expected, found, self.precision.name)
+        require_same_batches(self.expected, found)
+        return 0.0
 
-    def timed(self, contender: RunContender) -> Marks:
-        """Run once, with an eval at both ends."""
-        evaluates = [True, *[False] * (self.windows - 1), True]
-        return self._run(contender, MarkingEvaluator, evaluates).marks
-
-    def busy_ms(self, contender: RunContender) -> float | None:
-        """Milliseconds that the device is busy in a window; None on a CPU."""
-        if self.device != "cuda":
-            return None
-        evaluator = self._run(contender, ProfilingEvaluator, [False, False])
-        assert isinstance(evaluator, ProfilingEvaluator)
-        return busy_ms(evaluator.profile)
-
-    def _run(
-        self, contender: RunContender, kind: type[MarkingEvaluator], evaluates: Sequence[bool]
-    ) -> MarkingEvaluator:
-        release_memory(self.device)
+    def timed(self, contender: RunContender) -> Turn:
+        """Time the model, check the first batches, run, and time the other parts."""
         start_peak(self.device)
-        runner = self.build(contender, calls=len(evaluates))
-        evaluator = runner.evaluator = kind(runner.evaluator, evaluates, self.device)
+        clock = Clock(self.device)
+        with clock:
+            runner = self.build(contender)
+        model = self._time_model(runner)
+        batches = self.first_batches(runner)
+        with clock:
+            first = next(batches)
+        difference = self.check(contender, itertools.chain([first], batches))
+        marks, to_first_step = self._run(runner, profiles=model is not None)
+        autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.precision.autocast)
+        turn = Turn(
+            marks,
+            checked=len(self.expected),
+            difference=difference,
+            first_step_s=clock.seconds + to_first_step,
+            implementation=implementation_of(runner.sae, autocast),
+        )
+        if model is not None:
+            turn.first_step_s += model.first_model_call_s
+            turn.floor = self._floor(runner, model)
+        return turn
+
+    def _time_model(self, runner: Runner) -> ModelTimes | None:
+        """The language model alone, where all else is this package's too."""
+        store, vocabulary = runner.activations_store, self.case.shape.vocabulary
+        if isinstance(runner, SparseTrainingRunner) and isinstance(store, FastActivationsStore):
+            n_tokens = self.period * self.case.batch
+            return time_model(store, vocabulary, n_tokens, self.folder, self.device)
+        return None
+
+    def _run(self, runner: Runner, *, profiles: bool) -> tuple[Marks, float]:
+        """Run until the evaluator ends it; gives the seconds to the end of the first step too."""
+        profiles = profiles and self.device == "cuda"
+        evaluator = MarkingEvaluator(runner.evaluator, self.windows, self.device, profiles=profiles)
+        runner.evaluator = evaluator
+        begin = now(self.device)
         try:
-            runner.run()
+            with marked_first_step(evaluator.marks, self.device):
+                runner.run()
+        except EndOfRun:
+            assert evaluator.marks.first_step is not None
+            return evaluator.marks, evaluator.marks.first_step - begin
         finally:
             wandb.finish()
-        autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.precision.autocast)
-        evaluator.marks.implementation = implementation_of(runner.sae, autocast)
-        return evaluator
+        raise AssertionError("the run ended before its evaluator was called often enough")
+
+    def _floor(self, runner: Runner, model: ModelTimes) -> Row:
+        assert isinstance(runner, SparseTrainingRunner)
+        assert isinstance(runner.activations_store, FastActivationsStore)
+        assert runner.trainer is not None
+        store, n_batches = runner.activations_store, round(FLOOR_REFILLS * self.case.refill_steps)
+        store_ms = time_store(store, self.case.shape.vocabulary, n_batches, self.device)
+        step_ms = time_steps(runner.trainer, store, self.period, self.device)
+        return floor_of(model, store_ms, step_ms)
 
 
 @contextmanager
@@ -219,49 +212,68 @@ def wandb_offline(folder: Path) -> Generator[None]:
         yield
 
 
-def summary(session: RunSession, marked: Sequence[Marks]) -> Row:
+def summary(case: RunCase, period: int, turns: Sequence[Turn]) -> Row:
     """Medians over all windows and evals of a contender's runs, per 4,096 tokens."""
-    scale = 1e3 * PER_TOKENS / session.case.batch
-    windows = [seconds * scale / session.period for one in marked for seconds in one.windows]
-    eval_ms = median(1e3 * one.last_eval for one in marked)
-    share = eval_ms / STEPS_BETWEEN_EVALS * PER_TOKENS / session.case.batch
+    scale = PER_TOKENS / case.batch
+    marked = [turn.marks for turn in turns]
+    windows = [1e3 * scale * one / period for marks in marked for one in marks.windows]
+    evals = [1e3 * one.eval_seconds for one in marked if one.eval_seconds is not None]
+    share = median(evals) * scale / STEPS_BETWEEN_EVALS if evals else 0.0
+    busy = [scale * one.busy_ms / period for one in marked if one.busy_ms is not None]
     step_peaks = [peak for one in marked for peak in one.step_peaks if peak is not None]
     peaks = step_peaks + [peak for one in marked for peak in one.eval_peaks if peak is not None]
+    steps_ms = median(windows)
     return {
-        "ms": median(windows) + share,
+        "ms": steps_ms + share,
         "ms_min": min(windows) + share,
         "ms_max": max(windows) + share,
-        "ms_without_evals": median(windows),
-        "eval_ms": eval_ms,
+        "ms_without_evals": steps_ms,
+        "eval_ms": median(evals) if evals else None,
+        "eval_failure": marked[-1].eval_failure,
         "steps_between_evals": STEPS_BETWEEN_EVALS,
-        "steps": len(windows) * session.period,
-        "rounds": len(marked),
-        "implementation": marked[-1].implementation,
+        "steps": len(windows) * period,
+        "rounds": len(turns),
+        "tokens_per_second": 1e3 * PER_TOKENS / steps_ms,
+        "busy_ms": median(busy) if busy else None,
+        "idle": 1 - median(busy) / steps_ms if busy else None,
+        "first_step_s": turns[0].first_step_s,
+        "checked_batches": turns[0].checked,
+        "difference": max(turn.difference for turn in turns),
+        "implementation": turns[-1].implementation,
         "peak_gib": max(peaks, default=None),
         "peak_gib_without_evals": max(step_peaks, default=None),
+        **turns[0].floor,
     }
 
 
 def measure(session: RunSession, contenders: Sequence[RunContender], rounds: int) -> Iterator[Row]:
-    """Check the contenders, then run them in turn; a row for each."""
-    checked = session.check(contenders)
-    marked: dict[str, list[Marks]] = {contender.name: [] for contender in contenders}
-    for _ in range(rounds):
+    """
+    Let contenders run in turn; a row for each after its last turn, which says why if one failed.
+
+    Stock comes first: its first batches are what the others' are compared with.
+    """
+    turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
+    failed: set[str] = set()
+    for left in reversed(range(rounds)):
         for contender in contenders:
-            marked[contender.name].append(session.timed(contender))
-    for contender in contenders:
-        busy = session.busy_ms(contender)
-        tokens = session.period * session.case.batch
-        yield {
-            "contender": contender.name,
-            "status": "ok",
-            "checked_batches": checked,
-            **summary(session, marked[contender.name]),
-            "busy_ms": busy and busy * PER_TOKENS / tokens,
-        }
+            if contender.name in failed:
+                continue
+            begin, row = time.perf_counter(), None
+            try:
+                turns[contender.name].append(session.timed(contender))
+            except Exception as error:
+                failed.add(contender.name)
+                row = describe(error)
+            release_memory(session.device)
+            say(f"{contender.name} took {time.perf_counter() - begin:.0f} s")
+            if row is None and not left:
+                ran = turns[contender.name]
+                row = {"status": "ok", **summary(session.case, session.period, ran)}
+            if row is not None:
+                yield {"contender": contender.name, **row}
 
 
-def sizes_of(case: RunCase) -> Row:
+def sizes_of(case: RunCase, library: str) -> Row:
     """A case's keys in its rows."""
     return {
         "architecture": case.registered.stock,
@@ -269,7 +281,9 @@ def sizes_of(case: RunCase) -> Row:
         "d_sae": case.d_sae,
         "k": case.sparsity if case.registered.sparsity_field is not None else None,
         "batch": case.batch,
-        "hook_name": case.hook_name,
+        "library": library,
+        "hook_name": case.shape.hook_name(library),
+        "vocabulary": case.shape.vocabulary,
         "context": case.context,
         "model_prompts": case.model_prompts,
         "buffer_prompts": case.buffer_prompts,
@@ -279,34 +293,70 @@ def sizes_of(case: RunCase) -> Row:
 
 def run(
     results: ResultsFile,
-    measured: Iterable[tuple[RunCase, Precision]],
+    measured: Iterable[tuple[RunCase, RunPrecision, str]],
     contenders: Sequence[RunContender],
     args: Namespace,
 ) -> int:
     """
-    Measure runs; returns 1 if any case could not be measured.
+    Measure runs; returns 1 if any contender could not be measured.
 
     Args:
         results: Where a row for each contender of each case goes.
-        measured: Cases and their precisions.
+        measured: Cases, their precisions and the language models' libraries.
         contenders: Who takes part.
         args: The options `device`, `rounds`, `windows` and `cache`.
     """
 
-    def rows_of(case: RunCase, precision: Precision, folder: Path) -> list[Row]:
+    def rows_of(
+        case: RunCase, precision: RunPrecision, library: str, folder: Path
+    ) -> Iterator[Row]:
         try:
-            model = case.model(args.device)
-            session = RunSession(case, precision, args.device, model, folder, args.windows)
-            return list(measure(session, contenders, args.rounds))
+            model = case.model(library, precision, args.device)
         except Exception as error:
-            return [{"contender": "all", **describe(error)}]
+            yield {"contender": "all", **describe(error)}
+            return
+        session = RunSession(case, precision, library, args.device, model, folder, args.windows)
+        yield from measure(session, contenders, args.rounds)
 
-    with tempfile.TemporaryDirectory() as temporary, one_epoch(), wandb_offline(Path(temporary)):
-        for case, precision in measured:
+    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with temporary as folder, one_epoch(), no_fallback(), wandb_offline(Path(folder)):
+        for case, precision, library in measured:
+            name = f"{case.name} {precision.name} {library}"
+            if seconds := estimate(case, precision, library, contenders, args):
+                say(f"{name}: about {seconds / 60:.1f} minutes on an H100")
             key = {"operation": "run", "case": case.name, "precision": precision.name}
-            for row in rows_of(case, precision, args.cache or Path(temporary)):
+            for row in rows_of(case, precision, library, args.cache or Path(folder)):
                 said = f"{row['ms']:.2f} ms" if row["status"] == "ok" else row["message"]
-                say(f"{case.name} {precision.name} {row['contender']}: {said}")
-                results.append({**key, **sizes_of(case), **row})
+                say(f"{name} {row['contender']}: {said}")
+                results.append({**key, **sizes_of(case, library), **row})
             release_memory(args.device)
     return int(any(row["status"] != "ok" for row in results.rows))
+
+
+def estimate(
+    case: RunCase,
+    precision: RunPrecision,
+    library: str,
+    contenders: Sequence[RunContender],
+    args: Namespace,
+) -> float | None:
+    """
+    Seconds that all turns take on an H100, from the time of a step of stock's; None if unknown.
+
+    An eval of a batch counts as ten steps, and compiling as 30 s. The other numbers are each
+    contender's share of stock's time, as measured.
+    """
+    stock_ms = case.stock_ms.get(precision.name)
+    if stock_ms is None or args.device != "cuda":
+        return None
+    n_evals = 1 + case.config.get("n_eval_batches", 10)
+    steps = (args.windows + 2) * case.period(args.device)
+    steps += (1 + CHECKED_REFILLS) * case.refill_steps + 10 * n_evals
+    share = {"TL": 1.0, "HF": 0.65}[library]
+    seconds = 0.0
+    for contender in contenders:
+        own = 0.35 if contender.language_model == "auto" else 0.7 * share
+        relative = own if contender.sparse else share
+        seconds += args.rounds * steps * stock_ms * relative / 1e3
+        seconds += 30 if contender.language_model == "auto" else 5
+    return seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,25 @@ def now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+class Clock:
+    """
+    Adds up the seconds of the blocks that it is entered for.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._begin = now(self.device)
+
+    def __exit__(self, *_exception: object) -> None:
+        self.seconds += now(self.device) - self._begin
 
 
 def start_peak(device: str) -> int:
@@ -39,8 +58,22 @@ def device_profile() -> Any:
 
 
 def busy_ms(profile: Any) -> float:
-    """Milliseconds of the device's kernels, copies and fills in a profile, in sum."""
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
+    """Milliseconds in which a kernel, a copy or a fill runs on the device, in a profile."""
+    spans = (
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
+    )
+    return covered(spans) / 1e3
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How much of a line its spans cover, where some overlap."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 def profiled_ms(work: Callable[[], object], device: str) -> float | None:
