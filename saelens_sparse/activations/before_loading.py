@@ -40,9 +40,9 @@ def check_activations(cfg: _Config, dataset: object = None, model: object = None
     if getattr(cfg, "use_cached_activations", False):
         _check_cache(cfg)
         return
-    if isinstance(dataset, Dataset) and not cfg.use_chat_formatting:
-        if {"tokens", "input_ids"} & {*dataset.column_names}:
-            check_dataset_size(len(dataset), prompts, "override_dataset")
+    tokenized = {"tokens", "input_ids"} if not cfg.use_chat_formatting else set[str]()
+    if isinstance(dataset, Dataset) and tokenized & {*dataset.column_names}:
+        check_dataset_size(len(dataset), prompts, "override_dataset")
     if isinstance(cfg, LanguageModelSAERunnerConfig):
         names = [cfg.hook_name]
     else:
