@@ -1,5 +1,6 @@
 """One training step against SAELens's own BatchTopK SAE, for what the contract does not vary."""
 
+import copy
 from importlib import import_module
 from typing import Any
 
@@ -18,11 +19,13 @@ from tests.support.saes import (
     PRECISIONS,
     LargestTensor,
     Precision,
+    Values,
     compare_steps,
     dead_mask,
     forward_pass,
     not_interpreted,
     record_materializations,
+    require_within_budget,
     sparse_like,
     superposed_rows,
     target_precision_parameters,
@@ -171,7 +174,8 @@ def test_a_step_makes_nothing_dense(target: Target, monkeypatch: pytest.MonkeyPa
         trainer.build_train_step_log_dict(output, 64)
     assert isinstance(output.feature_acts, SparseFeatureActs)
     assert computed == []
-    assert largest.numel <= max(8 * 2**15, 2**20 // 4)
+    score_bytes = 2 if target.backend == "triton" and target.device == "cuda" else 4
+    assert largest.numel <= max(8 * 2**15, 2**20 // score_bytes)  # weights, the screen's buffer
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -185,15 +189,18 @@ def test_encoding_takes_the_largest_of_its_rows_in_either_mode(
         pytest.skip("not a dtype of the target")
     stock = make(target, precision)
     x = rows_for(stock, 12)
-    results = []
-    for sae in (stock, sparse_like(stock, target.backend)):
+    results: list[Values] = []
+    exact = copy.deepcopy(stock).double()
+    for sae in (stock, sparse_like(stock, target.backend), exact):
         getattr(sae, mode)()
-        with torch.autocast(target.device, torch.bfloat16, enabled=precision.autocast):
-            results.append((sae.encode(x), sae.encode(x[:5]), sae(x)))
-    rtol, atol = (2e-2, 1e-2) if precision.autocast else (1e-7, 1e-7)
-    for actual, expected in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-    assert not torch.equal(results[0][0][:5].bool(), results[0][1].bool())
+        rows = x.double() if sae is exact else x
+        enabled = precision.autocast and sae is not exact
+        with torch.no_grad(), torch.autocast(target.device, torch.bfloat16, enabled=enabled):
+            values = {"acts": sae.encode(rows), "of five": sae.encode(rows[:5]), "out": sae(rows)}
+        results.append({name: value.double() for name, value in values.items()})
+    require_within_budget(results[1], results[0], results[2], precision.eps)
+    acts, of_five = results[0]["acts"], results[0]["of five"]
+    assert not torch.equal(acts[:5].bool(), of_five.bool())
 
 
 def test_k_of_the_activation_function_is_obeyed(target: Target) -> None:
