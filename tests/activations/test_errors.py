@@ -104,7 +104,7 @@ def test_a_cache_with_less_than_a_model_batch(models: Models, tmp_path: Path) ->
     """With less than the buffer it is read again, as in SAELens."""
     path = cached_activations(tmp_path / "cached")
     options = {"use_cached_activations": True, "cached_activations_path": path}
-    too_many = {"store_batch_size_prompts": 24, "n_batches_in_buffer": 24}
+    too_many: dict[str, Any] = {"store_batch_size_prompts": 24, "n_batches_in_buffer": 24}
     with one_line("cached_activations_path.*fewer than store_batch_size_prompts, 24"):
         start(ONE, tmp_path, **options, **too_many)
     store = make_store(
