@@ -194,9 +194,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     if TARGETS["triton-interpreter"].runs_here:
-        from tests.support.interpreter import look_once
+        from tests.support.interpreter import remember
 
-        look_once()
+        remember()
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     for warning_filter in (
         # A warning that points at this package's own lines is a defect.
