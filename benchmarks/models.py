@@ -17,7 +17,7 @@ from benchmarks.agreement import CHECK_STEPS, Trajectory, sample_latents
 from benchmarks.cases import NamedCase
 from benchmarks.rows import Row
 from saelens_sparse.profile.cases import Precision
-from saelens_sparse.profile.measure import Stopwatch, time_calls, time_steps
+from saelens_sparse.profile.measure import time_calls, time_steps
 from saelens_sparse.profile.recording import phase_ms
 from saelens_sparse.profile.trainers import (
     Inputs,
@@ -27,6 +27,7 @@ from saelens_sparse.profile.trainers import (
     take_step,
     train_step,
 )
+from saelens_sparse.whole_run.clock import Stopwatch
 
 TIMED_SECONDS = 1.5
 """Slow steps are timed for about as long, `LEAST_STEPS` of them at least."""

@@ -45,10 +45,11 @@ from benchmarks.run_agreement import require_close_batches
 from benchmarks.run_cases import RunCase, RunContender, Runner, RunPrecision
 from benchmarks.run_marks import EndOfRun, MarkingEvaluator, Marks, marked_first_step
 from benchmarks.store import first_batches, one_epoch, require_same_batches
-from benchmarks.wall_clock import PER_TOKENS, Clock, now, start_peak
+from benchmarks.wall_clock import Clock, start_peak
 from saelens_sparse import SparseTrainingRunner
 from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.profile.trainers import implementation_of, release_memory
+from saelens_sparse.whole_run.clock import PER_TOKENS, now
 
 CHECKED_REFILLS = 1.5
 FLOOR_REFILLS = 2
