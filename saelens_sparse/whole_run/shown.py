@@ -40,6 +40,15 @@ def faster(record: RunRecord, other: RunRecord) -> str:
     return f"{other.ms / record.ms:.2f}x as fast"
 
 
+def run_sentence(record: RunRecord) -> str:
+    """How fast a run is, and what takes its time."""
+    order = sorted(PARTS, key=record.share, reverse=True)
+    parts = [f"{part} {record.share(part):.0%}" for part in order if record.share(part) >= 0.005]
+    busy = record.busy_share
+    device = "" if busy is None else f"; the device is busy {busy:.0%} of the time"
+    return f"The run trains {record.tokens_per_second:,.0f} tokens/s: {', '.join(parts)}{device}"
+
+
 def run_table(records: Sequence[RunRecord]) -> Rows:
     """Milliseconds by 4,096 tokens of each part, with its share, a column for each run."""
     rows = [["ms per 4,096 tokens", *map(label_of_run, records)]]
@@ -68,10 +77,11 @@ def _step_is(record: RunRecord, other: RunRecord) -> str:
 
 def run_notes(records: Sequence[RunRecord], device: str) -> list[str]:
     """What a reader must know of the numbers."""
-    notes = [
+    how = (
         "Parts are timed in the real loop, over whole fillings of the activation buffer, without "
         "waiting for the device between them."
-    ]
+    )
+    notes = [how]
     if device == "cpu":
         notes.append("On a CPU there is no separate device whose busy share could be told.")
     if any(record.eval_seconds is None for record in records):

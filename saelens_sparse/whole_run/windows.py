@@ -61,7 +61,7 @@ class Windows:
         self.clock = PartClock(self.device, REST)
         self._kind = torch.device(self.device).type
         self._steps = self._served = 0  # of this window; since the buffer was filled
-        self._is_open = False
+        self._is_open = self._is_over = False
         self._profile: Any = None
         self._output: TrainStepOutput | None = None
 
@@ -90,7 +90,8 @@ class Windows:
     def before_batch(self) -> None:
         """A training batch is asked for."""
         self.clock.rest_is(REST)
-        if self._output is not None and self._steps >= MAX_STEPS.get(self._kind, 100):
+        is_full = self._steps >= MAX_STEPS.get(self._kind, 100)
+        if is_full and self._output is not None and not self._is_over:
             self.whole_fillings = False
             self._turn()
 
@@ -98,7 +99,7 @@ class Windows:
         """The store is about to ask for activations of a batch of the language model."""
         began, self._served = self._served, 0
         is_enough = not self._is_open or self._steps >= MIN_STEPS.get(self._kind, 8)
-        if began and is_enough and self._output is not None:
+        if began and is_enough and self._output is not None and not self._is_over:
             self._turn()
 
     def after_batch(self, batch: torch.Tensor) -> None:
@@ -131,5 +132,5 @@ class Windows:
         assert self._output is not None
         acts = self._output.feature_acts.detach()
         self.l0 = acts.bool().float().sum(-1).to_dense().mean().item()
-        self._output = None
+        self._output, self._is_over = None, True
         raise EndOfWindows
