@@ -86,9 +86,8 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
     settings = Settings(arms=configs, runners=runners, text_tokens=options.text_tokens)
     windows = options.windows
     if windows is None:
-        windows = command_line.DEFAULT_WINDOWS[
-            "cuda" if config["device"].startswith("cuda") else "cpu"
-        ]
+        device = next(iter(configs.values()))["device"]
+        windows = command_line.DEFAULT_WINDOWS["cuda" if device.startswith("cuda") else "cpu"]
     return Comparison(name, output, settings, embedded, options.overwrite, windows, notes)
 
 

@@ -18,9 +18,15 @@ Mark = Any
 
 
 def now(device: str) -> float:
-    """Seconds of the host's clock, once the device has done what it was given."""
+    """
+    Seconds of the host's clock, once the device has done what it was given.
+
+    On CUDA that is every device that this process uses: the language model may have its own.
+    """
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+        for index in range(torch.cuda.device_count()):
+            if torch.cuda.memory_reserved(index):
+                torch.cuda.synchronize(index)
     return time.perf_counter()
 
 

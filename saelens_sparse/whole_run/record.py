@@ -28,7 +28,7 @@ class RunRecord(BaseModel):
         ms_max: of the slowest.
         eval_seconds: of one eval; None if the run has none, or it failed.
         steps_between_evals: None if the run has none.
-        busy_share: part of the time in which the device is busy; None on a CPU.
+        busy_share: part of the time in which the SAE's device is busy; None on a CPU.
         model_path: "fast" or "saelens"; None where activations come from a cache.
         model_reason: why.
         whole_fillings: whether windows held whole fillings of the buffer.

@@ -124,9 +124,8 @@ def test_demo_from_beginning_to_end(folder: Path) -> None:
 @pytest.mark.exhaustive
 def test_demo_of_jumprelu(folder: Path) -> None:
     output = folder / "jumprelu"
-    process = run_demo(
-        folder, output, "--architecture=jumprelu_sparse", "--eval-batches=0", "--windows=0"
-    )
+    options = ["--architecture=jumprelu_sparse", "--eval-batches=0", "--windows=0"]
+    process = run_demo(folder, output, *options)
     assert process.returncode == 0, process.stderr
     assert "JumpReLUSAE (jumprelu), 576 -> 512" in process.stdout
     results = json.loads((output / "results.json").read_text())
