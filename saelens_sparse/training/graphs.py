@@ -297,33 +297,34 @@ class GraphedCalls:
     def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self.depends_on: object = None
         self._stream, self._pool = stream, pool
-        self._recorded: dict[str, torch.cuda.CUDAGraph | None] = {}
+        self._recorded: dict[str, tuple[torch.cuda.CUDAGraph, Any] | None] = {}
 
     @property
     def are_recorded(self) -> bool:
         return bool(self._recorded)
 
-    def run(self, name: str, call: Callable[[], None]) -> bool:
+    def run(self, name: str, call: Callable[[], _T]) -> tuple[_T, bool]:
         """
         Make a call, or replay what it queued when it was made first.
 
         Returns:
-            Whether it was replayed only, so that nothing of it happened on the host.
+            What the call gave when it was made. Its tensors are those that a replay writes anew.
+            And whether it was replayed only, so that nothing of it happened on the host.
         """
         with torch.cuda.device(self._stream.device):
             is_first = name not in self._recorded
             if is_first:
                 try:
-                    self._recorded[name], _ = record(call, self._stream, self._pool)
+                    self._recorded[name] = record(call, self._stream, self._pool)
                 except RuntimeError as error:
                     _give_up(self._stream.device, error)
                     self._recorded[name] = None
-            graph = self._recorded[name]
-            if graph is None:  # could not be recorded
-                call()
-                return False
+            recorded = self._recorded[name]
+            if recorded is None:  # could not be recorded
+                return call(), False
+            graph, result = recorded
             graph.replay()
-            return not is_first
+            return result, not is_first
 
 
 def record(
