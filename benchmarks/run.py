@@ -19,17 +19,14 @@ timed alone. Their sum is the floor of the run.
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import wandb
@@ -50,6 +47,7 @@ from saelens_sparse import SparseTrainingRunner
 from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.profile.trainers import implementation_of, release_memory
 from saelens_sparse.whole_run.clock import PER_TOKENS, now
+from saelens_sparse.whole_run.profiled import wandb_offline
 
 CHECKED_REFILLS = 1.5
 FLOOR_REFILLS = 2
@@ -205,14 +203,6 @@ class RunSession:
         return floor_of(model, store_ms, step_ms)
 
 
-@contextmanager
-def wandb_offline(folder: Path) -> Generator[None]:
-    """Let wandb write into the folder, without a network unless the user says otherwise."""
-    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **os.environ}
-    with patch.dict(os.environ, {**settings, "WANDB_DIR": str(folder)}):
-        yield
-
-
 def summary(case: RunCase, period: int, turns: Sequence[Turn]) -> Row:
     """Medians over all windows and evals of a contender's runs, per 4,096 tokens."""
     scale = PER_TOKENS / case.batch
@@ -320,7 +310,7 @@ def run(
         yield from measure(session, contenders, args.rounds)
 
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with temporary as folder, one_epoch(), no_fallback(), wandb_offline(Path(folder)):
+    with temporary as folder, one_epoch(), no_fallback(), wandb_offline():
         for case, precision, library in measured:
             name = f"{case.name} {precision.name} {library}"
             if seconds := estimate(case, precision, library, contenders, args):

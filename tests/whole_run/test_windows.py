@@ -92,6 +92,7 @@ def test_windows_hold_whole_fillings(monkeypatch: pytest.MonkeyPatch) -> None:
         MODEL: 2 * 16_000,
         STEP: 6 * 4_000,
         LOGGING: 6 * 875,
+        REST: 0,
     }
     assert run.windows.whole_fillings
     assert run.windows.l0 == 1
