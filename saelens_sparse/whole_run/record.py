@@ -110,6 +110,7 @@ def record_of(
         for of, steps in windows.times
     ]
     busy = windows.busy_ms
+    window_ms = sum(ms for part, ms in sums.items() if part != EVALS) / n_steps
     return RunRecord(
         architecture=architecture,
         runner=runner,
@@ -120,7 +121,7 @@ def record_of(
         ms_max=max(by_window),
         eval_seconds=eval_seconds,
         steps_between_evals=between if eval_seconds is not None else None,
-        busy_share=None if busy is None else min(1.0, scale * busy / (sum(parts.values()))),
+        busy_share=None if busy is None else min(1.0, busy / window_ms),
         model_path=None if choice is None else choice.path,
         model_reason=None if choice is None else choice.reason,
         whole_fillings=windows.whole_fillings,

@@ -112,6 +112,7 @@ def test_a_buffer_that_serves_for_long_ends_a_window_early(monkeypatch: pytest.M
 def test_evals_are_spread_over_the_steps_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, count=1, served=10)
     run.fit(evaluates=True)
+    run.windows.busy_ms = 3237.5  # of 1,600 for the language model, 4,000, 1,000 and 875
     found = record_of(run.windows, "topk", "a runner", CFG, eval_seconds=50.0)
     assert found.steps == 10
     # 4,096 tokens are four steps.
@@ -122,6 +123,8 @@ def test_evals_are_spread_over_the_steps_between_them(monkeypatch: pytest.Monkey
     assert found.ms == pytest.approx(found.ms_min) == pytest.approx(found.ms_max)
     assert found.tokens_per_second == pytest.approx(4096e3 / found.ms)
     assert found.steps_between_evals == 1000
+    # Evals are no part of a profiled window.
+    assert found.busy_share == pytest.approx(3237.5 / 7475)
 
 
 def test_a_run_that_ends_before_a_window_is_an_error() -> None:
