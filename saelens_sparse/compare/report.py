@@ -22,7 +22,7 @@ from saelens_sparse.reports.presentation import Section, can_draw, plain_table, 
 from saelens_sparse.reports.results import environment
 from saelens_sparse.whole_run.record import RunRecord
 from saelens_sparse.whole_run.shown import draw_runs, run_notes, run_table
-from saelens_sparse.whole_run.suggestions import MAX_SUGGESTIONS, suggestions
+from saelens_sparse.whole_run.suggestions import MAX_SUGGESTIONS, of_runner, suggestions
 
 CACHED = (
     "Activations were generated once and read from a cache by both sides. The whole runs were "
@@ -114,7 +114,7 @@ def _suggestions(runs: Sequence[RunRecord], config: Mapping[str, Any]) -> list[s
     *others, last = (run for run in runs if run.architecture == runs[-1].architecture)
     found = suggestions(last, uncached)
     if others:
-        found = [*suggestions(others[0], uncached, others=[last])[:1], *found]
+        found = [*of_runner(others[0], last), *found]
     return [str(one) for one in found[:MAX_SUGGESTIONS]]
 
 

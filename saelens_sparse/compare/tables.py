@@ -154,7 +154,8 @@ def of_whole_runs(runs: Sequence[RunRecord]) -> str:
         f"{first.architecture} ({last.tokens_per_second:,.0f} instead of "
         f"{first.tokens_per_second:,.0f} tokens/s)"
     )
-    others = [f"{first.ms / run.ms:.2f}x with {run.runner}" for run in between]
+    same = [run for run in between if run.architecture == last.architecture]
+    others = [f"{first.ms / run.ms:.2f}x with {run.runner}" for run in same]
     steps = first.parts_ms[STEP] / last.parts_ms[STEP]
     return ", ".join([whole, *others, f"its SAE step {steps:.2f}x"])
 

@@ -125,6 +125,7 @@ def draw_runs(records: Sequence[RunRecord], path: Path) -> None:
         text = f" {milliseconds(record.ms)} ms"
         axes.annotate(text, (record.ms, name), va="center", fontsize=9.5)
     axes.set_xlim(0, 1.2 * widest)
+    axes.xaxis.set_major_formatter("{x:,g}")
     axes.set_xlabel("milliseconds of the whole run per 4,096 tokens")
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

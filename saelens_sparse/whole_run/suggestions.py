@@ -62,7 +62,6 @@ def suggestions(
     record: RunRecord,
     cfg: Mapping[str, Any],
     trials: Sequence[Trial] = (),
-    others: Sequence[RunRecord] = (),
 ) -> list[Suggestion]:
     """
     The changes that gain most, at most three.
@@ -71,11 +70,9 @@ def suggestions(
         record: Of the run.
         cfg: Its runner config as a dict.
         trials: Parts of it that were tried with other settings.
-        others: The same training run in other ways.
     """
     found = [
         *_of_trials(record, trials),
-        *_of_runners(record, others),
         *_of_evals(record, cfg),
         *_of_logs(record, cfg),
         *_of_prefetching(record, cfg),
@@ -95,16 +92,16 @@ def _of_trials(record: RunRecord, trials: Sequence[Trial]) -> Iterator[Suggestio
         yield Suggestion(trial.change, reason, _gain(record, saved))
 
 
-def _of_runners(record: RunRecord, others: Sequence[RunRecord]) -> Iterator[Suggestion]:
-    for other in others:
-        if (record.runner, other.runner) == (SAELENS_RUNNER, SPARSE_RUNNER):
-            reason = (
-                f"Measured here: {other.tokens_per_second:,.0f} instead of "
-                f"{record.tokens_per_second:,.0f} tokens/s."
-            )
-            yield Suggestion(
-                f"{SPARSE_RUNNER} or saelens-sparse train", reason, record.ms / other.ms
-            )
+def of_runner(stock: RunRecord, own: RunRecord) -> list[Suggestion]:
+    """To change from SAELens's runner to this package's, if that was a gain."""
+    assert (stock.runner, own.runner) == (SAELENS_RUNNER, SPARSE_RUNNER)
+    gain = stock.ms / own.ms
+    reason = (
+        f"Measured here: {own.tokens_per_second:,.0f} instead of "
+        f"{stock.tokens_per_second:,.0f} tokens/s."
+    )
+    change = f"{SPARSE_RUNNER} or saelens-sparse train"
+    return [Suggestion(change, reason, gain)] if gain >= MIN_GAIN else []
 
 
 def _of_evals(record: RunRecord, cfg: Mapping[str, Any]) -> Iterator[Suggestion]:

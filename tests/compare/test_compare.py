@@ -149,6 +149,7 @@ def test_table_and_headline_say_what_was_measured() -> None:
     assert tables.headline(results_of(stock, sparse, 80)).startswith("After 40 of 80 steps: ")
     runs = [
         record(model=40, step=150, architecture="topk", runner=SAELENS_RUNNER),
+        record(architecture="topk", model=30, step=100),
         record(model=40, step=50, runner=SAELENS_RUNNER),
         record(model=20, step=20),
     ]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from saelens_sparse.whole_run.record import SAELENS_RUNNER
-from saelens_sparse.whole_run.suggestions import Trial, suggestions
+from saelens_sparse.whole_run.suggestions import Trial, of_runner, suggestions
 from saelens_sparse.whole_run.windows import MODEL, STEP
 from tests.support.whole_runs import CONFIG, record
 
@@ -74,11 +74,11 @@ def test_a_model_on_a_device_of_its_own_is_hidden_by_prefetching() -> None:
 
 
 def test_the_other_runner_counts_by_what_it_took() -> None:
-    stock = record(runner=SAELENS_RUNNER)
-    assert said(stock, CONFIG, others=[record(model=5.0, step=35.0)]) == {
-        "SparseTrainingRunner or saelens-sparse train": pytest.approx(100 / 50)
-    }
-    assert said(record(model=5.0, step=35.0), CONFIG, others=[stock]) == {}
+    stock, own = record(runner=SAELENS_RUNNER), record(model=5.0, step=35.0)
+    (found,) = of_runner(stock, own)
+    assert found.gain == pytest.approx(100 / 50)
+    assert "81,920 instead of 40,960 tokens/s" in str(found)
+    assert of_runner(stock, record(step=69.0)) == []
 
 
 def test_three_at_most_and_bounds_last() -> None:
