@@ -27,6 +27,7 @@ from saelens_sparse.codes.code import PairCode
 from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, code_of
 from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
 from saelens_sparse.measured import MAX_GRAPH_ELEMENTS
+from saelens_sparse.ops.common.cuda_graph import record
 from saelens_sparse.ops.update.weight_cache import WeightCache
 from saelens_sparse.warn import warn_caller
 
@@ -317,7 +318,7 @@ class GraphedCalls:
                 try:
                     self._recorded[name] = record(call, self._stream, self._pool)
                 except RuntimeError as error:
-                    _give_up(self._stream.device, error)
+                    _warn_once(_first_line(error))
                     self._recorded[name] = None
             recorded = self._recorded[name]
             if recorded is None:  # could not be recorded
@@ -325,19 +326,6 @@ class GraphedCalls:
             graph, result = recorded
             graph.replay()
             return result, not is_first
-
-
-def record(
-    call: Callable[[], _T], stream: torch.cuda.Stream, pool: Any = None
-) -> tuple[torch.cuda.CUDAGraph, _T]:
-    """Record what a call queues on a side stream, without its being done."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, which may be preparing activations, go on as they like.
-    with (
-        torch.cuda.device(stream.device),
-        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-    ):
-        return graph, call()
 
 
 def _try_to_record(
@@ -351,15 +339,12 @@ def _try_to_record(
     try:
         return GraphedPass(sae, sae_in, autocast, weights, key)
     except RuntimeError as error:
-        _give_up(sae_in.device, error)
+        _warn_once(_first_line(error))
         return None
 
 
-def _give_up(device: torch.device, error: RuntimeError) -> None:
-    # PyTorch's generator believes that the recording goes on.
-    generator = torch.cuda.default_generators[device.index]
-    generator.graphsafe_set_state(generator.clone_state())
-    _warn_once(str(error).split("\n")[0])
+def _first_line(error: RuntimeError) -> str:
+    return str(error).split("\n")[0]
 
 
 @cache

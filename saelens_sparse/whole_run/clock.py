@@ -115,12 +115,20 @@ def device_profile() -> Any:
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
 
-def busy_ms(profile: Any) -> float:
-    """Milliseconds in which a kernel, a copy or a fill runs on the device, in a profile."""
+def busy_ms(profile: Any, index: int | None = None) -> float:
+    """
+    Milliseconds in which a kernel, a copy or a fill runs, in a profile.
+
+    Args:
+        profile: Of `device_profile`.
+        index: Of the device; by default that of any.
+    """
     spans = (
         (event.time_range.start, event.time_range.end)
         for event in profile.events()
-        if event.device_type.name == "CUDA" and not event.is_user_annotation
+        if event.device_type.name == "CUDA"
+        and not event.is_user_annotation
+        and index in (None, event.device_index)
     )
     return covered(spans) / 1e3
 

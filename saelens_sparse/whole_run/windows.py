@@ -40,7 +40,7 @@ class Windows:
         count: how many windows are timed.
         between: called before each window. The clock stands still.
         times: milliseconds of each part, and the number of steps, by window.
-        busy_ms: milliseconds of a step in which the device is busy; None on a CPU.
+        busy_ms: milliseconds of a step in which this device is busy; None on a CPU.
         whole_fillings: whether every window ended where it should.
         sample: first rows `[SAMPLE_ROWS, d_in]` of the first batch, float32 on the host.
         l0: mean number of active latents in the last step; None before it.
@@ -115,7 +115,9 @@ class Windows:
             ms = self.clock.stop()
             if self._profile is not None:
                 self._profile.stop()
-                self.busy_ms = busy_ms(self._profile) / self._steps
+                index = torch.device(self.device).index
+                index = torch.cuda.current_device() if index is None else index
+                self.busy_ms = busy_ms(self._profile, index) / self._steps
                 self._end()
             self.times.append((ms, self._steps))
         self._is_open, self._steps = True, 0
