@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import RUN_SAMPLES, RUNS
+from saelens_sparse.language_model import PathChoice
 from saelens_sparse.reports.files import write_whole
 from saelens_sparse.training import SparseSAETrainer
 from saelens_sparse.whole_run.record import (
@@ -72,16 +73,8 @@ def time_runs(
     records: list[RunRecord] = []
     samples: dict[str, torch.Tensor] = {}
     for name in runners:
-        own = name == SPARSE_RUNNER
-        windows = Windows(runner.cfg.device, count, wait)
         try:
-            store = _store(runner, cfg, windows, own=own)
-            used = SparseSAETrainer.taking_over(trainer) if own else trainer
-            with _held(used, store):
-                windows.attach(used)
-                used.fit()
-        except EndOfWindows:
-            choice = store.model_choice if isinstance(store, TimedFastStore) else None
+            windows, choice = _time(runner, trainer, cfg, Windows(cfg.device, count, wait), name)
             record = record_of(
                 windows,
                 architecture,
@@ -91,14 +84,32 @@ def time_runs(
                 logging_ms=logging_ms,
                 choice=choice,
             )
-            records.append(record)
-            assert windows.sample is not None
-            samples[name] = windows.sample
         except (RuntimeError, ValueError, OSError) as error:
             print(f"the whole run with {name} was not timed: {error}", file=sys.stderr)
+            continue
+        records.append(record)
+        assert windows.sample is not None
+        samples[name] = windows.sample
     write_whole(folder / RUN_SAMPLES, save(samples))
     content = [record.model_dump() for record in records]
     write_whole(folder / RUNS, json.dumps(content, indent=2) + "\n")
+
+
+def _time(
+    runner: LanguageModelSAETrainingRunner,
+    trainer: SAETrainer[Any, Any],
+    cfg: LanguageModelSAERunnerConfig[Any],
+    windows: Windows,
+    name: str,
+) -> tuple[Windows, PathChoice | None]:
+    """The windows of a run, timed, and what computed the activations."""
+    own = name == SPARSE_RUNNER
+    store = _store(runner, cfg, windows, own=own)
+    used = SparseSAETrainer.taking_over(trainer) if own else trainer
+    with _held(used, store), suppress(EndOfWindows):
+        windows.attach(used)
+        used.fit()
+    return windows, store.model_choice if isinstance(store, TimedFastStore) else None
 
 
 def _store(

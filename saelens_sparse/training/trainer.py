@@ -158,8 +158,10 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             super()._checkpoint_if_needed()
 
     @override
-    def _update_pbar(self, step_output: TrainStepOutput, pbar: Any, *args: Any) -> None:
-        super()._update_pbar(step_output, pbar, *args)
+    def _update_pbar(
+        self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 100
+    ) -> None:
+        super()._update_pbar(step_output, pbar, update_interval)
         self._pace = self._pace or RecentPace()
         self._pace.show(pbar, self.n_training_samples)
 
@@ -361,8 +363,10 @@ class SparseMultiSAETrainer(MultiSAETrainer):
             super()._checkpoint_if_needed()
 
     @override
-    def _update_pbar(self, step_outputs: dict[str, TrainStepOutput], pbar: Any, *args: Any) -> None:
-        super()._update_pbar(step_outputs, pbar, *args)
+    def _update_pbar(
+        self, step_outputs: dict[str, TrainStepOutput], pbar: Any, update_interval: int = 100
+    ) -> None:
+        super()._update_pbar(step_outputs, pbar, update_interval)
         self._pace = self._pace or RecentPace()
         self._pace.show(pbar, self.n_training_samples)
 

@@ -37,7 +37,7 @@ class TimedRunner(SparseTrainingRunner):
     """`SparseTrainingRunner`, timed by `windows`, which are there before anything is loaded."""
 
     windows: Windows
-    activations_store: TimedFastStore  # pyright: ignore[reportIncompatibleVariableOverride]
+    timed_store: TimedFastStore
 
     @override
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], windows: Windows) -> None:
@@ -51,7 +51,7 @@ class TimedRunner(SparseTrainingRunner):
         store = TimedFastStore.taking_over(self.activations_store)
         assert isinstance(store, TimedFastStore)
         store.windows = self.windows
-        self.activations_store = self.evaluator.activations_store = store
+        self.timed_store = self.activations_store = self.evaluator.activations_store = store
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
@@ -108,7 +108,7 @@ def profile_run(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> ProfiledR
         SPARSE_RUNNER,
         cfg.to_dict(),
         eval_seconds=seconds,
-        choice=runner.activations_store.model_choice,
+        choice=runner.timed_store.model_choice,
     )
     return ProfiledRun(record, [*_trials(runner)], failure)
 
@@ -144,7 +144,7 @@ def _eval_seconds(runner: TimedRunner) -> tuple[float | None, str | None]:
 
 def _trials(runner: TimedRunner) -> Iterator[Trial]:
     """Settings that change nothing but the pace, or the precision on a GPU, tried alone."""
-    cfg, store = runner.cfg, runner.activations_store
+    cfg, store = runner.cfg, runner.timed_store
     on_gpu = cfg.device.startswith("cuda")
     if store.model_choice is not None:
         prompts = store.store_batch_size_prompts

@@ -115,9 +115,8 @@ class Windows:
             ms = self.clock.stop()
             if self._profile is not None:
                 self._profile.stop()
-                index = torch.device(self.device).index
-                index = torch.cuda.current_device() if index is None else index
-                self.busy_ms = busy_ms(self._profile, index) / self._steps
+                index = self.device.partition(":")[2] or torch.cuda.current_device()
+                self.busy_ms = busy_ms(self._profile, int(index)) / self._steps
                 self._end()
             self.times.append((ms, self._steps))
         self._is_open, self._steps = True, 0
