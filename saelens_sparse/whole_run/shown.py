@@ -28,6 +28,8 @@ COLORS = {
     REST: "0.6",
 }
 _DARK = (MODEL, STEP)
+MAX_SPREAD = 1.15
+"""Of the times of one language model, beyond which a reader is warned."""
 
 
 def label_of_run(record: RunRecord) -> str:
@@ -86,6 +88,13 @@ def run_notes(records: Sequence[RunRecord], device: str) -> list[str]:
         notes.append("On a CPU there is no separate device whose busy share could be told.")
     if any(record.eval_seconds is None for record in records):
         notes.append("No evals or logs count where Weights & Biases is off or evals failed.")
+    same = [milliseconds(r.parts_ms[MODEL]) for r in records if r.runner == records[0].runner]
+    times = [r.parts_ms[MODEL] for r in records if r.runner == records[0].runner]
+    if max(times) > MAX_SPREAD * min(times):
+        notes.append(
+            f"{records[0].runner} computes the language model in one way, and yet it took "
+            f"{' and '.join(same)} ms: other load disturbed the times."
+        )
     for record in records:
         if record.eval_seconds is not None:
             notes.append(

@@ -46,6 +46,14 @@ def test_notes_say_what_was_not_measured_and_why() -> None:
     assert "rough" not in fine and "separate" not in fine
 
 
+def test_other_load_on_the_machine_shows() -> None:
+    quiet = run_notes([record(model=20.0), record(model=22.0)], "cpu")
+    assert not any("disturbed" in note for note in quiet)
+    loud = run_notes([record(model=20.0), record(model=30.0)], "cpu")
+    assert any("it took 20.0 and 30.0 ms: other load disturbed" in note for note in loud)
+    assert not any("disturbed" in note for note in run_notes([STOCK, record(model=60.0)], "cpu"))
+
+
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     draw_runs([STOCK, record(evals=3.0)], tmp_path / "runs.png")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
