@@ -55,7 +55,17 @@ class Contender:
         """Its model, with the weights of `inputs`."""
         if self.peer is not None:
             return self.peer(case, precision, device, inputs)
-        return SAELensModel(self, case, precision, device, inputs)
+        model = SAELensModel(
+            case,
+            precision,
+            device,
+            inputs,
+            sparse=self.sparse,
+            sparse_runner=self.sparse_runner,
+        )
+        if self.prepare is not None:
+            self.prepare(model.sae)
+        return model
 
 
 STOCK = Contender("stock")

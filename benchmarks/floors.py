@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.rows import Row
 from benchmarks.store import READY_BATCHES, take
-from benchmarks.wall_clock import PER_TOKENS, now
 from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.profile.trainers import Trainer, train_step
+from saelens_sparse.whole_run.clock import PER_TOKENS, now
 
 _RUN_MODEL = "_run_model"
 

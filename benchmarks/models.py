@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
@@ -17,7 +17,7 @@ from benchmarks.agreement import CHECK_STEPS, Trajectory, sample_latents
 from benchmarks.cases import NamedCase
 from benchmarks.rows import Row
 from saelens_sparse.profile.cases import Precision
-from saelens_sparse.profile.measure import Stopwatch, time_calls, time_steps
+from saelens_sparse.profile.measure import time_calls, time_steps
 from saelens_sparse.profile.recording import phase_ms
 from saelens_sparse.profile.trainers import (
     Inputs,
@@ -27,9 +27,7 @@ from saelens_sparse.profile.trainers import (
     take_step,
     train_step,
 )
-
-if TYPE_CHECKING:
-    from benchmarks.contenders import Contender
+from saelens_sparse.whole_run.clock import Stopwatch
 
 TIMED_SECONDS = 1.5
 """Slow steps are timed for about as long, `LEAST_STEPS` of them at least."""
@@ -130,30 +128,40 @@ class Model(ABC):
 
 
 class SAELensModel(Model):
-    """SAELens's SAE or the sparse one, with the trainer that the contender names."""
+    """
+    SAELens's SAE or the sparse one, with its trainer.
+
+    Args:
+        case: Sizes.
+        precision: In which it computes.
+        device: "cuda" or "cpu".
+        inputs: Batches, and weights that stay as they are.
+        sparse: Whether it is the sparse SAE.
+        sparse_runner: Whether its steps are those of `SparseTrainingRunner`.
+    """
 
     def __init__(
         self,
-        contender: Contender,
         case: NamedCase,
         precision: Precision,
         device: str,
         inputs: Inputs,
+        *,
+        sparse: bool,
+        sparse_runner: bool,
     ):
         super().__init__(case, precision, device, inputs)
         self.trainer = build_trainer(
-            case.architecture if contender.sparse else case.registered.stock,
+            case.architecture if sparse else case.registered.stock,
             case,
             precision,
             device,
             inputs.batches,
             inputs.weights,
-            sparse_runner=contender.sparse_runner,
+            sparse_runner=sparse_runner,
         )
         self.sae: TrainingSAE[Any] = self.trainer.sae
         self.parameters = dict(self.sae.named_parameters())
-        if contender.prepare is not None:
-            contender.prepare(self.sae)
 
     @property
     @override

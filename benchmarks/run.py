@@ -19,17 +19,14 @@ timed alone. Their sum is the floor of the run.
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import wandb
@@ -45,10 +42,12 @@ from benchmarks.run_agreement import require_close_batches
 from benchmarks.run_cases import RunCase, RunContender, Runner, RunPrecision
 from benchmarks.run_marks import EndOfRun, MarkingEvaluator, Marks, marked_first_step
 from benchmarks.store import first_batches, one_epoch, require_same_batches
-from benchmarks.wall_clock import PER_TOKENS, Clock, now, start_peak
+from benchmarks.wall_clock import Clock, start_peak
 from saelens_sparse import SparseTrainingRunner
 from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.profile.trainers import implementation_of, release_memory
+from saelens_sparse.whole_run.clock import PER_TOKENS, now
+from saelens_sparse.whole_run.profiled import wandb_offline
 
 CHECKED_REFILLS = 1.5
 FLOOR_REFILLS = 2
@@ -208,14 +207,6 @@ class RunSession:
         return floor_of(model, store_ms, step_ms)
 
 
-@contextmanager
-def wandb_offline(folder: Path) -> Generator[None]:
-    """Let wandb write into the folder, without a network unless the user says otherwise."""
-    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **os.environ}
-    with patch.dict(os.environ, {**settings, "WANDB_DIR": str(folder)}):
-        yield
-
-
 def summary(case: RunCase, period: int, turns: Sequence[Turn]) -> Row:
     """Medians over all windows and evals of a contender's runs, per 4,096 tokens."""
     scale = PER_TOKENS / case.batch
@@ -326,7 +317,7 @@ def run(
         yield from measure(session, contenders, args.rounds)
 
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with temporary as folder, one_epoch(), no_fallback(), wandb_offline(Path(folder)):
+    with temporary as folder, one_epoch(), no_fallback(), wandb_offline():
         for case, precision, library in measured:
             name = f"{case.name} {precision.name} {library}"
             if seconds := estimate(case, precision, library, contenders, args):

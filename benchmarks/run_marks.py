@@ -14,8 +14,9 @@ from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
-from benchmarks.wall_clock import busy_ms, device_profile, now, peak_gib, start_peak
+from benchmarks.wall_clock import peak_gib, start_peak
 from saelens_sparse.reports.results import describe_failure
+from saelens_sparse.whole_run.clock import busy_ms, device_profile, now
 
 
 class EndOfRun(Exception):

@@ -31,9 +31,10 @@ from typing_extensions import override
 from benchmarks.harness import describe, say
 from benchmarks.random_data import cached_activations, token_dataset
 from benchmarks.rows import DisagreementError, ResultsFile, Row
-from benchmarks.wall_clock import PER_TOKENS, now, peak_gib, profiled_ms, start_peak
+from benchmarks.wall_clock import peak_gib, profiled_ms, start_peak
 from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.profile.trainers import release_memory
+from saelens_sparse.whole_run.clock import PER_TOKENS, now
 
 STORES: dict[str, type[ActivationsStore]] = {
     "stock": ActivationsStore,

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
+from saelens_sparse.whole_run.clock import busy_ms, device_profile, now
+
 GIB = 2**30
-PER_TOKENS = 4096
-"""Times are given for so many tokens, a batch of SAELens's default size."""
-
-
-def now(device: str) -> float:
-    """Seconds of the host's clock, once the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Clock:
@@ -50,30 +41,6 @@ def start_peak(device: str) -> int:
 def peak_gib(device: str, before: int = 0) -> float | None:
     """GiB allocated at most since `start_peak`, beyond the bytes `before`; None on a CPU."""
     return (torch.cuda.max_memory_allocated() - before) / GIB if device == "cuda" else None
-
-
-def device_profile() -> Any:
-    """A profile of what runs on the GPU."""
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-
-
-def busy_ms(profile: Any) -> float:
-    """Milliseconds in which a kernel, a copy or a fill runs on the device, in a profile."""
-    spans = (
-        (event.time_range.start, event.time_range.end)
-        for event in profile.events()
-        if event.device_type.name == "CUDA" and not event.is_user_annotation
-    )
-    return covered(spans) / 1e3
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """How much of a line its spans cover, where some overlap."""
-    total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
 
 
 def profiled_ms(work: Callable[[], object], device: str) -> float | None:

@@ -34,8 +34,9 @@ train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrai
          Own flags: --no-save-buffer leaves the shuffled activations out of checkpoints.
          --language-model saelens computes activations as SAELens does, bit for bit.
 compare  trains a stock and a sparse SAE from one config, and reports whether they are the same
-         and what each costs.
-profile  takes one training step of each apart: where its time and memory go.
+         and what each costs: the whole run, with the language model, and its parts.
+profile  takes the run of FILE.json apart, and says what to change in it to gain most. Then it takes
+         one training step of both apart: where its time and memory go.
 
 `saelens-sparse COMMAND --help` lists a command's options.
 """

@@ -32,8 +32,8 @@ TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13", "transformers": "5.24"
 
 # SAELens's command line: flags to a runner config.
 COMMAND_LINE = ("_parse_cfg_args",)
-# Called by its trainers after each step, before they count it.
-TRAINERS = ("_checkpoint_if_needed",)
+# Called by its trainers after each step: before they count it, and after.
+TRAINERS = ("_checkpoint_if_needed", "_update_pbar")
 # Called by SAELens's runner of several SAEs, and overridden by `SparseMultiSAETrainingRunner`.
 MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
 # Where its store puts tokens; what the store keeps of several hooks, and whether it was read from.

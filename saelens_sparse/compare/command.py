@@ -31,7 +31,7 @@ from saelens_sparse.compare.comparison import (
 from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS, damage_of_inputs, prepare
 from saelens_sparse.compare.options import parse_comparison
 from saelens_sparse.compare.report import report
-from saelens_sparse.compare.side import train_side
+from saelens_sparse.compare.side import FINISHED, train_side
 from saelens_sparse.compare.state import State, damage_of_results, open_output, read_state
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.reports.files import enter_output_folder
@@ -123,8 +123,13 @@ def train(comparison: Comparison, state: State) -> None:
                 said = [side.take_turn() for side in sides]
                 bar.set_postfix_str(" | ".join(said), refresh=False)
                 bar.update()
-        for side in tqdm(sides, desc="Saving and evaluating", unit="SAE", dynamic_ncols=True):
-            side.take_turn()
+        saving = tqdm(sides, desc="Saving and evaluating", unit="SAE", dynamic_ncols=True)
+        said = {side: side.take_turn() for side in saving}
+        with tqdm(desc="Timing whole runs", unit="window", dynamic_ncols=True) as bar:
+            while timing := [side for side in sides if said[side] != FINISHED]:
+                for side in timing:
+                    said[side] = side.take_turn()
+                    bar.update()
     if (problem := damage_of_results(comparison)) is not None:
         raise ComparisonError(f"the training has ended, but {problem}")
     state.trained = True
@@ -145,7 +150,7 @@ class SideProcess:
             environment |= {"WANDB_RUN_ID": f"{state.run}-{folder.name}", "WANDB_RESUME": "allow"}
         runner = comparison.settings.runners[folder.name]
         self._turns, of_side = PROCESSES.Pipe()
-        args = (folder, runner, checkpoint, environment, of_side)
+        args = (folder, runner, checkpoint, comparison.windows, environment, of_side)
         self._process = PROCESSES.Process(target=train_side, args=args)
         self._process.start()
         of_side.close()

@@ -17,6 +17,8 @@ CONFIG, LOG, STEPS = "config.json", "log.txt", "steps.jsonl"
 # the decoder before the first step, the state after the last one, what SAELens's evals say,
 INITIAL_DECODER, FINAL = "initial_decoder.safetensors", "final.safetensors"
 EVALUATION = "evaluation.json"
+# its whole runs as `RunRecord`s and their first rows by runner,
+RUNS, RUN_SAMPLES = "runs.json", "runs.safetensors"
 # and in folders the trained SAE and SAELens's checkpoints, named by their number of tokens.
 SAE, CHECKPOINTS = "sae", "checkpoints"
 
@@ -46,6 +48,7 @@ class Comparison:
     settings: Settings
     embedded: bool  # whether the inputs are those that `embedded_inputs` makes
     overwrite: bool  # whether results of another comparison in `output` may go
+    windows: int  # how many windows of each side's whole run are timed after its training
     notes: list[str]  # what a reader must know of how the sides' configs were made
 
     @property

@@ -84,7 +84,11 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
     for field in dropped.intersection(dict(options.set)):
         raise UsageError(f"{field}: {' and '.join(sides)} have no such setting")
     settings = Settings(arms=configs, runners=runners, text_tokens=options.text_tokens)
-    return Comparison(name, output, settings, embedded, options.overwrite, notes)
+    windows = options.windows
+    if windows is None:
+        device = next(iter(configs.values()))["device"]
+        windows = command_line.DEFAULT_WINDOWS["cuda" if device.startswith("cuda") else "cpu"]
+    return Comparison(name, output, settings, embedded, options.overwrite, windows, notes)
 
 
 def _parser() -> command_line.Parser:
@@ -103,6 +107,11 @@ def _parser() -> command_line.Parser:
     add("--output", type=folder, help="folder of the results (default: output/compare_CONFIG)")
     discard = "discard results in the folder that are of other settings, or damaged"
     add("--overwrite", action="store_true", help=discard)
+    windows = (
+        "timed windows of each side's whole run, after its training; 0 leaves them out "
+        "(default: 2 on a GPU, 1 on a CPU)"
+    )
+    add("--windows", type=command_line.whole_number(0), help=windows)
     add = parser.add_argument_group("instead of what the config says").add_argument
     add("--steps", type=whole, help="training steps of each side")
     add("--device", help="where to train, as in cuda:0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from saelens_sparse.compare.comparison import EVALUATION, STEPS, Comparison
 from saelens_sparse.compare.figures import draw_all
 from saelens_sparse.compare.state import State
 from saelens_sparse.compare.steps import deviation, load_steps, summarize, table_of
+from saelens_sparse.compare.whole_runs import load_runs
 from saelens_sparse.reports.files import damage, write_whole
 from saelens_sparse.reports.presentation import Section, can_draw, plain_table, write_page
 from saelens_sparse.reports.results import environment
+from saelens_sparse.whole_run.record import RunRecord
+from saelens_sparse.whole_run.shown import draw_runs, run_notes, run_table
+from saelens_sparse.whole_run.suggestions import MAX_SUGGESTIONS, of_runner, suggestions
 
 CACHED = (
-    "Activations were generated once and read from a cache by both sides. The pace with the "
-    "language model is computed from that of the SAE steps and that of the model, measured after "
-    "the training."
+    "Activations were generated once and read from a cache by both sides. The whole runs were "
+    "timed after the training, with the language model."
 )
 UNCACHED = (
     "Each side runs the language model itself, on the same text from the same seed; "
@@ -75,11 +79,23 @@ def report(
         "shared_latents": shared,
         "opened_in_stock_saelens": opened,
     }
-    results["notes"] = _notes(comparison, results)
+    runs, problem = load_runs(folders)
+    results["whole_runs"] = [run.model_dump() for run in runs]
+    results["suggestions"] = _suggestions(runs, config)
+    results["notes"] = _notes(comparison, results) + ([problem] if problem else [])
     results = {"headline": tables.headline(results), **results}
     write_whole(output / "results.json", json.dumps(_finite(results), indent=2) + "\n")
     pictures = draw_all(steps, results, output) if can_draw() else {}
-    write_page(output / "report.html", results["headline"], _sections(results, pictures))
+    parts = output / "figures" / "whole_runs.png"
+    if runs and can_draw():
+        draw_runs(runs, parts)
+    where = {"A whole run, taken apart": parts} if runs and can_draw() else {}
+    write_page(output / "report.html", results["headline"], _sections(results, pictures, where))
+    print(f"\n{results['headline']}\n")
+    if runs:
+        print(f"{plain_table(run_table(runs))}\n")
+    for suggestion in results["suggestions"]:
+        print(f"To gain more: {suggestion}")
     print(f"\n{plain_table(tables.main_table(results))}\n")
     if shared is not None:
         print(f"{plain_table(tables.dictionary_table(results))}\n")
@@ -88,11 +104,31 @@ def report(
     if opened is not None:
         print(f"Opened by stock SAELens without the plugin: {opened}")
     print(f"Report: {output / 'report.html'} (and results.json, pictures, steps, SAEs)")
-    print(f"\n{results['headline']}")
 
 
-def _sections(results: dict[str, Any], pictures: dict[str, Path]) -> list[Section]:
-    """The page's; those of nothing are left out."""
+def _suggestions(runs: Sequence[RunRecord], config: Mapping[str, Any]) -> list[str]:
+    """What to change in the second side's run; its runner first, where that was not this one's."""
+    if not runs:
+        return []
+    uncached = {**config, "use_cached_activations": False}
+    *others, last = (run for run in runs if run.architecture == runs[-1].architecture)
+    found = suggestions(last, uncached)
+    if others:
+        found = [*of_runner(others[0], last), *found]
+    return [str(one) for one in found[:MAX_SUGGESTIONS]]
+
+
+def _sections(
+    results: dict[str, Any], pictures: dict[str, Path], parts: dict[str, Path]
+) -> list[Section]:
+    """
+    The page's; those of nothing are left out.
+
+    Args:
+        results: With the keys of `results.json`.
+        pictures: Of the training, by name.
+        parts: The picture of whole runs by what it shows, if there is one.
+    """
     configs, where = results["settings"]["arms"], results["environment"]
     config = next(iter(configs.values()))
     batch, sae = config["train_batch_size_tokens"], config["sae"]
@@ -103,12 +139,15 @@ def _sections(results: dict[str, Any], pictures: dict[str, Path]) -> list[Sectio
         f"{config['seed']}, {where['device']}."
     )
     sides = " and ".join(configs)
+    runs = [RunRecord.model_validate(run) for run in results["whole_runs"]]
     images = {f"{name.replace('_', ' ')}, {sides}": path for name, path in pictures.items()}
     evals, opened = tables.evaluation_table(results), results["opened_in_stock_saelens"]
     details = {f"Runner config of {n}": json.dumps(c, indent=2) for n, c in configs.items()}
     settings = [("", "value"), *((name, str(value)) for name, value in where.items())]
     sections = [
-        Section("", [subject], tables=[tables.main_table(results)]),
+        Section("", [subject], parts, [run_table(runs)] if runs else []),
+        Section("To gain more", results["suggestions"]),
+        Section("Training in numbers", tables=[tables.main_table(results)]),
         Section("To read the numbers right", results["notes"]),
         Section("Training, side by side", images=images),
         Section("Loss terms", tables=[tables.loss_table(results)]),
@@ -135,6 +174,9 @@ def _notes(comparison: Comparison, results: dict[str, Any]) -> list[str]:
     ]
     reasons = {evaluation["skipped"] for evaluation in results["evaluations"] if evaluation}
     notes += [f"No CE loss: {reason}." for reason in sorted(filter(None, reasons))]
+    runs = [RunRecord.model_validate(run) for run in results["whole_runs"]]
+    if runs:
+        notes += run_notes(runs, torch.device(comparison.config["device"]).type)
     if comparison.config["device"].startswith("cuda"):
         notes.append("Memory is PyTorch's on the GPU; each side has its own process on it.")
     return notes

@@ -33,12 +33,15 @@ import saelens_sparse
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import CONFIG, EVALUATION, FINAL, INITIAL_DECODER, LOG, STEPS
 from saelens_sparse.compare.steps import Step, load_steps
+from saelens_sparse.compare.whole_runs import time_runs
 from saelens_sparse.reports.files import lock_folder, sync, write_whole
 from saelens_sparse.training import SparseSAETrainer
+from saelens_sparse.whole_run.clock import now
 
 SAMPLE_ROWS = 1024
 """Activations kept, to try the saved SAE on."""
-TIMED_MODEL_BATCHES = 2
+FINISHED = "finished"
+"""What a side says last."""
 CLEAR_PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -46,6 +49,7 @@ def train_side(
     folder: Path,
     runner: str,
     checkpoint: Path | None,
+    windows: int,
     environment: Mapping[str, str],
     turns: Connection,
 ) -> None:
@@ -56,6 +60,7 @@ def train_side(
         folder: Holds a runner config; see `comparison` for what is added.
         runner: "stock" for SAELens's, "own" for `SparseTrainingRunner`.
         checkpoint: Where to go on from.
+        windows: How many windows of its whole run are timed at the end.
         environment: Environment variables of its Weights & Biases run.
         turns: To the driver, which hears of the last step whenever the side waits for its turn, and
             of an error that ends it.
@@ -72,9 +77,9 @@ def train_side(
         # A side may outlive its comparison for a step, or while it saves.
         with lock_folder(folder):
             side = (OwnSide if runner == "own" else Side)(cfg)
-            side.folder, side.turns = folder, turns
+            side.folder, side.turns, side.windows = folder, turns, windows
             side.run()
-        turns.send("finished")
+        turns.send(FINISHED)
     except EOFError:
         print("the comparison has ended", file=sys.stderr)
     except Exception as error:
@@ -87,6 +92,7 @@ class Side(LanguageModelSAETrainingRunner):
 
     folder: Path
     turns: Connection
+    windows: int
     steps: MeasuredSteps
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -130,7 +136,21 @@ class Side(LanguageModelSAETrainingRunner):
         alive = (trainer.n_forward_passes_since_fired <= window).cpu()
         tensors = {"alive": alive, "activations": self.steps.sample}
         write_whole(self.folder / FINAL, save(tensors))
-        write_whole(self.folder / EVALUATION, json.dumps(evaluate(self, sae), indent=2) + "\n")
+        evaluation = evaluate(self, sae)
+        write_whole(self.folder / EVALUATION, json.dumps(evaluation, indent=2) + "\n")
+        self.steps.close()
+        if self.windows and self.activations_store.dataset is not None:
+            logs = self.cfg.logger.log_to_wandb
+            time_runs(
+                self,
+                trainer,
+                self.windows,
+                self.steps.wait_for_turn,
+                self.folder,
+                with_own=isinstance(self, OwnSide),
+                eval_seconds=evaluation.get("eval_seconds") if logs else None,
+                logging_ms=self.steps.logging_ms if logs else 0.0,
+            )
 
 
 class OwnSide(Side, saelens_sparse.SparseTrainingRunner):
@@ -165,6 +185,8 @@ class MeasuredSteps:
         write_whole(file, "".join(step.model_dump_json() + "\n" for step in before))
         self._file = file.open("a", buffering=1)
         self._said, self._data_seconds = "", 0.0
+        self._logging_seconds, self._logged = 0.0, 0
+        self._since: float | None = None  # when the last step ended
         self._held_before = self._peak = 0
         self.sample = torch.empty(0)
         """Some activations of the last batch, `[rows, d_in]`."""
@@ -175,6 +197,17 @@ class MeasuredSteps:
     def taken(self) -> int:
         """Steps since the beginning; SAELens's own count is one behind in a resumed training."""
         return self.trainer.n_training_samples // self.trainer.cfg.train_batch_size_samples
+
+    @property
+    def logging_ms(self) -> float:
+        """Milliseconds between two steps, on average, without evals and checkpoints."""
+        return 1e3 * self._logging_seconds / max(1, self._logged)
+
+    def close(self) -> None:
+        """Let the trainer go; what has been measured stays."""
+        del self.trainer.step
+        self.trainer.data_provider = self._batches
+        self._file.close()
 
     def wait_for_turn(self) -> None:
         """Say what the last step gave, and return when the side may go on."""
@@ -219,11 +252,19 @@ class MeasuredSteps:
         )
         self._file.write(step.model_dump_json() + "\n")
         self._said = f"MSE {step.losses['mse_loss']:.4g} in {1e3 * seconds:.0f} ms"
+        self._since = time.perf_counter()
         return output
 
     def _timed_batches(self) -> Iterator[torch.Tensor]:
+        left = len(self.trainer.checkpoint_thresholds)
         while True:
-            start = time.perf_counter()
+            start = now(str(self._device))
+            logger, taken = self.trainer.cfg.logger, self.trainer.n_training_steps
+            evaluates = taken % (logger.wandb_log_frequency * logger.eval_every_n_wandb_logs) == 0
+            saved = left != (left := len(self.trainer.checkpoint_thresholds))
+            if self._since is not None and not evaluates and not saved:
+                self._logging_seconds += start - self._since
+                self._logged += 1
             batch = next(self._batches)
             synchronize(batch.device)
             self._data_seconds += time.perf_counter() - start
@@ -263,9 +304,8 @@ def evaluate(runner: LanguageModelSAETrainingRunner, sae: Any) -> dict[str, Any]
     SAELens's evals of a trained SAE on `n_eval_batches` of the runner's text.
 
     Returns:
-        SAELens's metrics by name, `llm_tokens_per_second` (of the language model, where the
-        training has read activations from a cache; else None) and `skipped`, which is None or says
-        why there are no metrics. What is missing costs a reason, never the trained SAE.
+        SAELens's metrics by name, `eval_seconds` that they took, and `skipped`, which is None or
+        says why there are no metrics. What is missing costs a reason, never the trained SAE.
     """
     store = runner.activations_store
     if runner.cfg.n_eval_batches == 0:
@@ -274,27 +314,14 @@ def evaluate(runner: LanguageModelSAETrainingRunner, sae: Any) -> dict[str, Any]
         return {"skipped": "there is no text, only activations"}
     sae.eval()
     try:
-        pace = _language_model_pace(store) if runner.cfg.use_cached_activations else None
+        begin = now(runner.cfg.device)
         # The scaling of activations is folded into the weights.
         groups = runner.evaluator(sae, store, ActivationScaler())
+        seconds = now(runner.cfg.device) - begin
     except (RuntimeError, ValueError, AssertionError, KeyError, AttributeError) as error:
         # The training is done and saved; SAELens's evals do not work for every model and hook.
         reason = str(error).strip().split("\n")[0]
         return {"skipped": f"SAELens's evals failed: {type(error).__name__}: {reason}"}
     metrics = {name: float(value) for group in groups.values() for name, value in group.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    return {"skipped": None, "llm_tokens_per_second": pace, **finite}
-
-
-@torch.no_grad()
-def _language_model_pace(store: Any) -> float:
-    """Tokens a second for which the model gives activations, the first batch left out."""
-    start, tokens = 0.0, 0
-    for batch in range(1 + TIMED_MODEL_BATCHES):
-        text = store.get_batch_tokens()
-        synchronize(store.get_activations(text).device)
-        if batch == 0:
-            start = time.perf_counter()
-        else:
-            tokens += text[:, slice(*store.seqpos_slice)].numel()
-    return tokens / (time.perf_counter() - start)
+    return {"skipped": None, "eval_seconds": seconds, **finite}

@@ -23,6 +23,8 @@ from saelens_sparse.compare.comparison import (
     INITIAL_DECODER,
     LOG,
     REPORT_FILES,
+    RUN_SAMPLES,
+    RUNS,
     SAE,
     STATE_FILE,
     STEPS,
@@ -209,7 +211,8 @@ def _clear(output: Path, architectures: Iterable[str]) -> None:
     for side in (output / name for name in architectures):
         named = [p for p in (side / CHECKPOINTS).glob("*") if re.fullmatch(r"(final_)?\d+", p.name)]
         folders += [side / SAE, *filter(Path.is_dir, named), side / CHECKPOINTS]
-        made += [side / n for n in (CONFIG, LOG, STEPS, INITIAL_DECODER, FINAL, EVALUATION)]
+        names = (CONFIG, LOG, STEPS, INITIAL_DECODER, FINAL, EVALUATION, RUNS, RUN_SAMPLES)
+        made += [side / name for name in names]
     for path in (*made, *(folder / name for folder in folders for name in OF_SAELENS)):
         path.unlink(missing_ok=True)
     for folder in folders:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saelens_sparse.reports.presentation import Rows, percent
+from saelens_sparse.whole_run.record import RunRecord
+from saelens_sparse.whole_run.shown import faster
+from saelens_sparse.whole_run.windows import STEP
 
 Results = Mapping[str, Any]
 
@@ -128,12 +131,33 @@ def headline(results: Results) -> str:
     config = next(iter(results["settings"]["arms"].values()))
     n_steps = -(-config["training_tokens"] // config["train_batch_size_tokens"])
     so_far = "" if a["steps"] >= n_steps else f"After {a['steps']} of {n_steps} steps: "
+    quality = (
+        f"final MSE {percent(apart['final'], '+')}, at most {percent(apart['largest'])} apart on "
+        "any step"
+    )
+    runs = [RunRecord.model_validate(run) for run in results.get("whole_runs", [])]
+    if runs:
+        return f"{so_far}{of_whole_runs(runs)}; {quality}"
     source, (first, second) = list(end_to_end(results).items())[-1]
     return (
         f"{so_far}{b['architecture']} trains {a['step_seconds'] / b['step_seconds']:.2f}x as fast "
-        f"as {a['architecture']} in its SAE steps, {second / first:.2f}x with the {source}; final "
-        f"MSE {percent(apart['final'], '+')}, at most {percent(apart['largest'])} apart on any step"
+        f"as {a['architecture']} in its SAE steps, {second / first:.2f}x with the {source}; "
+        f"{quality}"
     )
+
+
+def of_whole_runs(runs: Sequence[RunRecord]) -> str:
+    """How the last run compares with the first, and those between with it."""
+    first, *between, last = runs
+    whole = (
+        f"A whole run of {last.architecture} with {last.runner} is {faster(last, first)} as one of "
+        f"{first.architecture} ({last.tokens_per_second:,.0f} instead of "
+        f"{first.tokens_per_second:,.0f} tokens/s)"
+    )
+    same = [run for run in between if run.architecture == last.architecture]
+    others = [f"{first.ms / run.ms:.2f}x with {run.runner}" for run in same]
+    steps = first.parts_ms[STEP] / last.parts_ms[STEP]
+    return ", ".join([whole, *others, f"its SAE step {steps:.2f}x"])
 
 
 def _header(label: str, results: Results) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from sae_lens import logger
 from torch import Tensor
 
-from saelens_sparse.language_model.path import Option, choose_model_path
+from saelens_sparse.language_model.path import Option, PathChoice, choose_model_path
 from saelens_sparse.private_names import input_token_device
 
 
@@ -57,6 +57,11 @@ class RunningModel:
             cuda_graph=on_gpu,
         )
         self._preparing: float | None = time.perf_counter() - start
+
+    @property
+    def choice(self) -> PathChoice:
+        """What computes the activations, and why."""
+        return self._path.choice
 
     def activations(self, tokens: Tensor) -> dict[str, Tensor]:
         """As `ModelPath.activations`."""

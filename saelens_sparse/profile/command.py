@@ -1,8 +1,10 @@
 """
-`saelens-sparse profile`: where the time and the memory of one training step go.
+`saelens-sparse profile`: where the time of a training run goes, and what to change to gain most.
 
-Takes a step of a stock and a sparse SAE apart, on weights and inputs that fire like those of a
-real training: time by phase, kernels against what the device can do, memory, idle time.
+With CONFIG, the run of `saelens-sparse train` begins and is timed: language model, store, SAE step,
+evals, logging. It writes no SAE. Then a step of a stock and a sparse SAE is taken apart, on weights
+and inputs that fire like those of a real training: time by phase, kernels against what the device
+can do, memory, idle time.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from sae_lens import LanguageModelSAERunnerConfig
 from tqdm import tqdm
 
 import saelens_sparse
@@ -22,11 +26,15 @@ from saelens_sparse.profile import report
 from saelens_sparse.profile.cases import FLOAT32, PRECISIONS, Case
 from saelens_sparse.profile.ceilings import measure_ceilings
 from saelens_sparse.profile.contender import CONTENDERS, Record, measure_contender
-from saelens_sparse.profile.trainers import prepare_inputs
+from saelens_sparse.profile.trainers import prepare_inputs, release_memory
 from saelens_sparse.reports import command_line
 from saelens_sparse.reports.files import damage, enter_output_folder
 from saelens_sparse.reports.presentation import label_of
 from saelens_sparse.reports.results import describe_failure, environment
+from saelens_sparse.whole_run.clock import PER_TOKENS
+from saelens_sparse.whole_run.profiled import ProfiledRun, profile_run
+from saelens_sparse.whole_run.suggestions import Trial, suggestions
+from saelens_sparse.whole_run.windows import STEP
 
 DEFAULT_ARCHITECTURE, DEFAULT_L0 = "topk_sparse", 64.0
 # Fields of an SAE's config that the case states itself, or that say nothing about a step.
@@ -48,14 +56,65 @@ def main(args: Sequence[str]) -> int:
     except OSError as error:
         raise UsageError(f"--output: {folder} cannot be used: {error}") from error
     with lock:
-        results = _measure(case, options, folder)
+        run = None if options.config is None or options.only == "step" else _measure_run(options)
+        results = _measure(case, options, folder, run)
         report.write_report(results, folder)
     page = folder / report.REPORT_FILE
     print(f"\n{report.terminal_text(results)}\n\nThe report is {page}.")
-    return int(any(record["status"] != "ok" for record in results["arms"].values()))
+    measured = [*results["arms"].values(), *([results["run"]] if results["run"] else [])]
+    return int(any(record["status"] != "ok" for record in measured))
 
 
-def _measure(case: Case, options: argparse.Namespace, folder: Path) -> Record:
+def _measure_run(options: argparse.Namespace) -> ProfiledRun | Record:
+    """The run of the config, timed; what went wrong if it cannot be."""
+    cfg = _on_device(load_config(options.config), options.device)
+    windows = command_line.DEFAULT_WINDOWS[options.device]
+    print(f"Timing the run of {options.config}", flush=True)
+    try:
+        return profile_run(cfg, options.windows or windows)
+    except Exception as error:
+        # The step can be measured without a language model and a dataset.
+        return describe_failure(error)
+    finally:
+        release_memory(options.device)
+
+
+def _on_device(
+    cfg: LanguageModelSAERunnerConfig[Any], device: str
+) -> LanguageModelSAERunnerConfig[Any]:
+    """The config on a device of that type, which may be its own."""
+    before = cfg.device
+    if torch.device(before).type != device:
+        for field in ("llm_device", "act_store_device"):
+            if getattr(cfg, field) in (before, "with_model"):
+                setattr(cfg, field, device)
+        cfg.device = cfg.sae.device = device
+    return cfg
+
+
+def _run_results(run: ProfiledRun | Record, case: Case, options: Any, arms: Record) -> Record:
+    """What `results.json` says of the run."""
+    if not isinstance(run, ProfiledRun):
+        return run
+    cfg, trials = load_config(options.config).to_dict(), [*run.trials]
+    stock, sparse = (arms.get(name, {}).get("ms") for name in ("stock", "sparse_runner"))
+    if run.record.architecture == case.registered.stock and stock and sparse:
+        scale = PER_TOKENS / case.batch
+        change = f"sae.architecture={case.architecture}"
+        trials.append(Trial(change, STEP, scale * stock, scale * sparse))
+    found = suggestions(run.record, cfg, trials)
+    return {
+        "status": "ok",
+        "record": run.record.model_dump(),
+        "trials": [dataclasses.asdict(trial) for trial in trials],
+        "suggestions": [str(suggestion) for suggestion in found],
+        "eval_failure": run.eval_failure,
+    }
+
+
+def _measure(
+    case: Case, options: argparse.Namespace, folder: Path, run: ProfiledRun | Record | None
+) -> Record:
     """Measure what is asked for, one after the other; `results.json` always has what is done."""
     device, precision = options.device, case.precisions[0]
     settings = {name: getattr(case, name) for name in ("d_in", "d_sae", "batch", "dead_fraction")}
@@ -73,9 +132,10 @@ def _measure(case: Case, options: argparse.Namespace, folder: Path) -> Record:
         "settings": settings,
         "environment": environment(device, None),
         **measure_ceilings(case, inputs, device),
+        "run": run and _run_results(run, case, options, {}),
         "arms": {},
     }
-    for name in (bar := tqdm(options.arms)):
+    for name in (bar := tqdm([] if options.only == "run" else options.arms)):
         bar.set_description(label_of(name))
         # Also before the first trace: the folder is known by it.
         report.write_results(results, folder)
@@ -85,6 +145,7 @@ def _measure(case: Case, options: argparse.Namespace, folder: Path) -> Record:
             # The others go on: what fails may be memory that only this one needs.
             record = describe_failure(error)
         results["arms"][name] = record
+    results["run"] = run and _run_results(run, case, options, results["arms"])
     report.write_results(results, folder)
     return results
 
@@ -103,7 +164,11 @@ def _arms(text: str) -> list[str]:
 def _parser() -> command_line.Parser:
     parser = command_line.Parser("profile", __doc__)
     add, arms = parser.add_argument, ",".join(CONTENDERS)
-    add("config", nargs="?", help="runner config (JSON) whose SAE, batch and precision to take")
+    add("config", nargs="?", help="runner config (JSON): the run, and its SAE, batch and precision")
+    only = "the run alone, or a step on made-up inputs, which needs no language model"
+    add("--only", choices=("run", "step"), help=only)
+    windows = "timed windows of the run; by default 2 on a GPU, 1 on a CPU"
+    add("--windows", type=command_line.whole_number(1), help=windows)
     add(
         "--shape",
         type=command_line.parse_shape,
@@ -134,6 +199,8 @@ def case_of(options: argparse.Namespace) -> Case:
     """
     if (options.config is None) == (options.shape is None):
         raise UsageError("profile: give either a config file or --shape D_IN,D_SAE,K,BATCH")
+    if options.only == "run" and options.config is None:
+        raise UsageError("--only: 'run' needs a config file")
     cfg = None if options.config is None else load_config(options.config)
     name = options.architecture or (cfg.sae.architecture() if cfg else DEFAULT_ARCHITECTURE)
     found = next((a for a in ARCHITECTURES.values() if name in (a.name, a.stock)), None)

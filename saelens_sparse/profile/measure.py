@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -12,30 +11,10 @@ import torch
 from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_sparse.profile.trainers import Inputs, Trainer, hold_dead, take_step, train_step
+from saelens_sparse.whole_run.clock import Mark, Stopwatch
 
 UNTIMED_STEPS = 3
 GIB = 2**30
-Mark = Any
-
-
-class Stopwatch:
-    """Marks points in a device's work, and tells the milliseconds between them."""
-
-    def __init__(self, device: str):
-        self.on_cuda = device == "cuda"
-
-    def mark(self) -> Mark:
-        if not self.on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(self, start: Mark, end: Mark) -> float:
-        if not self.on_cuda:
-            return 1e3 * (end - start)
-        end.synchronize()
-        return start.elapsed_time(end)
 
 
 @dataclass

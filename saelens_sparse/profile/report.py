@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.profile import pictures
 from saelens_sparse.profile.contender import Record
 from saelens_sparse.profile.tables import measured, tables_of
 from saelens_sparse.reports.files import write_whole
-from saelens_sparse.reports.presentation import Section, label_of, plain_table, write_page
+from saelens_sparse.reports.presentation import (
+    Section,
+    can_draw,
+    label_of,
+    plain_table,
+    write_page,
+)
+from saelens_sparse.whole_run.record import RunRecord
+from saelens_sparse.whole_run.shown import draw_runs, run_notes, run_sentence, run_table
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 _SOURCES = {
@@ -28,6 +37,8 @@ _FLOOR = (
     "product with the encoder at the fastest GEMM's rate, and {:.3g} ms for reading and writing "
     "parameters and two moments once at a copy's."
 )
+CHANGING_L0 = [one.stock for one in ARCHITECTURES.values() if one.sparsity_field is None]
+"""Architectures whose step changes as they train."""
 _BYTES = (
     "Bytes asked: inputs and outputs of PyTorch's operations from recorded shapes, and what this "
     "package's kernels declare. Caches serve part of them: the rate can exceed a copy's."
@@ -42,15 +53,52 @@ def write_results(results: Record, folder: Path) -> None:
 def write_report(results: Record, folder: Path) -> None:
     """Draw the pictures and write `report.html`, which holds all of them."""
     images = pictures.draw(results, folder) if measured(results) else {}
+    runs = _runs(results)
+    if runs and can_draw():
+        draw_runs(runs, folder / "run.png")
+        images["The run"] = {"Milliseconds of the run by part": folder / "run.png"}
     sections = _sections(results, images, kernels=60)
-    write_page(folder / REPORT_FILE, "One training step, taken apart", sections)
+    title = run_sentence(runs[0]) if runs else "One training step, taken apart"
+    write_page(folder / REPORT_FILE, title, sections)
 
 
 def terminal_text(results: Record) -> str:
     """All tables, for a terminal."""
     sections = _sections(results, {}, kernels=14)
+    if runs := _runs(results):
+        sections = [Section("", [run_sentence(runs[0])]), *sections]
     parts = [[s.heading, *s.text, *map(plain_table, s.tables)] for s in sections]
     return "\n\n".join(part for of_section in parts for part in of_section if part)
+
+
+def _runs(results: Record) -> list[RunRecord]:
+    """The run, if one was timed."""
+    run = results.get("run")
+    return [RunRecord.model_validate(run["record"])] if run and run["status"] == "ok" else []
+
+
+def _sections_of_run(results: Record, images: dict[str, dict[str, Path]]) -> list[Section]:
+    """How the run went, and what to change."""
+    run = results.get("run")
+    if not run:
+        return []
+    if run["status"] != "ok":
+        return [Section("The run", [f"{run['status']}: {run['message']}"])]
+    runs = _runs(results)
+    notes = run_notes(runs, results["settings"]["device"])
+    if run["eval_failure"]:
+        notes.append(f"Evals failed: {run['eval_failure']}.")
+    if runs[0].l0 is not None and results["settings"]["architecture"] in CHANGING_L0:
+        notes.append(
+            f"These are the first steps, at L0 {runs[0].l0:,.0f}. The SAE step is faster once L0 "
+            "has fallen."
+        )
+    gains = run["suggestions"] or ["No change of the config was found that gains 3% or more."]
+    return [
+        Section("The run", (), images.get("The run", {}), [run_table(runs)]),
+        Section("To gain more", gains),
+        Section("To read the numbers of the run right", notes),
+    ]
 
 
 def _sections(results: Record, images: dict[str, dict[str, Path]], kernels: int) -> list[Section]:
@@ -64,7 +112,7 @@ def _sections(results: Record, images: dict[str, dict[str, Path]], kernels: int)
         if record["status"] != "ok":
             heading.append(f"{label_of(name)}: {record['status']}: {record['message']}")
     if not arms:
-        return [Section("", heading)]
+        return [Section("", heading), *_sections_of_run(results, images)]
     names = ("torch", "triton", "sae_lens", "python", "commit", "date")
     sources = [
         _FLOOR.format(results["floor_ms"]["encoder product"], results["floor_ms"]["update"]),
@@ -74,6 +122,7 @@ def _sections(results: Record, images: dict[str, dict[str, Path]], kernels: int)
         ", ".join(f"{name} {environment.get(name)}" for name in names) + ".",
     ]
     return [
+        *_sections_of_run(results, images),
         *(
             Section(title, () if title else heading, images.get(title, {}), [table])
             for title, table in tables_of(results, kernels).items()

@@ -17,6 +17,8 @@ from saelens_sparse.config.outputs import check_writable
 
 MAX_WHOLE_NUMBER = 2**63 - 1
 DEFAULT_STEPS = {"cuda": 20, "cpu": 5}
+DEFAULT_WINDOWS = {"cuda": 2, "cpu": 1}
+"""Of a timed run."""
 
 
 class Parser(argparse.ArgumentParser):

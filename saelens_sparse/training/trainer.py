@@ -32,6 +32,7 @@ from saelens_sparse.training.checkpoints import write_checkpoint
 from saelens_sparse.training.graphs import StepGraphs, TakenPass, is_faster_as_graph
 from saelens_sparse.training.interruption import StopSignals
 from saelens_sparse.training.optimizer import ClippingAdam
+from saelens_sparse.training.progress import RecentPace
 
 # As in SAELens, which does not make it an option.
 MAX_GRADIENT_NORM = 1.0
@@ -57,6 +58,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     write_runner_files: Callable[[Path], None] | None = None  # what a runner adds to a checkpoint
     last_checkpoint: Path | None = None
     is_reporting_checkpoint = False  # while `save_checkpoint_fn` is told of one
+    _pace: RecentPace | None = None  # from the first step on
 
     @classmethod
     def taking_over(cls, trainer: SAETrainer[Any, Any]) -> SparseSAETrainer:
@@ -154,6 +156,14 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     def _checkpoint_if_needed(self) -> None:
         with _counted_step([self]):
             super()._checkpoint_if_needed()
+
+    @override
+    def _update_pbar(
+        self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 100
+    ) -> None:
+        super()._update_pbar(step_output, pbar, update_interval)
+        self._pace = self._pace or RecentPace()
+        self._pace.show(pbar, self.n_training_samples)
 
     @override
     def save_checkpoint(
@@ -332,6 +342,7 @@ class SparseMultiSAETrainer(MultiSAETrainer):
     trainers: dict[str, SparseSAETrainer]  # pyright: ignore[reportIncompatibleVariableOverride]
     stop_signals: StopSignals
     last_checkpoint: Path | None = None
+    _pace: RecentPace | None = None  # from the first step on
 
     @classmethod
     def taking_over(
@@ -350,6 +361,14 @@ class SparseMultiSAETrainer(MultiSAETrainer):
     def _checkpoint_if_needed(self) -> None:
         with _counted_step(self.trainers.values()):
             super()._checkpoint_if_needed()
+
+    @override
+    def _update_pbar(
+        self, step_outputs: dict[str, TrainStepOutput], pbar: Any, update_interval: int = 100
+    ) -> None:
+        super()._update_pbar(step_outputs, pbar, update_interval)
+        self._pace = self._pace or RecentPace()
+        self._pace.show(pbar, self.n_training_samples)
 
     @override
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:

@@ -27,7 +27,6 @@ from benchmarks.run_cases import (
     RunPrecision,
 )
 from benchmarks.run_marks import Marks
-from benchmarks.wall_clock import covered
 from saelens_sparse import FastActivationsStore
 
 TINY = CASES["cpu"].tiny
@@ -229,11 +228,6 @@ def test_rounding_is_allowed_but_no_other_order():
         require_close_batches(
             [torch.full((2, 4), 1.0)], [torch.tensor([[1.0] * 4, [torch.nan] * 4])], "float32"
         )
-
-
-def test_spans_that_overlap_count_once():
-    assert covered([]) == 0
-    assert covered([(5, 6), (0, 2), (1, 3), (1, 2), (3, 4)]) == 5
 
 
 def test_the_estimate_counts_compiling_and_every_contender():

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import saelens_sparse
 from saelens_sparse.compare import command, dictionaries, figures, report, side, tables
 from saelens_sparse.compare.steps import Step, deviation, load_steps, summarize, table_of
+from saelens_sparse.compare.whole_runs import load_runs
 from saelens_sparse.reports import presentation
+from saelens_sparse.whole_run.record import SAELENS_RUNNER, SPARSE_RUNNER
 from tests.support.compare import make_config
+from tests.support.whole_runs import record
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results"
 MSE, AUX_LOSS = "mse_loss", "auxiliary_reconstruction_loss"
@@ -143,6 +147,18 @@ def test_table_and_headline_say_what_was_measured() -> None:
         "final MSE +1.00%, at most 2.00% apart on any step"
     )
     assert tables.headline(results_of(stock, sparse, 80)).startswith("After 40 of 80 steps: ")
+    runs = [
+        record(model=40, step=150, architecture="topk", runner=SAELENS_RUNNER),
+        record(architecture="topk", model=30, step=100),
+        record(model=40, step=50, runner=SAELENS_RUNNER),
+        record(model=20, step=20),
+    ]
+    results["whole_runs"] = [run.model_dump() for run in runs]
+    assert tables.headline(results) == (
+        "A whole run of topk_sparse with SparseTrainingRunner is 4.00x as fast as one of topk "
+        "(81,920 instead of 20,480 tokens/s), 2.00x with SAELens's runner, its SAE step 7.50x; "
+        "final MSE +1.00%, at most 2.00% apart on any step"
+    )
     results["mse_deviation"]["same_batches"] = False
     assert "different batches" in tables.headline(results)
 
@@ -377,6 +393,41 @@ def test_both_sides_train_the_same(outcomes: dict[str, Any]) -> None:
         assert evaluation["explained_variance"] > 0.3
     a, b = (evaluation["ce_loss_with_sae"] for evaluation in results["evaluations"])
     assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_whole_runs_are_timed_with_the_language_model(outcomes: dict[str, Any]) -> None:
+    assert outcomes["interrupted"][1]["whole_runs"] == []
+    results = outcomes["resumed"][1]
+    stock, sparse = results["whole_runs"]
+    assert (stock["runner"], sparse["runner"]) == (SAELENS_RUNNER, SPARSE_RUNNER)
+    assert (stock["model_path"], sparse["model_path"]) == (None, "fast")
+    for run in (stock, sparse):
+        assert run["steps"] >= 8 and run["whole_fillings"]
+        assert run["l0"] == 4
+        assert min(run["parts_ms"][part] for part in ("language model", "store", "SAE step")) > 0
+        assert run["ms"] == pytest.approx(run["ms_min"])  # one window
+    assert results["headline"].startswith("A whole run of topk_sparse with SparseTrainingRunner")
+    page = outcomes["resumed page"]
+    first = page.index("A whole run, taken apart")
+    table = page.index("ms per 4,096 tokens")
+    assert page.index("<h1>") < first < table < page.index("final MSE</td")
+
+
+def test_runs_on_other_batches_are_left_out(outcomes: dict[str, Any], tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("topk", "topk_sparse")]
+    for folder in folders:
+        shutil.copytree(outcomes["output"] / folder.name, folder)
+    records, problem = load_runs(folders)
+    assert len(records) == 2 and problem is None
+    path = folders[1] / "runs.safetensors"
+    (name, rows), *_ = load_file(path).items()
+    path.write_bytes(save({name: rows.roll(1, 0)}))
+    assert load_runs(folders) == (
+        [],
+        "The timed runs were given different batches: they are left out.",
+    )
+    (folders[1] / "runs.json").write_text("[]")
+    assert load_runs(folders)[1] == "The whole run of topk_sparse was not timed; its log says why."
 
 
 def test_each_side_was_trained_by_its_runner(outcomes: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("compare")
     output = folder / "output"
     options = [f"--steps={N_STEPS}", "--checkpoints=2", f"--output={output}", "--eval-batches=0"]
+    options.append("--windows=0")
     sae = {"architecture": "jumprelu_sparse", "d_in": 16, "d_sae": 64}
     sae["normalize_activations"] = "expected_average_only_in"
     args = [str(make_config(folder, sae=sae)), *options]

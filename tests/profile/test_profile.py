@@ -260,7 +260,8 @@ def test_what_fails_is_named_and_the_others_go_on(
 
     monkeypatch.setattr(command, "measure_contender", without_memory_at_sparse)
     path = config_file(tmp_path, train_batch_size_tokens=64)
-    arguments = ["profile", str(path), *TINY, "--arms", "sparse,stock", "--output", str(output)]
+    arguments = ["profile", str(path), *TINY, "--only=step", "--arms=sparse,stock"]
+    arguments += ["--output", str(output)]
     assert cli_main(arguments) == 1
     results = json.loads((output / "results.json").read_text())
     settings = results["settings"]

@@ -1,0 +1,1 @@
+"""Where the time of a training run goes: language model, store, steps, evals, logging."""
