@@ -21,7 +21,7 @@ NEW_EPOCH = "All samples in the training dataset have been exhausted, beginning 
 
 class ShardedActivations:
     """
-    A source for `Batches`: rows of all shards, block by block in a random order.
+    What a store takes batches from: rows of all shards, block by block in a random order.
 
     PyTorch's generator of the host gives the order's seed when the first rows are asked for. Each
     epoch has another order.
@@ -30,13 +30,11 @@ class ShardedActivations:
         folder: Of the cache.
 
     Attributes:
-        reads_early: True: rows for the next shuffle are taken while batches are left of the last.
+        manifest: Of the cache.
 
     Raises:
         ValueError: the manifest cannot be read.
     """
-
-    reads_early = True
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

@@ -192,7 +192,7 @@ class FastActivationsStore(ActivationsStore):
     @property
     def reads_early(self) -> bool:
         """Whether activations for the next shuffle are taken as places become free."""
-        return self.reads_ahead or self._cached is not None
+        return self.reads_ahead or self._cached is not None or self._shards is not None
 
     # Tokens
 
@@ -327,7 +327,7 @@ class FastActivationsStore(ActivationsStore):
             device=self.device,
             dtype=dtype,
         )
-        self._batches = Batches(buffer, shards or self, form, self._lock)
+        self._batches = Batches(buffer, self, form, self._lock)
         if self._buffer_state is not None:
             self._batches.load(self._buffer_state)
             self._buffer_state = None
@@ -339,6 +339,8 @@ class FastActivationsStore(ActivationsStore):
         Raises:
             ValueError: there are too few tokens to fill the buffer once.
         """
+        if self._shards is not None:
+            return self._shards.model_batch()
         next_batch = self._cached_batch if self._cached is not None else self._computed_batch
         epoch = None if self.dataset is None else self.iterable_sequences
         try:
@@ -356,6 +358,8 @@ class FastActivationsStore(ActivationsStore):
 
     def model_batch_of_epoch(self) -> ModelBatch | None:
         """The same, if this epoch has as many tokens left as the language model gets at once."""
+        if self._shards is not None:
+            return self._shards.model_batch_of_epoch()
         if self._cached is not None:
             ends = self.current_row_idx > len(self._cached) - self.store_batch_size_prompts
             return None if ends else self._cached_batch(False)
@@ -370,6 +374,9 @@ class FastActivationsStore(ActivationsStore):
 
     def put_back(self, batch: ModelBatch) -> None:
         """Take back the tokens, or the cache's rows, of what was given last."""
+        if self._shards is not None:
+            self._shards.put_back(batch)
+            return
         if batch.sequences is None:
             self.current_row_idx = batch.rows_read
             return
@@ -465,21 +472,20 @@ class FastActivationsStore(ActivationsStore):
         """
         with self._lock:
             state = {_SETTINGS: as_tensor(self._settings())}
-            state |= self.position()
-            if self._shards is not None:
-                state |= self._shards.position()
             if self._batches is not None:
                 return state | self._batches.state(with_buffer=self.saves_buffer)
             if self.saves_buffer:
                 buffer = self._buffer_state or EMPTY
                 state |= {BUFFER + name: part for name, part in buffer.items()}
-            return state | {GENERATOR: torch.get_rng_state()}
+            return state | self.position() | {GENERATOR: torch.get_rng_state()}
 
     def position(self) -> dict[str, torch.Tensor]:
         """Where it stands in the dataset, in a form that can be saved."""
         state = super().state_dict()
         if self._cached is not None:
             state[_CACHED_ROW] = torch.tensor(self.current_row_idx)
+        if self._shards is not None:
+            state |= self._shards.position()
         if self.dataset is not None:
             epoch = self.iterable_sequences.state()
             state |= {_TOKENS + name: part.clone() for name, part in epoch.items()}
@@ -490,6 +496,8 @@ class FastActivationsStore(ActivationsStore):
         self.n_dataset_processed = int(position[_PROCESSED])
         if self._cached is not None and _CACHED_ROW in position:
             self.current_row_idx = int(position[_CACHED_ROW])
+        if self._shards is not None:
+            self._shards.go_to(position)
         if self.dataset is not None:
             self.iterable_sequences = self._new_epoch()
             self.iterable_sequences.load(part_of(position, _TOKENS))
@@ -511,8 +519,6 @@ class FastActivationsStore(ActivationsStore):
                 torch.set_rng_state(state[GENERATOR])
             if settings.get("position") == self._settings()["position"]:
                 self.go_to(state)
-                if self._shards is not None:
-                    self._shards.go_to(state)
             elif self.dataset is not None:
                 self._fast_forward(int(state.get(_PROCESSED, torch.tensor(0))))
             self._load_buffer(part_of(state, BUFFER), settings)
