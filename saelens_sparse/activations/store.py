@@ -204,7 +204,7 @@ class FastActivationsStore(ActivationsStore):
         move_to_model_device: bool = True,
     ) -> torch.Tensor:
         with self._lock:
-            if self._batches is not None and self._cached is self._shards is None:
+            if self._batches is not None:
                 self._batches.give_back()
             n = batch_size or self.store_batch_size_prompts
             tokens = self._take(n, raise_at_epoch_end).tokens

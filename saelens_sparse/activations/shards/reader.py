@@ -122,8 +122,8 @@ class ChunkReader:
     """
     Reads chunks into memory of its own.
 
-    Called with a chunk's number, it gives the rows of each hook, `[n, d_in]`. If only some are wanted,
-    their indices come last. All are valid until the next call.
+    Called with a chunk's number, it gives the rows of each hook, `[n, d_in]`. If only some are
+    wanted, their indices come last. All are valid until the next call.
 
     Args:
         shards: what to read from; token ids are their last column if only some rows are wanted.
