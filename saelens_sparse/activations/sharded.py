@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from saelens_sparse.activations.epoch import as_tensor, as_value
 from saelens_sparse.activations.read_ahead import Kept, ReadAhead, n_threads
 from saelens_sparse.activations.shards.manifest import TOKEN_COLUMN, Hook, read_manifest
 from saelens_sparse.activations.shards.reader import BlockOrder, ChunkReader, OpenShards
+from saelens_sparse.warn import warn_caller
 
 POSITION = "shards"
 # As SAELens says it.
@@ -77,7 +77,7 @@ class ShardedActivations:
     def model_batch(self) -> ModelBatch:
         """The next rows, of another epoch if this one has ended."""
         if self._at and self._at % self._opened().chunks_per_epoch == 0:
-            warnings.warn(NEW_EPOCH, stacklevel=2)
+            warn_caller(NEW_EPOCH)
         return self._next()
 
     def model_batch_of_epoch(self) -> ModelBatch | None:
