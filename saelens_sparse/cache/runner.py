@@ -130,7 +130,7 @@ class CacheRunner:
         with enter_output_folder(self.folder, MANIFEST), StopSignals() as signals:
             self.manifest.write(self.folder)
             check_files(self.folder, self.manifest)
-            store = self._new_store()
+            store = self.new_store()
             if self.manifest.resume:
                 store.go_to(load(b64decode(self.manifest.resume)))
             writer = ShardWriter(self.folder, self.manifest)
@@ -161,11 +161,11 @@ class CacheRunner:
                 assert batch.sequences is not None
                 tokens = batch.sequences.tokens[:, slice(*store.seqpos_slice)].flatten()
                 writer.add(batch.parts, tokens)
-                if writer.rows_added % self.manifest.rows_per_shard == 0:
+                if writer.rows_of_shard == self.manifest.rows_per_shard:
                     writer.end_shard(_encoded(store))
                 bar.update(len(tokens))
                 signals.end_step()
-        if writer.rows_added % self.manifest.rows_per_shard:
+        if writer.rows_of_shard:
             writer.end_shard(_encoded(store))
         if writer.rows_added < total:
             logger.warning(
@@ -187,7 +187,7 @@ class CacheRunner:
         manifest = Manifest(tuple(hooks_of_config(cfg)), dtype, rows, 0, settings, config)
         total = rows * manifest.row_bytes
         n_bytes = shard_bytes or max(MIN_SHARD_BYTES, total // MAX_SHARDS)
-        per_shard = min(rows, self._whole_batches(n_bytes // manifest.row_bytes))
+        per_shard = self._whole_batches(n_bytes // manifest.row_bytes)
         return Manifest(manifest.hooks, dtype, rows, per_shard, settings, config)
 
     def _found(self, wanted: Manifest, shard_bytes: int | None) -> Manifest:
@@ -198,9 +198,7 @@ class CacheRunner:
             raise ValueError(f"cached_activations_path: {error}") from error
         compared = ["hooks", "dtype"]
         if not found.is_complete:
-            compared.append("rows")
-        if shard_bytes is not None:
-            compared.append("rows_per_shard")
+            compared += ["rows", *["rows_per_shard"] * (shard_bytes is not None)]
         other = differing(wanted.settings, found.settings)
         other += [name for name in compared if getattr(wanted, name) != getattr(found, name)]
         if found.is_complete and found.rows < wanted.rows and not other:
@@ -248,7 +246,8 @@ class CacheRunner:
             self.missing_bytes / GB,
         )
 
-    def _new_store(self) -> FastActivationsStore:
+    def new_store(self) -> FastActivationsStore:
+        """The store whose activations are written; loads the language model."""
         cfg = self._cfg
         hooks = hooks_of_config(cfg)
         model = self._model

@@ -57,7 +57,7 @@ class _Slot:
 
 
 @dataclass
-class _OpenFile:
+class OpenFile:
     """A file of the shard that is being written."""
 
     path: Path
@@ -87,6 +87,8 @@ class ShardWriter:
 
     Attributes:
         manifest: of what is whole on the disk.
+        rows_added: all rows of the cache so far.
+        rows_of_shard: those of them that are of the open shard.
 
     Every method but `abandon` raises what writing has raised: OSError if there is no room, or
     ValueError if float16 cannot hold a value.
@@ -94,11 +96,11 @@ class ShardWriter:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.rows_added = manifest.rows_written
+        self.rows_added, self.rows_of_shard = manifest.rows_written, 0
         self._columns = manifest.columns
         self._verified = read_verified(folder)
         self._error: BaseException | None = None
-        self._open: list[_OpenFile] = []
+        self._open: list[OpenFile] = []
         self._rows_open = 0
         self._n_shards = len(manifest.shards)
         self._free: SimpleQueue[_Slot] = SimpleQueue()
@@ -142,6 +144,7 @@ class ShardWriter:
                 slot.copied.record(self._stream)
         self._full.put(slot)
         self.rows_added += len(tokens)
+        self.rows_of_shard += len(tokens)
 
     def end_shard(self, resume: str) -> None:
         """Give the shard that is open its name, once all of it is on the disk.
@@ -150,6 +153,7 @@ class ShardWriter:
             resume: Where the source of activations stands.
         """
         self._full.put(resume)
+        self.rows_of_shard = 0
         self._raise()
 
     def complete(self) -> Manifest:
@@ -232,12 +236,12 @@ class ShardWriter:
             each.write(slot.bytes_of(index, column), self._hashing)
         self._rows_open += slot.rows
 
-    def _opened(self, column: Column) -> _OpenFile:
+    def _opened(self, column: Column) -> OpenFile:
         name = f"{self._n_shards:05d}.{column.label}.safetensors"
         path = self.folder / f"{name}{PARTIAL}"
         file = path.open("wb", buffering=0)
         file.write(bytes(HEADER_BYTES))
-        return _OpenFile(path, file)
+        return OpenFile(path, file)
 
     def _end(self, resume: str) -> None:
         if self._finishing is not None:
@@ -249,7 +253,7 @@ class ShardWriter:
 
     # In the thread that waits for the disk
 
-    def _finish(self, files: Sequence[_OpenFile], rows: int, resume: str) -> None:
+    def _finish(self, files: Sequence[OpenFile], rows: int, resume: str) -> None:
         listed: list[ShardFile] = []
         try:
             for column, each in zip(self._columns, files, strict=True):
