@@ -561,7 +561,7 @@ class FastActivationsStore(ActivationsStore):
             "position": {
                 "context_size": self.context_size,
                 "is_cached": self._cached is not None,
-                "shards": None if self._shards is None else self._shards.manifest.identity,
+                "cache": None if self._shards is None else self._shards.manifest.identity,
                 "epoch": None if self.dataset is None else type(self.iterable_sequences).__name__,
                 **{name: getattr(self, name) for name in _OF_SEQUENCES},
             },
@@ -571,7 +571,7 @@ class FastActivationsStore(ActivationsStore):
                 "train_batch_size_tokens": self.train_batch_size_tokens,
                 "activations_mixing_fraction": self.activations_mixing_fraction,
                 "hooks": [[*hook] for hook in self.hooks],
-                "shards": None if shards is None else shards.manifest.identity,
+                "cache": None if shards is None else shards.manifest.identity,
                 "exclude_special_tokens": None if excluded is None else excluded.tolist(),
             },
         }

@@ -91,7 +91,8 @@ class CacheRunner:
         path = folder or getattr(cfg, "cached_activations_path", None)
         if not path:
             raise ValueError("cached_activations_path: name a folder for the cache")
-        self.folder, self._language_model = Path(path), language_model
+        self.folder = Path(path)
+        self._language_model: Option = language_model
         self._dataset, self._model = override_dataset, override_model
         self._cfg = copy.copy(cfg)
         self._cfg.exclude_special_tokens = False

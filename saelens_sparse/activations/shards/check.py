@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from sae_lens import logger
@@ -59,7 +60,7 @@ def check_files(folder: Path, manifest: Manifest, *, hash_all: bool = False) -> 
     if not pending:
         return 0
     logger.info("comparing hashes of %d files of %s, %.1f GB", len(pending), folder, n_bytes / 1e9)
-    bar: tqdm[object] = tqdm(
+    bar: tqdm[Any] = tqdm(
         total=n_bytes, unit="B", unit_scale=True, desc="hashing", disable=n_bytes < _MIN_BYTES_SHOWN
     )
     with bar, ThreadPoolExecutor(_N_THREADS) as threads:
@@ -118,7 +119,7 @@ def _check_shape(folder: Path, file: ShardFile, column: Column, rows: int) -> li
     return fingerprint
 
 
-def _hash(folder: Path, bar: tqdm[object], file: ShardFile) -> str:
+def _hash(folder: Path, bar: tqdm[Any], file: ShardFile) -> str:
     digest = xxhash.xxh3_128()
     memory = bytearray(_CHUNK_BYTES)
     try:

@@ -151,7 +151,7 @@ class Manifest:
     def identity(self) -> str:
         """Tells the contents of two caches apart."""
         hashes = "".join(file.xxh3_128 for shard in self.shards for file in shard.files)
-        return xxhash.xxh3_64_hexdigest(hashes)
+        return xxhash.xxh3_64_hexdigest(hashes.encode())
 
     def with_shard(self, shard: Shard, resume: str) -> Manifest:
         return replace(self, shards=(*self.shards, shard), resume=resume)
@@ -163,8 +163,10 @@ class Manifest:
         """Put it into the folder, in the place of an older one."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         content["hooks"] = [hook._asdict() for hook in self.hooks]
-        for shard, values in zip(self.shards, content["shards"], strict=True):
-            values["files"] = [file._asdict() for file in shard.files]
+        content["shards"] = [
+            {"rows": shard.rows, "files": [file._asdict() for file in shard.files]}
+            for shard in self.shards
+        ]
         write_whole(folder / MANIFEST, json.dumps(content, indent=1))
 
     def positions_of(self, hooks: Sequence[Hook]) -> list[int]:

@@ -140,7 +140,7 @@ class ChunkReader:
             torch.empty(order.chunk_rows * c.row_bytes, dtype=torch.uint8, pin_memory=pins)
             for c in shards.columns
         ]
-        self._views = [memoryview(memory.numpy()) for memory in self._memory]
+        self._views = [memory.numpy().data for memory in self._memory]
 
     def __call__(self, number: int) -> list[torch.Tensor]:
         blocks = self._order.chunk(number)

@@ -48,7 +48,7 @@ class _Slot:
     overflowed: HostCopy | None = None
 
     def bytes_of(self, index: int, column: Column) -> memoryview:
-        return memoryview(self.memory[index].numpy())[: self.rows * column.row_bytes]
+        return self.memory[index].numpy().data[: self.rows * column.row_bytes]
 
     def place(self, index: int, column: Column) -> torch.Tensor:
         """Of the batch's rows of a column."""
