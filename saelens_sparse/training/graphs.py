@@ -27,6 +27,7 @@ from saelens_sparse.codes.code import PairCode
 from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, code_of
 from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
 from saelens_sparse.measured import MAX_GRAPH_ELEMENTS
+from saelens_sparse.ops.common.cuda_graph import record
 from saelens_sparse.ops.update.weight_cache import WeightCache
 from saelens_sparse.warn import warn_caller
 
@@ -297,46 +298,34 @@ class GraphedCalls:
     def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self.depends_on: object = None
         self._stream, self._pool = stream, pool
-        self._recorded: dict[str, torch.cuda.CUDAGraph | None] = {}
+        self._recorded: dict[str, tuple[torch.cuda.CUDAGraph, Any] | None] = {}
 
     @property
     def are_recorded(self) -> bool:
         return bool(self._recorded)
 
-    def run(self, name: str, call: Callable[[], None]) -> bool:
+    def run(self, name: str, call: Callable[[], _T]) -> tuple[_T, bool]:
         """
         Make a call, or replay what it queued when it was made first.
 
         Returns:
-            Whether it was replayed only, so that nothing of it happened on the host.
+            What the call gave when it was made. Its tensors are those that a replay writes anew.
+            And whether it was replayed only, so that nothing of it happened on the host.
         """
         with torch.cuda.device(self._stream.device):
             is_first = name not in self._recorded
             if is_first:
                 try:
-                    self._recorded[name], _ = record(call, self._stream, self._pool)
+                    self._recorded[name] = record(call, self._stream, self._pool)
                 except RuntimeError as error:
-                    _give_up(self._stream.device, error)
+                    _warn_once(_first_line(error))
                     self._recorded[name] = None
-            graph = self._recorded[name]
-            if graph is None:  # could not be recorded
-                call()
-                return False
+            recorded = self._recorded[name]
+            if recorded is None:  # could not be recorded
+                return call(), False
+            graph, result = recorded
             graph.replay()
-            return not is_first
-
-
-def record(
-    call: Callable[[], _T], stream: torch.cuda.Stream, pool: Any = None
-) -> tuple[torch.cuda.CUDAGraph, _T]:
-    """Record what a call queues on a side stream, without its being done."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, which may be preparing activations, go on as they like.
-    with (
-        torch.cuda.device(stream.device),
-        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-    ):
-        return graph, call()
+            return result, not is_first
 
 
 def _try_to_record(
@@ -350,15 +339,12 @@ def _try_to_record(
     try:
         return GraphedPass(sae, sae_in, autocast, weights, key)
     except RuntimeError as error:
-        _give_up(sae_in.device, error)
+        _warn_once(_first_line(error))
         return None
 
 
-def _give_up(device: torch.device, error: RuntimeError) -> None:
-    # PyTorch's generator believes that the recording goes on.
-    generator = torch.cuda.default_generators[device.index]
-    generator.graphsafe_set_state(generator.clone_state())
-    _warn_once(str(error).split("\n")[0])
+def _first_line(error: RuntimeError) -> str:
+    return str(error).split("\n")[0]
 
 
 @cache
