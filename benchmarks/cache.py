@@ -211,7 +211,7 @@ class CacheSession:
         """The language model alone, and a cache that it fills."""
         case, folder = self.case, self.folder / "of_model"
         model = case.shape.make("TL", torch.bfloat16, self.device)
-        n_tokens = case.n_batches * case.batch // 2
+        n_tokens = case.n_batches * case.batch
         tokens = token_dataset(
             self.folder, 2 * n_tokens // case.context + 64, case.context, case.shape.vocabulary
         )
@@ -219,7 +219,7 @@ class CacheSession:
         cfg.sae.d_in = case.shape.d_model
         bytes_of_token = case.shape.d_model * DTYPE_NAMES[case.dtype].itemsize
         runner = CacheRunner(
-            cfg, folder, dtype=case.dtype, tokens=n_tokens, shard_bytes=case.shard_bytes,
+            cfg, folder, dtype=case.dtype, tokens=n_tokens, shard_bytes=case.shard_bytes // 8,
             override_dataset=tokens, override_model=model,
         )  # fmt: skip
         runner.run()  # a warm-up
