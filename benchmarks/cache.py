@@ -95,9 +95,8 @@ class CacheSession:
 
     def runner_config(self, **options: Any) -> LanguageModelSAERunnerConfig[Any]:
         case = self.case
-        sae = ARCHITECTURES[TOPK].config(
-            d_in=case.d_in, d_sae=case.d_sae, k=case.k, device=self.device
-        )
+        kind: Any = ARCHITECTURES[TOPK].config
+        sae = kind(d_in=case.d_in, d_sae=case.d_sae, k=case.k, device=self.device)
         settings: dict[str, Any] = {
             "model_name": case.name,
             "hook_name": HOOK,
