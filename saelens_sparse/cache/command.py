@@ -100,8 +100,7 @@ def _config(rest: Sequence[str]) -> Config:
     else:
         saelens_sparse.register()
         cfg = load_config(rest[0])
-    if cfg.use_cached_activations and cfg.cached_activations_path is not None:
-        cfg.use_cached_activations = False  # it is what is to be made
+    cfg.use_cached_activations = False  # they are what is to be made
     with usage_errors():
         check_training(cfg)
     return cfg
