@@ -23,7 +23,7 @@ class ShardedActivations:
     """
     What a store takes batches from: rows of all shards, block by block in a random order.
 
-    PyTorch's generator of the host gives the order's seed when the first rows are asked for. Each
+    PyTorch's generator of the host gives the order's seed when it is opened. Each
     epoch has another order.
 
     Args:
@@ -72,7 +72,7 @@ class ShardedActivations:
         self._columns = columns if kept is None else [*columns, TOKEN_COLUMN]
         self._batch_size, self._device, self._kept = batch_size, device, kept
         self._rows = [shard.rows for shard in self.manifest.shards]
-        return BlockOrder(self._rows, batch_size, seed=0).chunk_rows
+        return self._opened().chunk_rows
 
     def model_batch(self) -> ModelBatch:
         """The next rows, of another epoch if this one has ended."""
