@@ -25,6 +25,7 @@ from saelens_sparse.training.runners import SparseTrainingRunner, checked
 USAGE = """\
 usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...] [own flags]
        saelens-sparse train --config FILE.json [own flags]
+       saelens-sparse cache FILE.json [options]
        saelens-sparse compare [FILE.json] [options]
        saelens-sparse profile FILE.json | --shape D_IN,D_SAE,K,BATCH [options]
 
@@ -33,6 +34,7 @@ train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrai
          --help` lists them); FILE.json is what LanguageModelSAERunnerConfig.to_dict() gives.
          Own flags: --no-save-buffer leaves the shuffled activations out of checkpoints.
          --language-model saelens computes activations as SAELens does, bit for bit.
+cache    writes the activations of a run once; runs with use_cached_activations train from them.
 compare  trains a stock and a sparse SAE from one config, and reports whether they are the same
          and what each costs: the whole run, with the language model, and its parts.
 profile  takes the run of FILE.json apart, and says what to change in it to gain most. Then it takes
@@ -46,6 +48,7 @@ LANGUAGE_MODEL = "--language-model"
 # Modules with a `main` that takes the arguments and returns the exit status; imported when asked
 # for, since they bring what training does not need.
 _COMMANDS = {
+    "cache": "saelens_sparse.cache.command",
     "compare": "saelens_sparse.compare.command",
     "profile": "saelens_sparse.profile.command",
 }

@@ -17,9 +17,10 @@ from saelens_sparse.compare.figures import draw_all
 from saelens_sparse.compare.state import State
 from saelens_sparse.compare.steps import deviation, load_steps, summarize, table_of
 from saelens_sparse.compare.whole_runs import load_runs
-from saelens_sparse.reports.files import damage, write_whole
+from saelens_sparse.reports.files import damage
 from saelens_sparse.reports.presentation import Section, can_draw, plain_table, write_page
 from saelens_sparse.reports.results import environment
+from saelens_sparse.whole_files import write_whole
 from saelens_sparse.whole_run.record import RunRecord
 from saelens_sparse.whole_run.shown import draw_runs, run_notes, run_table
 from saelens_sparse.whole_run.suggestions import MAX_SUGGESTIONS, of_runner, suggestions

@@ -34,8 +34,9 @@ from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import CONFIG, EVALUATION, FINAL, INITIAL_DECODER, LOG, STEPS
 from saelens_sparse.compare.steps import Step, load_steps
 from saelens_sparse.compare.whole_runs import time_runs
-from saelens_sparse.reports.files import lock_folder, sync, write_whole
+from saelens_sparse.reports.files import lock_folder
 from saelens_sparse.training import SparseSAETrainer
+from saelens_sparse.whole_files import sync, write_whole
 from saelens_sparse.whole_run.clock import now
 
 SAMPLE_ROWS = 1024

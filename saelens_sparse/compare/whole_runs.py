@@ -22,8 +22,8 @@ from torch.optim.lr_scheduler import ConstantLR
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import RUN_SAMPLES, RUNS
 from saelens_sparse.language_model import PathChoice
-from saelens_sparse.reports.files import write_whole
 from saelens_sparse.training import SparseSAETrainer
+from saelens_sparse.whole_files import write_whole
 from saelens_sparse.whole_run.record import (
     SAELENS_RUNNER,
     SPARSE_RUNNER,

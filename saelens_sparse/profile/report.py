@@ -9,7 +9,6 @@ from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.profile import pictures
 from saelens_sparse.profile.contender import Record
 from saelens_sparse.profile.tables import measured, tables_of
-from saelens_sparse.reports.files import write_whole
 from saelens_sparse.reports.presentation import (
     Section,
     can_draw,
@@ -17,6 +16,7 @@ from saelens_sparse.reports.presentation import (
     plain_table,
     write_page,
 )
+from saelens_sparse.whole_files import write_whole
 from saelens_sparse.whole_run.record import RunRecord
 from saelens_sparse.whole_run.shown import draw_runs, run_notes, run_sentence, run_table
 

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from typing_extensions import override
 
 from saelens_sparse.activations.before_loading import check_activations
+from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.activations.swap import use_fast_activations_store
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
@@ -63,6 +64,7 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
     - If `resume_from_checkpoint` is damaged, the newest whole checkpoint beside it is taken.
     - Activations come from a `FastActivationsStore`: the same batches, faster. Its state belongs to
       the checkpoint, so that a resumed run goes on bit for bit.
+    - `cached_activations_path` may name a cache that `saelens-sparse cache` has written.
     - `from_pretrained_path` may name an SAE of the counterpart architecture. What is trained is
       what `sae` says, from the weights in that folder. See `load_pretrained`.
 
@@ -105,7 +107,13 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
         path = cfg.from_pretrained_path
         if path is not None and concerns_sparse(path, cfg.sae):
             override_sae = load_pretrained(path, cfg.sae)
-        super().__init__(cfg, override_dataset, override_model, override_sae)
+        shards = cfg.cached_activations_path if cfg.use_cached_activations else None
+        if is_sharded(shards):
+            self._store_options["shards"] = shards
+            super().__init__(_without_cache(cfg), override_dataset, override_model, override_sae)
+            self.cfg = cfg
+        else:
+            super().__init__(cfg, override_dataset, override_model, override_sae)
         self._stop_signals = StopSignals()
         self.prepare_store()
 
@@ -225,6 +233,13 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             for name, sae in saes.items():
                 logged = SimpleNamespace(sae=sae, cfg=self.cfg.to_sae_trainer_config())
                 _log_final(logged, folder / name, has_sparsity=True)
+
+
+def _without_cache(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
+    """The config for SAELens's store, which knows one format of caches only."""
+    cfg = copy.copy(cfg)
+    cfg.use_cached_activations = False
+    return cfg
 
 
 def _use_fast_store(
