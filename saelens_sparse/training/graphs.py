@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -28,9 +28,8 @@ from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, c
 from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
 from saelens_sparse.measured import MAX_GRAPH_ELEMENTS
 from saelens_sparse.ops.update.weight_cache import WeightCache
+from saelens_sparse.training.graph_memory import GraphMemory
 from saelens_sparse.warn import warn_caller
-
-_T = TypeVar("_T")
 
 # Steps taken without a graph first, in which kernels are compiled and memory is reserved.
 STEPS_BEFORE = 3
@@ -100,12 +99,16 @@ def _recording_key(
 class StepGraphs:
     """The graphs of one SAE's steps: recorded when they can be, given up when they no longer fit.
 
+    Args:
+        memory: where they are recorded.
+
     Attributes:
         current: the recorded pass, if there is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: GraphMemory) -> None:
         self.current: GraphedPass | None = None
+        self._memory = memory
         self._steps_before = STEPS_BEFORE
 
     def usable(
@@ -137,7 +140,7 @@ class StepGraphs:
             if self._steps_before > 0:
                 self._steps_before -= 1
                 return None
-            self.current = _try_to_record(sae, sae_in, autocast, weights, key)
+            self.current = _try_to_record(sae, sae_in, autocast, weights, key, self._memory)
             self._steps_before = STEPS_BEFORE if self.current is not None else sys.maxsize
         return self.current
 
@@ -181,6 +184,7 @@ class GraphedPass:
         autocast: entered around the forward pass.
         weights: what the last update has written.
         key: what the recording depends on.
+        memory: where it is recorded.
 
     Attributes:
         key: likewise.
@@ -194,19 +198,20 @@ class GraphedPass:
         autocast: AbstractContextManager[Any],
         weights: WeightCache,
         key: object,
+        memory: GraphMemory,
     ) -> None:
         self.key = key
         self._sae, self._autocast, self._weights = sae, autocast, weights
         self._sae_in = sae_in.detach().clone()
         self._device = sae_in.device
-        stream = torch.cuda.Stream(self._device)
+        stream = memory.stream(self._device)
         # PyTorch asks for a pass on a side stream first.
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graph, self._recorded = record(self._run, stream)
-        self.followups = GraphedCalls(stream, self._graph.pool())
+        self._graph, self._recorded = memory.record(self._run, self._device)
+        self.followups = GraphedCalls(memory, self._device)
 
     def _run(self) -> _Recorded:
         sae = self._sae
@@ -287,16 +292,16 @@ class GraphedCalls:
     """Calls that are recorded once, and replayed from then on.
 
     Args:
-        stream: to record on.
-        pool: memory pool of a graph that is always replayed before them.
+        memory: where they are recorded.
+        device: where they run.
 
     Attributes:
         depends_on: what the recordings depend on, for whoever makes them to compare.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
+    def __init__(self, memory: GraphMemory, device: torch.device) -> None:
         self.depends_on: object = None
-        self._stream, self._pool = stream, pool
+        self._memory, self._device = memory, device
         self._recorded: dict[str, torch.cuda.CUDAGraph | None] = {}
 
     @property
@@ -310,13 +315,13 @@ class GraphedCalls:
         Returns:
             Whether it was replayed only, so that nothing of it happened on the host.
         """
-        with torch.cuda.device(self._stream.device):
+        with torch.cuda.device(self._device):
             is_first = name not in self._recorded
             if is_first:
                 try:
-                    self._recorded[name], _ = record(call, self._stream, self._pool)
+                    self._recorded[name], _ = self._memory.record(call, self._device)
                 except RuntimeError as error:
-                    _give_up(self._stream.device, error)
+                    _give_up(self._device, error)
                     self._recorded[name] = None
             graph = self._recorded[name]
             if graph is None:  # could not be recorded
@@ -326,29 +331,17 @@ class GraphedCalls:
             return not is_first
 
 
-def record(
-    call: Callable[[], _T], stream: torch.cuda.Stream, pool: Any = None
-) -> tuple[torch.cuda.CUDAGraph, _T]:
-    """Record what a call queues on a side stream, without its being done."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, which may be preparing activations, go on as they like.
-    with (
-        torch.cuda.device(stream.device),
-        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-    ):
-        return graph, call()
-
-
 def _try_to_record(
     sae: SparseTrainingSAEMixin,
     sae_in: torch.Tensor,
     autocast: AbstractContextManager[Any],
     weights: WeightCache,
     key: object,
+    memory: GraphMemory,
 ) -> GraphedPass | None:
     """A recording; None, and a warning, if PyTorch cannot make one here."""
     try:
-        return GraphedPass(sae, sae_in, autocast, weights, key)
+        return GraphedPass(sae, sae_in, autocast, weights, key, memory)
     except RuntimeError as error:
         _give_up(sae_in.device, error)
         return None

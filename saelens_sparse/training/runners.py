@@ -42,8 +42,9 @@ from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runn
 from saelens_sparse.language_model import Option, check_option
 from saelens_sparse.training.checkpoints import whole_checkpoint
 from saelens_sparse.training.interruption import StopSignals
+from saelens_sparse.training.multi_trainer import SparseMultiSAETrainer
 from saelens_sparse.training.pretrained import check_pretrained, concerns_sparse, load_pretrained
-from saelens_sparse.training.trainer import SparseMultiSAETrainer, SparseSAETrainer
+from saelens_sparse.training.trainer import SparseSAETrainer
 from saelens_sparse.training.whole_folders import save_somewhere
 
 _Config = TypeVar("_Config", LanguageModelSAERunnerConfig[Any], MultiSAETrainingRunnerConfig)
