@@ -47,7 +47,8 @@ from saelens_sparse.training.pretrained import check_pretrained, concerns_sparse
 from saelens_sparse.training.trainer import SparseSAETrainer
 from saelens_sparse.training.whole_folders import save_somewhere
 
-_Config = TypeVar("_Config", LanguageModelSAERunnerConfig[Any], MultiSAETrainingRunnerConfig)
+_Config = TypeVar("_Config", bound=LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig)
+_MultiConfig = TypeVar("_MultiConfig", bound=MultiSAETrainingRunnerConfig)
 
 
 class SparseTrainingRunner(LanguageModelSAETrainingRunner):
@@ -181,9 +182,7 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             "save_buffer": save_buffer,
             "language_model": language_model,
         }
-        check_multi_runner_outputs(cfg, save_buffer=save_buffer)
-        check_activations(cfg, override_dataset, override_model)
-        cfg = _checked(cfg, names_of_saes=[*cfg.saes])
+        cfg = checked_multi(cfg, override_dataset, override_model, save_buffer=save_buffer)
         super().__init__(cfg, override_dataset, override_model, override_saes)
         self._stop_signals = StopSignals()
         self.prepare_store()
@@ -279,6 +278,15 @@ def checked(
     if path is not None and concerns_sparse(path, cfg.sae):
         check_pretrained(path, cfg.sae)
     return _checked(cfg, names_of_saes=())
+
+
+def checked_multi(
+    cfg: _MultiConfig, dataset: Any = None, model: Any = None, *, save_buffer: bool = True
+) -> _MultiConfig:
+    """`checked` for several SAEs."""
+    check_multi_runner_outputs(cfg, save_buffer=save_buffer)
+    check_activations(cfg, dataset, model)
+    return _checked(cfg, names_of_saes=[*cfg.saes])
 
 
 def _checked(cfg: _Config, names_of_saes: Sequence[str]) -> _Config:
