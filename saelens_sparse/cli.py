@@ -18,7 +18,6 @@ import saelens_sparse
 from saelens_sparse.config.checks import check_field, check_fields, check_training, field_hints
 from saelens_sparse.config.files import RunConfig, UsageError, load_run, usage_errors
 from saelens_sparse.config.messages import suggestion
-from saelens_sparse.config.several import check_multi_training
 from saelens_sparse.language_model import OPTIONS, check_option
 from saelens_sparse.private_names import parse_cfg_args
 from saelens_sparse.training.runners import (
@@ -31,6 +30,7 @@ from saelens_sparse.training.runners import (
 USAGE = """\
 usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...] [own flags]
        saelens-sparse train FILE [--set NAME=VALUE ...] [own flags]
+       saelens-sparse cache FILE [--set NAME=VALUE ...] [options]
        saelens-sparse compare [FILE.json] [options]
        saelens-sparse profile FILE.json | --shape D_IN,D_SAE,K,BATCH [options]
 
@@ -41,6 +41,7 @@ train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrai
          same. --set changes a field: lr=0.001, sae.k=64, or saes.NAME.k=64 for one of several.
          Own flags: --no-save-buffer leaves the shuffled activations out of checkpoints.
          --language-model saelens computes activations as SAELens does, bit for bit.
+cache    writes the activations of a run once; runs with use_cached_activations train from them.
 compare  trains a stock and a sparse SAE from one config, and reports whether they are the same
          and what each costs.
 profile  takes one training step of each apart: where its time and memory go.
@@ -53,6 +54,7 @@ LANGUAGE_MODEL = "--language-model"
 # Modules with a `main` that takes the arguments and returns the exit status; imported when asked
 # for, since they bring what training does not need.
 _COMMANDS = {
+    "cache": "saelens_sparse.cache.command",
     "compare": "saelens_sparse.compare.command",
     "profile": "saelens_sparse.profile.command",
 }
@@ -165,15 +167,14 @@ def train(args: Sequence[str]) -> int:
     options: dict[str, Any] = {"save_buffer": save_buffer, "language_model": language_model}
     with usage_errors():
         check_option(language_model, LANGUAGE_MODEL)
-        if isinstance(cfg, MultiSAETrainingRunnerConfig):
-            check_multi_training(cfg)
-            cfg = checked_multi(cfg, save_buffer=save_buffer)
-        else:
-            check_training(cfg)
-            cfg = checked(cfg, save_buffer=save_buffer)
+        check_training(cfg)
     if isinstance(cfg, MultiSAETrainingRunnerConfig):
+        with usage_errors():
+            cfg = checked_multi(cfg, save_buffer=save_buffer)
         SparseMultiSAETrainingRunner(cfg, **options).run()
     else:
+        with usage_errors():
+            cfg = checked(cfg, save_buffer=save_buffer)
         SparseTrainingRunner(cfg, **options).run()
     return 0
 

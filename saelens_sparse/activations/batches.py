@@ -23,7 +23,7 @@ class ModelBatch(NamedTuple):
     Attributes:
         parts: `[n, width]` for each hook.
         sequences: The tokens that they are of; None if activations come from a cache.
-        rows_read: What `Epoch.rows_read` was before these tokens.
+        rows_read: What `Epoch.rows_read` was before these tokens; where a cache stood before.
     """
 
     parts: list[torch.Tensor]
@@ -36,10 +36,11 @@ class Source(Protocol):
     Where activations come from.
 
     Attributes:
-        reads_ahead: Whether activations for the next shuffle are computed as places become free.
+        reads_early: Whether activations for the next shuffle are taken as places become free.
     """
 
-    reads_ahead: bool
+    @property
+    def reads_early(self) -> bool: ...
 
     def model_batch(self) -> ModelBatch:
         """The next ones, of another epoch if this one has ended."""
@@ -113,7 +114,7 @@ class Batches(Iterator[Any]):
                 self.give_back()
             if self._buffer.n_to_serve == 0:
                 self._fill_and_shuffle()
-            elif self._source.reads_ahead:
+            elif self._source.reads_early:
                 self._read_ahead()
             return self._form(self._buffer.next_batch())
 

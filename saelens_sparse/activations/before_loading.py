@@ -15,6 +15,8 @@ from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from saelens_sparse.activations.checks import check_cache_size, check_dataset_size, check_hooks
+from saelens_sparse.activations.shards.manifest import is_sharded
+from saelens_sparse.activations.shards.match import check_shards
 from saelens_sparse.config.checks import check_buffer
 
 _Config = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
@@ -31,8 +33,8 @@ def check_activations(cfg: _Config, dataset: object = None, model: object = None
             looked up, if its architecture can be known without its weights.
 
     Raises:
-        ValueError: the buffer holds less than a batch, the dataset less than the buffer, or the
-            model has no such hook.
+        ValueError: the buffer holds less than a batch, the dataset less than the buffer, the model
+            has no such hook, or a cache of activations is not whole or not of this run's.
     """
     context_size = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     prompts = cfg.n_batches_in_buffer
@@ -62,6 +64,9 @@ def hooks_of(model: object) -> Iterable[str] | None:
 
 
 def _check_cache(cfg: Any) -> None:
+    if is_sharded(cfg.cached_activations_path):
+        check_shards(cfg)
+        return
     try:
         rows = load_from_disk(cfg.cached_activations_path)
     except (OSError, ValueError, TypeError):

@@ -69,18 +69,18 @@ def check_width(hook_name: str, width: int, d_in: int) -> None:
         )
 
 
-def check_cached(n_values: int, n_rows: int, context_size: int, d_in: int) -> None:
+def check_cached(n_values: int, n_expected: int, n_rows: int) -> None:
     """
     Check that cached activations are as many as they should be.
 
     Raises:
         ValueError: they are not.
     """
-    if n_values != n_rows * context_size * d_in:
+    if n_values != n_expected:
         raise ValueError(
-            f"cached_activations_path: {n_rows} rows were to hold {n_rows} x {context_size} x "
-            f"{d_in} values, and {n_values} were found; store_batch_size_prompts may be more than "
-            "there are rows"
+            f"cached_activations_path: {n_rows} rows were to hold {n_expected} values, "
+            f"context_size x d_in each, and {n_values} were found; store_batch_size_prompts may be "
+            "more than there are rows"
         )
 
 

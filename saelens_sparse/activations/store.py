@@ -38,7 +38,10 @@ from saelens_sparse.activations.epoch import (
 )
 from saelens_sparse.activations.mixing import EMPTY, MixingBuffer
 from saelens_sparse.activations.packing import ConcatenatedRows, SeparateRows, TokenizedRows
+from saelens_sparse.activations.read_ahead import Kept, not_among
 from saelens_sparse.activations.rows import Rows, TokenSlices, can_slice
+from saelens_sparse.activations.sharded import NEW_EPOCH, ShardedActivations
+from saelens_sparse.activations.shards.manifest import Hook, is_sharded
 from saelens_sparse.config.checks import check_buffer
 from saelens_sparse.language_model import Option, RunningModel
 from saelens_sparse.ops.common.host_copy import to_device
@@ -59,8 +62,6 @@ _OF_SEQUENCES = (
     "sequence_separator_token",
     "use_chat_formatting",
 )
-# As SAELens says it.
-_NEW_EPOCH = "All samples in the training dataset have been exhausted, beginning new epoch."
 
 
 class FastActivationsStore(ActivationsStore):
@@ -101,13 +102,26 @@ class FastActivationsStore(ActivationsStore):
         super().__init__(*args, **kwargs)
         self._prepare()
 
+    @override
+    def load_cached_activation_dataset(self) -> Dataset | None:
+        if is_sharded(self.cached_activations_path):
+            return None  # not SAELens's format
+        return super().load_cached_activation_dataset()
+
     @classmethod
-    def taking_over(cls, store: ActivationsStore) -> FastActivationsStore:
+    def taking_over(
+        cls, store: ActivationsStore, shards: str | None = None
+    ) -> FastActivationsStore:
         """
         A store in the place of one of SAELens's that nobody has read from.
 
+        Args:
+            store: SAELens's.
+            shards: Folder of a cache of this package's, whose activations replace those of the
+                language model.
+
         Raises:
-            ValueError: somebody has.
+            ValueError: somebody has, or the cache's manifest cannot be read.
         """
         if isinstance(store, cls):
             return store
@@ -120,6 +134,8 @@ class FastActivationsStore(ActivationsStore):
             or getattr(store, "current_row_idx", 0) > 0
         ):
             raise ValueError("the activation store cannot be replaced once it has been read from")
+        if shards is not None:
+            own.cached_activations_path = shards
         own._prepare()
         return own
 
@@ -129,7 +145,20 @@ class FastActivationsStore(ActivationsStore):
         excluded = self.exclude_special_tokens
         self._excluded = None if excluded is None else excluded.cpu()
         cached = self.cached_activation_dataset
-        self._cached = None if cached is None else CachedActivations(cached, self.hook_name)
+        self._cached = None
+        if cached is not None:
+            self._cached = CachedActivations(
+                cached,
+                self.hook_name,
+                context_size=self.context_size,
+                d_in=self.d_in,
+                dtype=self.dtype,
+                device=self.device,
+                kept=self._kept_of_cache(),
+            )
+        path = self.cached_activations_path
+        sharded = path if is_sharded(path) else None
+        self._shards = None if sharded is None else ShardedActivations(sharded)
         if self.dataset is not None:
             self.iterable_sequences = self._new_epoch()
 
@@ -145,11 +174,25 @@ class FastActivationsStore(ActivationsStore):
         if self._cached is not None:
             checks.check_cache_size(len(self._cached), self.store_batch_size_prompts)
             return
+        if self._shards is not None:
+            self._shards.manifest.positions_of(self.hooks)
+            return
         known = hooks_of(self.model)
         if known is not None:
             checks.check_hooks(self._hook_names or [self.hook_name], known)
         if self.is_dataset_tokenized and isinstance(self.dataset, Dataset):
             checks.check_dataset_size(len(self.dataset), prompts, "the dataset")
+
+    @property
+    def hooks(self) -> list[Hook]:
+        """Whose activations it gives, in order."""
+        names = self._hook_names or [self.hook_name]
+        return [Hook(name, self._head(name), self._width(name)) for name in names]
+
+    @property
+    def reads_early(self) -> bool:
+        """Whether activations for the next shuffle are taken as places become free."""
+        return self.reads_ahead or self._cached is not None or self._shards is not None
 
     # Tokens
 
@@ -237,6 +280,15 @@ class FastActivationsStore(ActivationsStore):
     # Activations
 
     @override
+    def get_raw_llm_batch(
+        self, raise_on_epoch_end: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with self._lock:
+            if self._cached is not None and self._batches is not None:
+                self._batches.give_back()
+            return super().get_raw_llm_batch(raise_on_epoch_end)
+
+    @override
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(()) if self.reads_ahead else self
 
@@ -261,11 +313,16 @@ class FastActivationsStore(ActivationsStore):
         self, dtype: torch.dtype | None, form: Callable[[list[torch.Tensor]], Any]
     ) -> Batches:
         self.check()
+        batch_size, shards = self.train_batch_size_tokens, self._shards
         context_size = self.training_context_size if self._cached is None else self.context_size
+        n_at_once = self.store_batch_size_prompts * context_size
+        if shards is not None:
+            n_at_once = shards.open(self.hooks, batch_size, self.device, self._kept_of_cache())
+            dtype = self.dtype
         buffer = MixingBuffer(
             size=self.n_batches_in_buffer * self.training_context_size,
-            n_at_once=self.store_batch_size_prompts * context_size,
-            batch_size=self.train_batch_size_tokens,
+            n_at_once=n_at_once,
+            batch_size=batch_size,
             mix_fraction=self.activations_mixing_fraction,
             device=self.device,
             dtype=dtype,
@@ -282,6 +339,8 @@ class FastActivationsStore(ActivationsStore):
         Raises:
             ValueError: there are too few tokens to fill the buffer once.
         """
+        if self._shards is not None:
+            return self._shards.model_batch()
         next_batch = self._cached_batch if self._cached is not None else self._computed_batch
         epoch = None if self.dataset is None else self.iterable_sequences
         try:
@@ -289,7 +348,7 @@ class FastActivationsStore(ActivationsStore):
         except StopIteration:
             if self._cached is None and epoch is not None:
                 checks.check_dataset_size(epoch.n_taken, self.n_batches_in_buffer, "the dataset")
-            warnings.warn(_NEW_EPOCH, stacklevel=2)
+            warnings.warn(NEW_EPOCH, stacklevel=2)
         try:
             return next_batch(False)
         except StopIteration as error:
@@ -299,8 +358,11 @@ class FastActivationsStore(ActivationsStore):
 
     def model_batch_of_epoch(self) -> ModelBatch | None:
         """The same, if this epoch has as many tokens left as the language model gets at once."""
+        if self._shards is not None:
+            return self._shards.model_batch_of_epoch()
         if self._cached is not None:
-            return None
+            ends = self.current_row_idx > len(self._cached) - self.store_batch_size_prompts
+            return None if ends else self._cached_batch(False)
         rows_read = self.iterable_sequences.rows_read
         taken = self.iterable_sequences.read(self.store_batch_size_prompts)
         batch = ModelBatch([], taken, rows_read)
@@ -311,8 +373,13 @@ class FastActivationsStore(ActivationsStore):
         return batch._replace(parts=self._activations(taken.tokens))
 
     def put_back(self, batch: ModelBatch) -> None:
-        """Take back the tokens of what was given last."""
-        assert batch.sequences is not None
+        """Take back the tokens, or the cache's rows, of what was given last."""
+        if self._shards is not None:
+            self._shards.put_back(batch)
+            return
+        if batch.sequences is None:
+            self.current_row_idx = batch.rows_read
+            return
         self.iterable_sequences.put_back(batch.sequences, batch.rows_read)
         self.n_dataset_processed = self.iterable_sequences.n_processed
 
@@ -375,22 +442,21 @@ class FastActivationsStore(ActivationsStore):
         is_kept = torch.isin(tokens.reshape(-1), self._excluded, invert=True)
         return None if is_kept.all() else is_kept.nonzero().squeeze(1)
 
+    def _kept_of_cache(self) -> Kept | None:
+        return None if self._excluded is None else partial(not_among, self._excluded)
+
     def _cached_batch(self, raises_at_end: bool) -> ModelBatch:
         """As SAELens's `_load_raw_llm_batch_from_cached`."""
         assert self._cached is not None
-        n, d_in = self.store_batch_size_prompts, self.d_in
+        n = self.store_batch_size_prompts
         if self.current_row_idx > len(self._cached) - n:
             self.current_row_idx = 0
             if raises_at_end:
                 raise StopIteration
-        activations, tokens = self._cached.read(self.current_row_idx, self.current_row_idx + n)
-        checks.check_cached(activations.numel(), n, self.context_size, d_in)
-        self.current_row_idx += n
-        part = activations.view(-1, d_in)
-        kept = None if tokens is None else self._kept(tokens)
-        if kept is not None:
-            part = part.index_select(0, kept)
-        return ModelBatch([part.to(self.dtype)])
+        start = self.current_row_idx
+        rows = self._cached.read(start, n)
+        self.current_row_idx = start + n
+        return ModelBatch([rows], None, start)
 
     # State
 
@@ -418,6 +484,8 @@ class FastActivationsStore(ActivationsStore):
         state = super().state_dict()
         if self._cached is not None:
             state[_CACHED_ROW] = torch.tensor(self.current_row_idx)
+        if self._shards is not None:
+            state |= self._shards.position()
         if self.dataset is not None:
             epoch = self.iterable_sequences.state()
             state |= {_TOKENS + name: part.clone() for name, part in epoch.items()}
@@ -428,6 +496,8 @@ class FastActivationsStore(ActivationsStore):
         self.n_dataset_processed = int(position[_PROCESSED])
         if self._cached is not None and _CACHED_ROW in position:
             self.current_row_idx = int(position[_CACHED_ROW])
+        if self._shards is not None:
+            self._shards.go_to(position)
         if self.dataset is not None:
             self.iterable_sequences = self._new_epoch()
             self.iterable_sequences.load(part_of(position, _TOKENS))
@@ -486,11 +556,12 @@ class FastActivationsStore(ActivationsStore):
 
     def _settings(self) -> dict[str, dict[str, Any]]:
         """What must be the same for a position, and for rows of a buffer, to have their meaning."""
-        names, excluded = self._hook_names or [self.hook_name], self._excluded
+        excluded, shards = self._excluded, self._shards
         return {
             "position": {
                 "context_size": self.context_size,
                 "is_cached": self._cached is not None,
+                "cache": None if self._shards is None else self._shards.manifest.identity,
                 "epoch": None if self.dataset is None else type(self.iterable_sequences).__name__,
                 **{name: getattr(self, name) for name in _OF_SEQUENCES},
             },
@@ -499,7 +570,8 @@ class FastActivationsStore(ActivationsStore):
                 "positions": [*range(self.context_size)[slice(*self.seqpos_slice)]],
                 "train_batch_size_tokens": self.train_batch_size_tokens,
                 "activations_mixing_fraction": self.activations_mixing_fraction,
-                "hooks": [[name, self._head(name), self._width(name)] for name in names],
+                "hooks": [[*hook] for hook in self.hooks],
+                "cache": None if shards is None else shards.manifest.identity,
                 "exclude_special_tokens": None if excluded is None else excluded.tolist(),
             },
         }

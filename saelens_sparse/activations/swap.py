@@ -15,6 +15,7 @@ def use_fast_activations_store(
     *,
     save_buffer: bool = True,
     language_model: Option = "auto",
+    shards: str | None = None,
 ) -> FastActivationsStore:
     """
     Let a runner of SAELens's and its evaluator take activations from a `FastActivationsStore`.
@@ -29,6 +30,7 @@ def use_fast_activations_store(
             1.5 GB for 164k x 2,304.
         language_model: What computes the activations. "auto" is fast, and gives SAELens's values
             up to rounding; "saelens" gives its bits. See `choose_model_path`.
+        shards: Folder that `saelens-sparse cache` has written, in the place of the language model.
 
     Returns:
         The store.
@@ -45,7 +47,7 @@ def use_fast_activations_store(
             f"runner.activations_store is a {type(store).__name__}; allowed: SAELens's "
             "ActivationsStore"
         )
-    own = FastActivationsStore.taking_over(store)
+    own = FastActivationsStore.taking_over(store, shards)
     own.check()
     own.saves_buffer, own.language_model = save_buffer, language_model
     runner.activations_store = own

@@ -27,7 +27,8 @@ from filelock import FileLock
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from saelens_sparse.reports.files import damage, sync
+from saelens_sparse.reports.files import damage
+from saelens_sparse.whole_files import sync
 
 INPUT_FIELDS = ("model_name", "dataset_path", "cached_activations_path")
 """Fields of a config that name what is made here."""

@@ -15,9 +15,10 @@ from saelens_sparse.compare.comparison import EVALUATION, STEPS, Comparison
 from saelens_sparse.compare.figures import draw_all
 from saelens_sparse.compare.state import State
 from saelens_sparse.compare.steps import deviation, load_steps, summarize, table_of
-from saelens_sparse.reports.files import damage, write_whole
+from saelens_sparse.reports.files import damage
 from saelens_sparse.reports.presentation import Section, can_draw, plain_table, write_page
 from saelens_sparse.reports.results import environment
+from saelens_sparse.whole_files import write_whole
 
 CACHED = (
     "Activations were generated once and read from a cache by both sides. The pace with the "

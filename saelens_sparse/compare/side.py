@@ -33,8 +33,9 @@ import saelens_sparse
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import CONFIG, EVALUATION, FINAL, INITIAL_DECODER, LOG, STEPS
 from saelens_sparse.compare.steps import Step, load_steps
-from saelens_sparse.reports.files import lock_folder, sync, write_whole
+from saelens_sparse.reports.files import lock_folder
 from saelens_sparse.training import SparseSAETrainer
+from saelens_sparse.whole_files import sync, write_whole
 
 SAMPLE_ROWS = 1024
 """Activations kept, to try the saved SAE on."""

@@ -31,8 +31,9 @@ from saelens_sparse.compare.comparison import (
 )
 from saelens_sparse.compare.steps import load_steps
 from saelens_sparse.config.files import UsageError
-from saelens_sparse.reports.files import damage, has_files, write_whole
+from saelens_sparse.reports.files import damage, has_files
 from saelens_sparse.training.checkpoints import problem_of
+from saelens_sparse.whole_files import write_whole
 
 OF_SAE = [getattr(constants, f"{name}_FILENAME") for name in ("SAE_WEIGHTS", "SAE_CFG", "SPARSITY")]
 OF_SAELENS = [STATE_FILENAME, *(v for k, v in vars(constants).items() if k.endswith("_FILENAME"))]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -247,22 +248,16 @@ def check_field(name: str, value: Any, hints: Mapping[str, Any]) -> None:
         _require(False, name, value, allowed + null)
 
 
-def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def check_training(cfg: _RunConfig) -> None:
     """
     Check that a training can begin, as far as that shows without loading a model or data.
 
     Args:
-        cfg: A config whose fields have been checked one by one.
+        cfg: A config of one SAE or of several, whose fields have been checked one by one.
 
     Raises:
         ValueError: with the first setting that cannot work, and what can.
     """
-    check_run(cfg)
-    check_sae(cfg.sae)
-
-
-def check_run(cfg: _RunConfig) -> None:
-    """`check_training` for what is not an SAE's."""
     _require(cfg.dtype in DTYPE_MAP, "dtype", cfg.dtype, " | ".join(DTYPE_MAP))
     for name in ("device", "llm_device", "act_store_device"):
         _check_device(name, getattr(cfg, name))
@@ -272,6 +267,21 @@ def check_run(cfg: _RunConfig) -> None:
     _check_paths(cfg)
     if cfg.logger.log_to_wandb:
         _check_wandb(cfg)
+    if not isinstance(cfg, MultiSAETrainingRunnerConfig):
+        _check_sae(cfg.sae)
+        return
+    for name, sae in cfg.saes.items():
+        with named_sae(name):
+            _check_sae(sae)
+
+
+@contextmanager
+def named_sae(name: str) -> Generator[None]:
+    """Within, messages that speak of `sae` speak of one of several by its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"\bsae(?=[.:])", lambda _: f"saes.{name}", str(error))) from error
 
 
 def check_buffer(n_batches_in_buffer: int, context_size: int, batch_size: int) -> None:
@@ -465,8 +475,8 @@ def _check_wandb(cfg: _RunConfig) -> None:
             raise ValueError(f"logger.{name}: {shown(value)} cannot be used: {error}") from error
 
 
-def check_sae(sae: TrainingSAEConfig) -> None:
-    """`check_training` for an SAE. It is made on the meta device, where it takes no memory."""
+def _check_sae(sae: TrainingSAEConfig) -> None:
+    """Also what the SAE itself refuses: it is made on the meta device, where it takes no memory."""
     k = getattr(sae, "k", None)
     if k is not None:
         _require(k <= sae.d_sae, "sae.k", k, f"at most sae.d_sae, {sae.d_sae}")

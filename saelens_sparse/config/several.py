@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,10 @@ from typing_extensions import override
 from saelens_sparse.config.checks import (
     check_architecture,
     check_group,
-    check_run,
     check_run_fields,
-    check_sae,
     check_sae_fields,
     field_hints,
+    named_sae,
 )
 from saelens_sparse.config.messages import shown
 
@@ -110,32 +108,9 @@ def check_multi_fields(values: Mapping[str, Any]) -> None:
                 f"saes: {shown(name)} cannot be a name, for it is that of a folder; allowed: "
                 "letters, digits and . _ + = -"
             )
-        with _named(name):
+        with named_sae(name):
             check_architecture(sae)
             check_sae_fields(sae, field_hints([sae["architecture"]]))
     hints = field_hints(SAE_TRAINING_CLASS_REGISTRY, SparseMultiSAETrainingRunnerConfig)
     of_run = {n: h for n, h in hints.items() if n != "evaluator" and not n.startswith(("_", "sae"))}
     check_run_fields(values, {**of_run, "sae_lens_version": str, "sae_lens_training_version": str})
-
-
-def check_multi_training(cfg: SparseMultiSAETrainingRunnerConfig) -> None:
-    """
-    `check_training` for several SAEs.
-
-    Raises:
-        ValueError: with the first setting that cannot work, and what can.
-    """
-    check_run(cfg)
-    for name, sae in cfg.saes.items():
-        with _named(name):
-            check_sae(sae)
-
-
-@contextmanager
-def _named(name: str) -> Generator[None]:
-    """Within, messages that speak of `sae` name the SAE."""
-    try:
-        yield
-    except ValueError as error:
-        named = re.sub(r"\bsae(?=[.:])", lambda _: f"saes.{name}", str(error))
-        raise ValueError(named) from error

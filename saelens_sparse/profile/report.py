@@ -8,8 +8,8 @@ from pathlib import Path
 from saelens_sparse.profile import pictures
 from saelens_sparse.profile.contender import Record
 from saelens_sparse.profile.tables import measured, tables_of
-from saelens_sparse.reports.files import write_whole
 from saelens_sparse.reports.presentation import Section, label_of, plain_table, write_page
+from saelens_sparse.whole_files import write_whole
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 _SOURCES = {

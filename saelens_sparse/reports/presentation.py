@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
-from saelens_sparse.reports.files import write_whole
+from saelens_sparse.whole_files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

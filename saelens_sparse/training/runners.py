@@ -36,9 +36,11 @@ from safetensors.torch import save_file
 from typing_extensions import override
 
 from saelens_sparse.activations.before_loading import check_activations
+from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.activations.swap import use_fast_activations_store
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
+from saelens_sparse.config.several import SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.language_model import Option, check_option
 from saelens_sparse.training.checkpoints import whole_checkpoint
 from saelens_sparse.training.interruption import StopSignals
@@ -65,6 +67,7 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
     - If `resume_from_checkpoint` is damaged, the newest whole checkpoint beside it is taken.
     - Activations come from a `FastActivationsStore`: the same batches, faster. Its state belongs to
       the checkpoint, so that a resumed run goes on bit for bit.
+    - `cached_activations_path` may name a cache that `saelens-sparse cache` has written.
     - `from_pretrained_path` may name an SAE of the counterpart architecture. What is trained is
       what `sae` says, from the weights in that folder. See `load_pretrained`.
 
@@ -107,7 +110,13 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
         path = cfg.from_pretrained_path
         if path is not None and concerns_sparse(path, cfg.sae):
             override_sae = load_pretrained(path, cfg.sae)
-        super().__init__(cfg, override_dataset, override_model, override_sae)
+        shards = cfg.cached_activations_path if cfg.use_cached_activations else None
+        if is_sharded(shards):
+            self._store_options["shards"] = shards
+            super().__init__(_without_cache(cfg), override_dataset, override_model, override_sae)
+            self.cfg = cfg
+        else:
+            super().__init__(cfg, override_dataset, override_model, override_sae)
         self._stop_signals = StopSignals()
         self.prepare_store()
 
@@ -157,7 +166,10 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
     SAELens's `MultiSAETrainingRunner` with the step of `SparseSAETrainer` for each SAE.
 
     Signals, activations, checkpoints, outputs, `save_buffer` and `language_model` are as in
-    `SparseTrainingRunner`.
+    `SparseTrainingRunner`. A batch of each hook is made once for all SAEs. With a
+    `SparseMultiSAETrainingRunnerConfig`, activations may come from a cache: one of
+    `saelens-sparse cache`, or for SAEs on a single hook one of SAELens's.
+
     SAELens's config has no `from_pretrained_path` for several SAEs: give what `load_pretrained`
     returns as `override_saes`.
 
@@ -184,6 +196,12 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
         }
         cfg = checked_multi(cfg, override_dataset, override_model, save_buffer=save_buffer)
         super().__init__(cfg, override_dataset, override_model, override_saes)
+        if (path := _cache_of(cfg)) is not None and is_sharded(path):
+            self._store_options["shards"] = path
+        elif path is not None:
+            store = self.activations_store
+            store.cached_activations_path = path
+            store.cached_activation_dataset = store.load_cached_activation_dataset()
         self._stop_signals = StopSignals()
         self.prepare_store()
 
@@ -225,6 +243,13 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             for name, sae in saes.items():
                 logged = SimpleNamespace(sae=sae, cfg=self.cfg.to_sae_trainer_config())
                 _log_final(logged, folder / name, has_sparsity=True)
+
+
+def _without_cache(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
+    """The config for SAELens's store, which knows one format of caches only."""
+    cfg = copy.copy(cfg)
+    cfg.use_cached_activations = False
+    return cfg
 
 
 def _use_fast_store(
@@ -285,8 +310,20 @@ def checked_multi(
 ) -> _MultiConfig:
     """`checked` for several SAEs."""
     check_multi_runner_outputs(cfg, save_buffer=save_buffer)
+    path, hooks = _cache_of(cfg), {*cfg.hook_names_per_sae.values()}
+    if path is not None and not is_sharded(path) and len(hooks) > 1:
+        raise ValueError(
+            f"cached_activations_path: a cache in SAELens's format is of one hook, and the SAEs "
+            f"are of {len(hooks)}; `saelens-sparse cache` writes one of several"
+        )
     check_activations(cfg, dataset, model)
     return _checked(cfg, names_of_saes=[*cfg.saes])
+
+
+def _cache_of(cfg: MultiSAETrainingRunnerConfig) -> str | None:
+    """Where activations are cached; None if they are computed."""
+    has_cache = isinstance(cfg, SparseMultiSAETrainingRunnerConfig) and cfg.use_cached_activations
+    return cfg.cached_activations_path if has_cache else None
 
 
 def _checked(cfg: _Config, names_of_saes: Sequence[str]) -> _Config:

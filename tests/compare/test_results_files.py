@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from saelens_sparse import cli
-from saelens_sparse.reports.files import write_whole
+from saelens_sparse.whole_files import write_whole
 from tests.support.compare import contents
 
 PROFILE = ["profile", "--shape", "32,256,4,64", "--device", "cpu", "--steps", "1"]

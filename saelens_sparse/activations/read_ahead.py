@@ -1,0 +1,146 @@
+"""Chunks of a cache that threads read while the program does something else."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+import torch
+from typing_extensions import override
+
+# Reads a chunk by its number, into memory of its own, and gives its tensors on the host. They are
+# valid until the next call.
+Reader = Callable[[int], list[torch.Tensor]]
+# Gives the indices of the rows that are wanted, `[n_kept]`, for their token ids, `[n]`, both on the
+# host.
+Kept = Callable[[torch.Tensor], torch.Tensor]
+
+
+def not_among(excluded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Indices of the tokens that are not excluded; a `Kept` with the first argument given."""
+    return torch.isin(tokens, excluded, invert=True).nonzero().squeeze(1)
+
+
+# Memory of the host, and as much of the device, that chunks may take.
+_MAX_BYTES = 2**29
+
+
+def n_threads(chunk_bytes: int) -> int:
+    """How many threads read chunks of that size: 2 at least, so that one can be ahead."""
+    return max(2, min(4, (os.cpu_count() or 1) // 2, _MAX_BYTES // chunk_bytes))
+
+
+class ReadAhead:
+    """
+    Gives chunk after chunk, each read before it is asked for.
+
+    Each reader has a thread, and the threads take turns. On a GPU a thread also copies its chunk to
+    the device, from the reader's pinned memory and on a stream of its own. What a reader raises,
+    `next` raises when it is that chunk's turn.
+
+    Args:
+        readers: One for each thread.
+        first: Number of the first chunk.
+        device: Where chunks go.
+    """
+
+    def __init__(self, readers: Sequence[Reader], first: int, device: torch.device) -> None:
+        self.at = first
+        self._device = device
+        self._threads = [
+            _ReaderThread(reader, first + index, len(readers), device)
+            for index, reader in enumerate(readers)
+        ]
+        self._turn = 0
+        self._held: _ReaderThread | None = None
+        self._finalizer = weakref.finalize(self, _stop, self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    def next(self) -> list[torch.Tensor]:
+        """The next chunk's tensors, on the device. They are valid until the next call."""
+        if self._held is not None:
+            self._held.take_back()
+            self._held = None
+        thread = self._threads[self._turn % len(self._threads)]
+        chunk = thread.chunk()
+        self._held = thread
+        self._turn += 1
+        self.at += 1
+        return chunk
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._finalizer()
+
+
+def _stop(threads: Sequence[_ReaderThread]) -> None:
+    for thread in threads:
+        thread.is_stopped = True
+        thread.may_read.release()
+
+
+class _ReaderThread(threading.Thread):
+    """Reads every `stride`-th chunk from a number on, each after the last one was taken back."""
+
+    def __init__(self, reader: Reader, first: int, stride: int, device: torch.device) -> None:
+        super().__init__(name="cache reader", daemon=True)
+        self.is_stopped = False
+        self.may_read = threading.Semaphore()
+        self._reader, self._number, self._stride, self._device = reader, first, stride, device
+        self._read: SimpleQueue[list[torch.Tensor] | BaseException] = SimpleQueue()
+        self._on_device: list[torch.Tensor] = []
+        is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_cuda else None
+        self._copied = torch.cuda.Event() if is_cuda else None
+        self._used = torch.cuda.Event() if is_cuda else None
+
+    @override
+    def run(self) -> None:
+        while True:
+            self.may_read.acquire()
+            if self.is_stopped:
+                return
+            try:
+                chunk = self._copied_to_device(self._reader(self._number))
+            except BaseException as error:
+                self._read.put(error)
+                return
+            self._number += self._stride
+            self._read.put(chunk)
+
+    def chunk(self) -> list[torch.Tensor]:
+        """What was read, when the current stream gets there."""
+        found = self._read.get()
+        if isinstance(found, BaseException):
+            self._read.put(found)  # for whoever asks again
+            raise found
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        return found
+
+    def take_back(self) -> None:
+        """Nobody uses the chunk after what is in the current stream's queue."""
+        if self._used is not None:
+            self._used.record(torch.cuda.current_stream(self._device))
+        self.may_read.release()
+
+    def _copied_to_device(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self._stream is None:
+            return parts
+        assert self._used is not None
+        assert self._copied is not None
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._used)  # no wait before the first record
+            lengths = [len(place) for place in self._on_device] or [-1]
+            if any(n < len(part) for n, part in zip(lengths, parts, strict=False)):
+                self._on_device = [torch.empty_like(part, device=self._device) for part in parts]
+            copies: list[torch.Tensor] = []
+            for part, place in zip(parts, self._on_device, strict=True):
+                copies.append(place[: len(part)].copy_(part, non_blocking=True))
+            self._copied.record(self._stream)
+        self._copied.synchronize()  # the reader's memory is free again
+        return copies

@@ -1,0 +1,1 @@
+"""Activations in memory-mappable shards: safetensors files and a manifest."""

@@ -1,0 +1,1 @@
+"""`saelens-sparse cache`: activations that are written once."""
