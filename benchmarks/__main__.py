@@ -221,6 +221,10 @@ def run_run(argv: Sequence[str]) -> int:
         f"{', '.join(run_cases.DEFAULT_CONTENDERS)}",
     )
     parser.add_argument(
+        "--llm-device",
+        help="of the language model, such as cuda:1 beside SAEs on cuda:0; by default the SAEs'",
+    )
+    parser.add_argument(
         "--windows",
         type=whole_number(1),
         default=2,

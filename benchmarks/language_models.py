@@ -154,8 +154,10 @@ def transformers_model(shape: ModelShape, dtype: torch.dtype, device: str) -> Ho
         "gemma2": transformers.Gemma2Config,
     }
     config = kinds[shape.family](**sizes if shape.family == "gpt2" else grouped)
+    # Some versions of transformers would take an attention that knows no soft cap.
+    exact = {"attn_implementation": "eager"} if shape.family == "gemma2" else {}
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **exact).eval()
     randomize(model, shape)
     tokenizer: Any = None
     return HookedProxyLM(model, tokenizer, hook_names=[shape.hook_name("HF")])

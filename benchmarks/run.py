@@ -89,6 +89,7 @@ class RunSession:
         precision: of SAE and language model.
         library: the language model's.
         device: "cuda" or "cpu".
+        llm_device: the language model's; the same, or another GPU.
         model: the language model, alive between runs.
         folder: where the data set is, or is written.
         windows: timed windows of a run, of a period each.
@@ -99,6 +100,7 @@ class RunSession:
     precision: RunPrecision
     library: str
     device: str
+    llm_device: str
     model: HookedRootModule
     folder: Path
     windows: int
@@ -111,7 +113,9 @@ class RunSession:
     def build(self, contender: RunContender) -> Runner:
         """A runner that has read nothing."""
         case = self.case
-        cfg = case.runner_config(contender, self.precision, self.library, self.device)
+        cfg = case.runner_config(
+            contender, self.precision, self.library, self.device, self.llm_device
+        )
         refills = (self.windows + 2) * self.period / case.refill_steps
         refills += CHECKED_REFILLS + 3 * FLOOR_REFILLS + 4
         prompts = round(refills * case.buffer_prompts)
@@ -304,18 +308,21 @@ def run(
         results: Where a row for each contender of each case goes.
         measured: Cases, their precisions and the language models' libraries.
         contenders: Who takes part.
-        args: The options `device`, `rounds`, `windows` and `cache`.
+        args: The options `device`, `llm_device`, `rounds`, `windows` and `cache`.
     """
+    llm_device = args.llm_device or args.device
 
     def rows_of(
         case: RunCase, precision: RunPrecision, library: str, folder: Path
     ) -> Iterator[Row]:
         try:
-            model = case.model(library, precision, args.device)
+            model = case.model(library, precision, llm_device)
         except Exception as error:
             yield {"contender": "all", **describe(error)}
             return
-        session = RunSession(case, precision, library, args.device, model, folder, args.windows)
+        session = RunSession(
+            case, precision, library, args.device, llm_device, model, folder, args.windows
+        )
         yield from measure(session, contenders, args.rounds)
 
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -324,11 +331,12 @@ def run(
             name = f"{case.name} {precision.name} {library}"
             if seconds := estimate(case, precision, library, contenders, args):
                 say(f"{name}: about {seconds / 60:.1f} minutes on an H100")
+            where = library if llm_device == args.device else f"{library} on {llm_device}"
             key = {"operation": "run", "case": case.name, "precision": precision.name}
             for row in rows_of(case, precision, library, args.cache or Path(folder)):
                 said = f"{row['ms']:.2f} ms" if row["status"] == "ok" else row["message"]
                 say(f"{name} {row['contender']}: {said}")
-                results.append({**key, **sizes_of(case, library), **row})
+                results.append({**key, **sizes_of(case, library), "library": where, **row})
             release_memory(args.device)
     return int(any(row["status"] != "ok" for row in results.rows))
 

@@ -138,7 +138,12 @@ class RunCase(Case):
         )
 
     def runner_config(
-        self, contender: RunContender, precision: RunPrecision, library: str, device: str
+        self,
+        contender: RunContender,
+        precision: RunPrecision,
+        library: str,
+        device: str,
+        llm_device: str,
     ) -> LanguageModelSAERunnerConfig[Any]:
         """A long run, whose evaluator is called after every period."""
         logger = LoggingConfig()
@@ -155,6 +160,8 @@ class RunCase(Case):
             train_batch_size_tokens=self.batch,
             training_tokens=LONG_RUN_STEPS * self.batch,
             device=device,
+            llm_device=llm_device,
+            act_store_device=device,
             dtype=str(precision.dtype).removeprefix("torch."),
             autocast=precision.autocast,
             autocast_lm=precision.autocast_model,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +30,13 @@ def compressed(code: Code, shape: torch.Size, layout: torch.layout) -> torch.Ten
         RuntimeError: CSR is asked for, and batches differ in their number of values.
     """
     rows, latents, values = code.active()
-    # Without it, PyTorch warns that nothing checks what is right by construction.
     check = torch.sparse.check_sparse_tensor_invariants.is_enabled()
     if layout == torch.sparse_coo:
-        return torch.sparse_coo_tensor(
-            _coordinates(rows, latents, shape), values, shape, is_coalesced=True,
-            check_invariants=check,
-        )  # fmt: skip
+        with _without_advice():
+            return torch.sparse_coo_tensor(
+                _coordinates(rows, latents, shape), values, shape, is_coalesced=True,
+                check_invariants=check,
+            )  # fmt: skip
     *batch, n_rows, _ = shape
     boundaries = torch.arange(math.prod(batch) * n_rows + 1, device=rows.device)
     counts = torch.searchsorted(rows, boundaries).diff().view(*batch, n_rows)
@@ -45,13 +47,23 @@ def compressed(code: Code, shape: torch.Size, layout: torch.layout) -> torch.Ten
             "to_sparse_csr of feature_acts with more than two dimensions needs the same number of "
             "active latents in each batch. Use to_sparse_coo, or encode inputs [n_rows, d_in]."
         )
-    with warnings.catch_warnings():
-        # Its warning that CSR is in beta would point here.
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    with _without_advice():
         return torch.sparse_csr_tensor(
             crow_indices, latents.view(by_batch), values.view(by_batch), shape,
             check_invariants=check,
         )  # fmt: skip
+
+
+@contextmanager
+def _without_advice() -> Generator[None]:
+    """Within, PyTorch does not advise on what is right by construction, or on CSR's being in beta.
+
+    Its warnings would point here.
+    """
+    with warnings.catch_warnings():
+        for advice in ("Sparse CSR tensor support is in beta", "Sparse invariant checks are"):
+            warnings.filterwarnings("ignore", advice)
+        yield
 
 
 def _coordinates(rows: torch.Tensor, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:

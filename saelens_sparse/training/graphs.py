@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -30,6 +30,8 @@ from saelens_sparse.measured import MAX_GRAPH_ELEMENTS
 from saelens_sparse.ops.update.weight_cache import WeightCache
 from saelens_sparse.training.graph_memory import GraphMemory
 from saelens_sparse.warn import warn_caller
+
+_T = TypeVar("_T")
 
 # Steps taken without a graph first, in which kernels are compiled and memory is reserved.
 STEPS_BEFORE = 3
@@ -302,33 +304,34 @@ class GraphedCalls:
     def __init__(self, memory: GraphMemory, device: torch.device) -> None:
         self.depends_on: object = None
         self._memory, self._device = memory, device
-        self._recorded: dict[str, torch.cuda.CUDAGraph | None] = {}
+        self._recorded: dict[str, tuple[torch.cuda.CUDAGraph, Any] | None] = {}
 
     @property
     def are_recorded(self) -> bool:
         return bool(self._recorded)
 
-    def run(self, name: str, call: Callable[[], None]) -> bool:
+    def run(self, name: str, call: Callable[[], _T]) -> tuple[_T, bool]:
         """
         Make a call, or replay what it queued when it was made first.
 
         Returns:
-            Whether it was replayed only, so that nothing of it happened on the host.
+            What the call gave when it was made. Its tensors are those that a replay writes anew.
+            And whether it was replayed only, so that nothing of it happened on the host.
         """
         with torch.cuda.device(self._device):
             is_first = name not in self._recorded
             if is_first:
                 try:
-                    self._recorded[name], _ = self._memory.record(call, self._device)
+                    self._recorded[name] = self._memory.record(call, self._device)
                 except RuntimeError as error:
                     _give_up(self._device, error)
                     self._recorded[name] = None
-            graph = self._recorded[name]
-            if graph is None:  # could not be recorded
-                call()
-                return False
+            recorded = self._recorded[name]
+            if recorded is None:  # could not be recorded
+                return call(), False
+            graph, result = recorded
             graph.replay()
-            return not is_first
+            return result, not is_first
 
 
 def _try_to_record(

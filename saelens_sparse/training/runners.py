@@ -178,6 +178,8 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             activations cannot be had as the config says. Nothing has been loaded then.
     """
 
+    trainer: SparseMultiSAETrainer | None = None
+
     @override
     def __init__(
         self,
@@ -218,11 +220,11 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
     def _run_with_interruption_handling(
         self, trainer: MultiSAETrainer
     ) -> dict[str, TrainingSAE[Any]]:
-        own = SparseMultiSAETrainer.taking_over(trainer, self._stop_signals)
+        self.trainer = SparseMultiSAETrainer.taking_over(trainer, self._stop_signals)
         store = self.activations_store
         if isinstance(store, FastActivationsStore) and store.reads_ahead:
-            own.data_provider = store.hook_batches()
-        return _fit(own)
+            self.trainer.data_provider = store.hook_batches()
+        return _fit(self.trainer)
 
     @override
     def _save_final_outputs(

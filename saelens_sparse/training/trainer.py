@@ -131,7 +131,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             self._replay_followups(sae, taken)
         else:
             with profiler_range("saelens_sparse::statistics"):
-                self._count_firings(taken)
+                self._remember_dead(self._count_firings(taken))
             with profiler_range("saelens_sparse::optimizer"):
                 self._update(sae, taken)
             if taken.graph is None and taken.row_gradients is not None:
@@ -286,12 +286,13 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         """Count firings and update the weights, as CUDA graphs."""
         assert taken.graph is not None
         followups = taken.graph.followups
-        passes, scores = self.n_forward_passes_since_fired, self.act_freq_scores
-        if followups.run("count", lambda: self._count_firings(taken)):
-            increment_version([passes, scores])
-        assert self._dead_count is not None
-        self._dead_count = self._dead_count[0].renewed(), passes, passes._version
-        if followups.run("update", lambda: self._update(sae, taken)):
+        count, was_replayed = followups.run("count", lambda: self._count_firings(taken))
+        if was_replayed:
+            increment_version([self.n_forward_passes_since_fired, self.act_freq_scores])
+        assert count is not None
+        self._remember_dead(count.renewed())
+        _, was_replayed = followups.run("update", lambda: self._update(sae, taken))
+        if was_replayed:
             self.optimizer.count_replay()
 
     def _update(self, sae: SparseTrainingSAEMixin, taken: TakenPass) -> None:
@@ -317,8 +318,13 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             return False
         return count.wait() == 0
 
+    def _remember_dead(self, count: HostCount | None) -> None:
+        passes = self.n_forward_passes_since_fired
+        self._dead_count = None if count is None else (count, passes, passes._version)
+
     @torch.no_grad()
-    def _count_firings(self, taken: TakenPass) -> None:
+    def _count_firings(self, taken: TakenPass) -> HostCount | None:
+        """Update SAELens's counts. Gives how many are dead now, if the next step asks for that."""
         acts = taken.output.feature_acts
         if isinstance(acts, SparseFeatureActs) and acts.is_untouched and acts.ndim == 2:
             firing_counts = acts.code.latent_counts().float()
@@ -327,10 +333,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(firing_counts > 0, 0)
         self.act_freq_scores += firing_counts
-        if is_faster_as_graph(self.sae):
-            # On its way to the host while the weights are updated.
-            passes = self.n_forward_passes_since_fired
-            self._dead_count = HostCount(self.dead_neurons), passes, passes._version
+        # It is on its way to the host while the weights are updated.
+        return HostCount(self.dead_neurons) if is_faster_as_graph(self.sae) else None
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def run_tiny(out: Path, *options: str) -> tuple[int, list[Row]]:
 
 def session(folder: Path, case: RunCase = TINY, library: str = "TL") -> RunSession:
     model = case.model(library, FLOAT32, "cpu")
-    return RunSession(case, FLOAT32, library, "cpu", model, folder, windows=1)
+    return RunSession(case, FLOAT32, library, "cpu", "cpu", model, folder, windows=1)
 
 
 def test_runs_take_turns_and_leave_rows(
@@ -198,7 +198,7 @@ def test_a_window_is_whole_refills_and_logs(case: RunCase):
         assert period % case.refill_steps == 0
         assert period % LoggingConfig().wandb_log_frequency == 0
         stock = CONTENDERS["stock"]
-        cfg = case.runner_config(stock, case.precisions[0], case.libraries[0], device)
+        cfg = case.runner_config(stock, case.precisions[0], case.libraries[0], device, device)
         every = cfg.logger.wandb_log_frequency * cfg.logger.eval_every_n_wandb_logs
         assert (every, cfg.train_batch_size_tokens) == (period, case.batch)
 
@@ -208,7 +208,7 @@ def test_a_model_has_the_dtype_of_the_precision(library: str):
     case = CASES["gemma2"].tiny
     model = case.model(library, BFLOAT16_MODEL, "cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    cfg = case.runner_config(CONTENDERS["stock"], BFLOAT16_MODEL, library, "cpu")
+    cfg = case.runner_config(CONTENDERS["stock"], BFLOAT16_MODEL, library, "cpu", "cpu")
     assert (cfg.autocast, cfg.autocast_lm, cfg.dtype) == (True, False, "float32")
 
 

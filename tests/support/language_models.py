@@ -182,7 +182,9 @@ def proxy(
 ) -> HookedProxyLM:
     """SAELens's `AutoModelForCausalLM` of a family."""
     config = copy.deepcopy((TRANSFORMERS | UNKNOWN)[family])
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # Some versions of transformers would take an attention that knows no soft cap.
+    exact = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, **exact).eval()
     randomize(model)
     tokenizer: Any = None
     return HookedProxyLM(model.to(dtype), tokenizer, hook_names=hook_names)

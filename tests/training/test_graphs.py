@@ -99,6 +99,41 @@ def test_dead_latents_take_the_ordinary_step_and_train() -> None:
     assert output.losses["auxiliary_reconstruction_loss"].item() > 0
 
 
+@recorded
+def test_a_latent_that_dies_after_all_were_alive_again_is_seen(architecture: str) -> None:
+    """Graphs, then eager steps with a dead latent, then graphs, then a dead latent once more."""
+    torch.manual_seed(0)
+    d_in, window = 16, 4
+    stock = Subject(architecture, TARGETS["triton-cuda"]).stock(d_in=d_in, d_sae=d_in, k=1)
+    identity = torch.eye(d_in, device="cuda")
+    with torch.no_grad():
+        for weight, value in ((stock.W_enc, identity), (stock.W_dec, identity)):
+            weight.copy_(value)
+        for bias in (stock.b_enc, stock.b_dec):
+            bias.zero_()
+    # The last latent fires on the last row alone.
+    rows = [3 * identity + 0.2 * torch.randn(d_in, d_in, device="cuda") for _ in range(40)]
+    batches = [x if index % 20 < 10 else x[:-1] for index, x in enumerate(rows)]
+    batches = [x.repeat(2, 1)[:d_in] for x in batches]
+    found: list[list[float]] = []
+    for graph in (True, False):
+        sparse = sparse_like(stock, "triton")
+        sparse.cfg.cuda_graph = graph
+        trainer = own_trainer(sparse, dead_feature_window=window, lr=1e-6, lr_end=1e-7)
+        aux, graphed = [], []
+        for batch in batches:
+            aux.append(trainer.step(batch).losses["auxiliary_reconstruction_loss"].item())
+            graphed.append(
+                trainer._graphs.current is not None and trainer._knows_that_none_is_dead()
+            )
+            trainer.n_training_steps += 1
+        assert any(graphed[:10]) == any(graphed[20:30]) == graph
+        found.append(aux)
+    has_dead = [index % 20 > 10 + window or index == 20 for index in range(len(batches))]
+    assert [value > 0 for value in found[0]] == has_dead
+    assert found[0] == found[1]
+
+
 def test_changed_weights_are_seen() -> None:
     """In place, or by a new tensor: the recording, or the copy it multiplies, is made anew."""
     states: list[dict[str, torch.Tensor]] = []
@@ -203,11 +238,14 @@ def test_a_steady_step_never_waits_for_the_device(
 
 @pytest.mark.parametrize("name", ["count", "update"])
 def test_a_rest_that_cannot_be_recorded_is_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = {"count": SparseSAETrainer._count_firings, "update": SparseSAETrainer._update}[name]
+    original: Any = getattr(
+        SparseSAETrainer, {"count": "_count_firings", "update": "_update"}[name]
+    )
 
-    def synchronizing(self: SparseSAETrainer, *args: Any) -> None:
-        original(self, *args)
+    def synchronizing(self: SparseSAETrainer, *args: Any) -> Any:
+        result = original(self, *args)
         self.sae.b_dec.sum().item()
+        return result
 
     monkeypatch.setattr(SparseSAETrainer, original.__name__, synchronizing)
     _warn_once.cache_clear()
