@@ -133,7 +133,7 @@ def check_groups(values: Mapping[str, Any]) -> None:
             "it is the config of an SAE, not of a runner; a run leaves its own beside the SAE, "
             "as runner_cfg.json"
         )
-    if "sae" not in values and "saes" in values:
+    if "saes" in values:
         raise ValueError(
             "it is the config of a run of several SAEs, which this command cannot take"
         )
