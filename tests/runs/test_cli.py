@@ -132,7 +132,7 @@ def test_command_line_help(args: list[str], capsys: pytest.CaptureFixture[str]) 
         (["train", "--config", "k.json"], "k must be at most d_sae"),
         (["train", "--config", "field.json"], "no_such_field"),
         (["train", "--config", "empty.json", "--k", "3"], "remove --k 3"),
-        (["train", "--k", "3", "--config", "empty.json"], "give it alone"),
+        (["train", "--k", "3", "--config", "empty.json"], "give it first"),
         (["train", "--architecture", "topk_sparse", "--k", "0"], "k must be at least 1"),
         (["train", "--architecture", "topk_sparse", "--k", "few"], "--k"),
         (
