@@ -62,9 +62,10 @@ class SparseMultiSAETrainingRunnerConfig(MultiSAETrainingRunnerConfig):
                 saes[name] = config_class.from_dict(sae)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"saes.{name}: {error}") from error
-        positions = {n: tuple(v) for n, v in values.items() if n == "seqpos_slice"}
-        logger = LoggingConfig(**values["logger"])
-        config = cls(**{**values, **positions, "saes": saes, "logger": logger})
+        made: dict[str, Any] = {**values, "saes": saes, "logger": LoggingConfig(**values["logger"])}
+        if "seqpos_slice" in values:  # JSON has lists only
+            made["seqpos_slice"] = tuple(values["seqpos_slice"])
+        config = cls(**made)
         if "checkpoint_path" in values:  # SAELens appends the run's id to it
             config.checkpoint_path = values["checkpoint_path"]
         return config

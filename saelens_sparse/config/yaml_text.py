@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -23,8 +24,8 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     @override
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-        values: dict[str, Any] = {}
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        values: dict[Hashable, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise ValueError("a field has no name")

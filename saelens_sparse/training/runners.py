@@ -324,8 +324,9 @@ def checked_multi(
 
 def _cache_of(cfg: MultiSAETrainingRunnerConfig) -> str | None:
     """Where activations are cached; None if they are computed."""
-    has_cache = isinstance(cfg, SparseMultiSAETrainingRunnerConfig) and cfg.use_cached_activations
-    return cfg.cached_activations_path if has_cache else None
+    if isinstance(cfg, SparseMultiSAETrainingRunnerConfig) and cfg.use_cached_activations:
+        return cfg.cached_activations_path
+    return None
 
 
 def _checked(cfg: _Config, names_of_saes: Sequence[str]) -> _Config:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from benchmarks import several
 from benchmarks.__main__ import main
@@ -30,11 +31,10 @@ def test_both_runners_and_the_parts_leave_rows(out: Path, capsys: pytest.Capture
 
 
 def test_a_run_that_fails_leaves_the_other_its_row(out: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_args: Any) -> Any:
-        raise RuntimeError("no")
-
     class Failing(SparseMultiSAETrainingRunner):
-        run = fail
+        @override
+        def run(self) -> Any:
+            raise RuntimeError("no")
 
     monkeypatch.setitem(several.CONTENDERS, "stock", Failing)
     assert main([*TINY, f"--out={out}", "--commit=abc"]) == 1
