@@ -17,6 +17,7 @@ import pandas as pd
 from benchmarks.cases import CASES
 from benchmarks.report import active, title_of
 from benchmarks.rows import FIGURES, RESULTS, SPARSE, Frame, latest, of_contenders, ratios, slug
+from benchmarks.run_figure import draw_runs
 from benchmarks.sweeps import draw_sweep
 from saelens_sparse.profile.pictures import PHASE_COLORS
 from saelens_sparse.profile.roofline import draw_roofline
@@ -76,6 +77,7 @@ def draw(frame: Frame, folder: Path) -> list[Path]:
     written: list[Path] = []
     for device, rows in frame.groupby("device", sort=False):
         drawings: dict[str, Callable[[Frame], Any]] = {
+            "runs": draw_runs,
             "overview": draw_overview,
             "step_breakdown": draw_breakdown,
             "roofline": draw_operations,

@@ -34,6 +34,16 @@ JUMPRELU: list[dict[str, Any]] = [
     {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True},
     {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 20.0, "apply_b_dec_to_input": False},
 ]
+MATRYOSHKA: list[dict[str, Any]] = [
+    {"use_matryoshka_aux_loss": by_level, "levels": 3, **option}
+    for by_level, option in ((True, TOPK[0]), (False, TOPK[2]))
+]
+OPTIONS = {
+    "topk": TOPK,
+    "batchtopk": TOPK,
+    "matryoshka_batchtopk": MATRYOSHKA,
+    "jumprelu": JUMPRELU,
+}
 PRECISIONS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False),
               "autocast": ("float32", True)}  # fmt: skip
 RUNNERS = ("SAELens's", "own")
@@ -41,7 +51,7 @@ RUNNERS = ("SAELens's", "own")
 
 def cases(device: str) -> Iterator[dict[str, Any]]:
     """The matrix: every option in every precision and runner, and each implementation once more."""
-    for architecture, options in (("topk", TOPK), ("jumprelu", JUMPRELU)):
+    for architecture, options in OPTIONS.items():
         for option, precision, runner in itertools.product(options, PRECISIONS, RUNNERS):
             yield {"architecture": architecture, "precision": precision, "runner": runner, **option}
         for implementation in ("dense", "torch", *(["triton"] if device == "cuda" else [])):
@@ -65,7 +75,11 @@ def train(case: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     dtype, autocast = PRECISIONS[options.pop("precision")]
     runner, architecture = options.pop("runner"), options.pop("architecture")
     torch.manual_seed(0)
-    sizes = {"k": k} if architecture == "topk" else {"l0_coefficient": 0.1, "l0_warm_up_steps": 5}
+    sizes: dict[str, Any] = {"k": k}
+    if architecture == "jumprelu":
+        sizes = {"l0_coefficient": 0.1, "l0_warm_up_steps": 5}
+    if n_levels := options.pop("levels", 0):
+        sizes["matryoshka_widths"] = [d_sae >> 2 * level for level in reversed(range(n_levels))]
     sae: Any = TrainingSAE.from_dict(
         {"architecture": f"{architecture}_sparse", "d_in": d_in, "d_sae": d_sae, "dtype": dtype,
          "device": device, **sizes, **options}

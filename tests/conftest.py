@@ -193,6 +193,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if TARGETS["triton-interpreter"].runs_here:
+        from tests.support.interpreter import remember
+
+        remember()
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     for warning_filter in (
         # A warning that points at this package's own lines is a defect.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saelens_sparse.language_model.decoder import Padding, Point
+from saelens_sparse.ops.common.cuda_graph import record
 from saelens_sparse.warn import warn_caller
 
 N_WARMUPS = 2
@@ -38,9 +39,7 @@ class Recording:
             for _ in range(N_WARMUPS):
                 run(self._tokens, self._padding)
         current.wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._outputs = run(self._tokens, self._padding)
+        self._graph, self._outputs = record(lambda: run(self._tokens, self._padding), stream, pool)
 
     def replay(self, tokens: Tensor, padding: Padding | None) -> dict[Point, Tensor] | None:
         """The values for a batch, in memory of their own; None if its shape is another."""
@@ -50,7 +49,8 @@ class Recording:
         if padding is not None and self._padding is not None:
             for recorded, part in zip(self._padding, padding, strict=True):
                 recorded.copy_(part)
-        self._graph.replay()
+        with torch.cuda.device(tokens.device):
+            self._graph.replay()
         return {point: output.clone() for point, output in self._outputs.items()}
 
 

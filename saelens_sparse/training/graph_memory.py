@@ -8,6 +8,8 @@ from weakref import WeakSet
 
 import torch
 
+from saelens_sparse.ops.common.cuda_graph import record
+
 _T = TypeVar("_T")
 
 
@@ -40,18 +42,8 @@ class GraphMemory:
         graphs = self._graphs.pop(device, WeakSet[torch.cuda.CUDAGraph]())
         # A pool lives as long as one of its graphs, and cannot be revived.
         alive = next(iter(graphs), None)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which may be preparing activations, go on as they like.
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(
-                graph,
-                pool=None if alive is None else alive.pool(),
-                stream=self.stream(device),
-                capture_error_mode="thread_local",
-            ),
-        ):
-            result = call()
+        pool = None if alive is None else alive.pool()
+        graph, result = record(call, self.stream(device), pool)
         graphs.add(graph)
         self._graphs[device] = graphs
         return graph, result

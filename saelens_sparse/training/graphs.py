@@ -324,7 +324,7 @@ class GraphedCalls:
                 try:
                     self._recorded[name] = self._memory.record(call, self._device)
                 except RuntimeError as error:
-                    _give_up(self._device, error)
+                    _warn_once(_first_line(error))
                     self._recorded[name] = None
             recorded = self._recorded[name]
             if recorded is None:  # could not be recorded
@@ -346,15 +346,12 @@ def _try_to_record(
     try:
         return GraphedPass(sae, sae_in, autocast, weights, key, memory)
     except RuntimeError as error:
-        _give_up(sae_in.device, error)
+        _warn_once(_first_line(error))
         return None
 
 
-def _give_up(device: torch.device, error: RuntimeError) -> None:
-    # PyTorch's generator believes that the recording goes on.
-    generator = torch.cuda.default_generators[device.index]
-    generator.graphsafe_set_state(generator.clone_state())
-    _warn_once(str(error).split("\n")[0])
+def _first_line(error: RuntimeError) -> str:
+    return str(error).split("\n")[0]
 
 
 @cache

@@ -173,6 +173,8 @@ def test_batches_of_different_numbers_are_no_csr(subject: Subject) -> None:
         encode(sparse, x).to_sparse_csr()
 
 
+# With deterministic algorithms, PyTorch 2.11 has no gradients of CSR on a GPU.
+@pytest.mark.default_algorithms
 @subjects(NOT_INTERPRETED, precisions=(FLOAT64,), options="few")
 @layouts
 def test_gradients_reach_what_is_stored(

@@ -24,6 +24,8 @@ from tests.support.language_models import (
     stock_activations,
 )
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
 RESID = "blocks.2.hook_resid_post"
 
 
@@ -152,11 +154,15 @@ def test_a_graph_is_only_recorded_on_a_cuda_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=two_gpus)])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_a_graph_replays_what_was_recorded(family: str, compiled: bool, autocast: bool) -> None:
-    model = hooked_transformer(family, pads_left=True).cuda()
+def test_a_graph_replays_what_was_recorded(
+    family: str, compiled: bool, autocast: bool, device: str
+) -> None:
+    """On the current device, and on another."""
+    model = hooked_transformer(family, pads_left=True).to(device)
     names = [RESID, "blocks.1.attn.hook_z"]
     options: Any = {"n_positions": N_POSITIONS, "autocast": autocast, "compiled": compiled}
     with no_fallback():

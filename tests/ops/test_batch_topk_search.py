@@ -331,13 +331,13 @@ def test_a_sample_that_misleads_is_noticed(
 def test_candidates_are_few(is_certain: bool, device: torch.device, target: Target) -> None:
     if target.backend != "triton":
         pytest.skip("of the kernels")
-    problem = plain(24, 24, 1600, 1).to(device)
+    problem = plain(24, 24, 800, 1).to(device)
     _, found, _ = import_module(MODULE).find_largest(
-        problem.x, problem.weight, problem.bias, problem.norms, 960, 2**20, is_certain=is_certain
+        problem.x, problem.weight, problem.bias, problem.norms, 480, 2**20, is_certain=is_certain
     )
     n_candidates, is_reached = found.tolist()
     assert is_reached
-    assert 960 <= n_candidates < (1.1 if is_certain else 2.0) * 960
+    assert 480 <= n_candidates < (1.1 if is_certain else 2.0) * 480
 
 
 def test_the_same_pairs_by_kernels_and_by_pytorch(device: torch.device, target: Target) -> None:
@@ -377,6 +377,7 @@ def scores_of(problem: Problem, pairs: Any) -> torch.Tensor:
     return scores.sort(descending=True).values
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("count", [20, 100, 400])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("argument", ["x", "weight", "bias", "norms"])

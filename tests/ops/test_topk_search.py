@@ -105,8 +105,8 @@ def test_select_topk_recomputes_no_row_for_latents_that_a_bias_switches_off(
     bias: float, backend: Backend, device: torch.device
 ) -> None:
     """One in sixteen, so that most of the groups that the screen compares have one."""
-    problem = random_problem(4, 64, 2048, 16, with_norms=False)
-    problem.bias[torch.rand(2048) < 1 / 16] = bias
+    problem = random_problem(4, 64, 512, 4, with_norms=False)
+    problem.bias[torch.rand(512) < 1 / 16] = bias
     problem = problem.to(device)
     selection = problem.select(backend)
     expected = problem.dense()[1].topk(problem.k, sorted=True).values
@@ -468,15 +468,15 @@ def test_select_topk_names_an_input_of_a_wrong_shape(
         problem.select(backend)
 
 
-@pytest.mark.parametrize("stride", [1, 512])
+@pytest.mark.parametrize("stride", [1, 256])
 def test_select_topk_screens_live_latents_in_any_pattern_without_recomputing_any(
     stride: int, backend: Backend, device: torch.device
 ) -> None:
     """A dictionary that was sorted by frequency keeps its live latents side by side; one that was
     doubled again and again has copies at a stride of a power of two.
     """
-    n_live = min(64, 2048 // stride)
-    problem = random_problem(8, 48, 2048, 2)
+    n_live = min(64, 1024 // stride)
+    problem = random_problem(8, 48, 1024, 2)
     problem.bias[: n_live * stride : stride] += 10
     selection = problem.to(device).select(backend)
     assert_selects_topk(problem.to(device), selection)

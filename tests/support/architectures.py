@@ -135,6 +135,8 @@ TRAITS = {
     "batchtopk_sparse": Traits(
         options=TOPK_OPTIONS,
         few_options=ALL_OR_NO_OPTIONS,
+        # Its search has tests of its own there, and what follows it is Top-K's.
+        steps_interpreted=False,
         inputs=lambda stock, n_rows, _, dead: rows_for_batch_topk(stock, n_rows, dead),
         screened={"d_in": 13, "d_sae": 64, "k": 2.3},
         large={"d_in": 32, "d_sae": 512, "k": 16},
