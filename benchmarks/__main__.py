@@ -7,6 +7,7 @@ Measure registered problem sizes against stock SAELens and other libraries.
     python -m benchmarks kernels        each operation of a step beside what the device can do
     python -m benchmarks pair OTHER     whole steps of another checkout and this one, in turn
     python -m benchmarks store          the activation store alone, SAELens's and this package's
+    python -m benchmarks cache          caches of activations: writing, reading, training
     python -m benchmarks run            whole runs, with language model, store, logging and evals
     python -m benchmarks several        runs of several SAEs, and what their parts take alone
     python -m benchmarks report         tables from the rows measured so far
@@ -28,13 +29,31 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import figures, kernels, pair, run, run_cases, several, store
+from benchmarks import (
+    cache,
+    cache_cases,
+    figures,
+    kernels,
+    pair,
+    run,
+    run_cases,
+    several,
+    store,
+)
 from benchmarks.cases import CASES, NamedCase, groups_of
 from benchmarks.command_line import CommandParser, names_of
 from benchmarks.contenders import SPARSE, SPARSE_RUNNER, STOCK
 from benchmarks.harness import FORWARD, STEP, Benchmark, Session, say
 from benchmarks.language_models import LIBRARIES
-from benchmarks.report import kernel_table, markdown, plain, run_table, store_table, tables
+from benchmarks.report import (
+    cache_table,
+    kernel_table,
+    markdown,
+    plain,
+    run_table,
+    store_table,
+    tables,
+)
 from benchmarks.rows import FIGURES, Frame, ResultsFile, frame_of, load_rows
 from benchmarks.run_cases import RUN_PRECISIONS
 from saelens_sparse.config.files import UsageError
@@ -185,6 +204,29 @@ def run_store(argv: Sequence[str]) -> int:
     names = args.cases or store.GROUPS[args.device]
     status = store.run(results, [store.CASES[name] for name in names], args)
     print(f"\n{plain(store_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    return status
+
+
+def run_cache(argv: Sequence[str]) -> int:
+    """`python -m benchmarks cache`."""
+    parser = CommandParser("cache", cache.__doc__)
+    parser.add_argument(
+        "--cases",
+        type=names_of(cache_cases.CASES),
+        help=f"separated by commas: {', '.join(cache_cases.CASES)}; by default that of the device",
+    )
+    parser.add_argument(
+        "--parts",
+        type=names_of(cache.PARTS),
+        help=f"separated by commas: {', '.join(cache.PARTS)}; by default all",
+    )
+    parser.add_turn_options(rounds=3)
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    names = args.cases or cache_cases.DEFAULT_CASES[args.device]
+    cases = [cache_cases.CASES[name] for name in names]
+    status = cache.run(results, cases, args.parts or cache.PARTS, args)
+    print(f"\n{plain(cache_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
     return status
 
 
@@ -352,6 +394,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "kernels": run_kernels,
     "pair": run_pair,
     "store": run_store,
+    "cache": run_cache,
     "run": run_run,
     "several": run_several,
     "report": run_report,

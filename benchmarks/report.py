@@ -38,6 +38,7 @@ def tables(frame: Frame, render: Render | None = None) -> str:
             phase_table(measured),
             kernel_table(rows[rows["kernel"].notna()]),
             store_table(rows[rows["operation"] == "store"]),
+            cache_table(rows[rows["operation"] == "cache"]),
             run_table(rows[rows["operation"] == "run"]),
             speed_table(measured),
         )
@@ -135,6 +136,21 @@ def store_table(rows: Frame) -> Frame:
             "buffer": lambda row: f"{row['buffer_prompts'] * row['context']:,} x {row['d_in']}",
             "context": lambda row: str(row["context"]),
             **_OF_BATCHES,
+        },
+    )
+
+
+def cache_table(rows: Frame) -> Frame:
+    """What each part of writing, reading and training from a cache takes, by 4,096 tokens."""
+    return _table(
+        rows.drop_duplicates(["case", "contender"], keep="last"),
+        {
+            "case": lambda row: row["case"],
+            "d_in": lambda row: str(row["d_in"]),
+            "dtype": lambda row: row["dtype"],
+            "what": lambda row: row["contender"],
+            "ms": _result,
+            "GB/s": lambda row: _number(row["gb_s"]),
         },
     )
 

@@ -150,7 +150,7 @@ _KEYS = (
     "side", "part_of", "shape", "dtype", "bytes", "flops", "copy_tb_s", "product_tflops",
     "screen_tflops", "contender", "context", "buffer_prompts", "ms_min", "ms_max", "busy_ms",
     "ms_without_evals", "peak_gib_without_evals", "library", "model_ms", "store_ms", "step_ms",
-    "floor_ms", "idle", "first_step_s", "first_model_call_s", *SOURCE, "machine", "date",
+    "gb_s", "floor_ms", "idle", "first_step_s", "first_model_call_s", *SOURCE, "machine", "date",
 )  # fmt: skip
 
 

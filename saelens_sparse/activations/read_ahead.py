@@ -24,6 +24,8 @@ def not_among(excluded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.isin(tokens, excluded, invert=True).nonzero().squeeze(1)
 
 
+# What a thread that is to end may take for its last chunk.
+_MAX_SECONDS = 10
 # Memory of the host, and as much of the device, that chunks may take.
 _MAX_BYTES = 2**29
 
@@ -81,6 +83,9 @@ def _stop(threads: Sequence[_ReaderThread]) -> None:
     for thread in threads:
         thread.is_stopped = True
         thread.may_read.release()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(timeout=_MAX_SECONDS)
 
 
 class _ReaderThread(threading.Thread):

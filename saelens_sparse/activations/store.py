@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sae_lens.pretokenize_runner import get_special_token_from_cfg
-from sae_lens.tokenization_and_batching import tokenize_with_chat_template
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
@@ -27,19 +25,10 @@ from saelens_sparse.activations import checks
 from saelens_sparse.activations.batches import BUFFER, GENERATOR, Batches, ModelBatch
 from saelens_sparse.activations.before_loading import hooks_of
 from saelens_sparse.activations.cached import CachedActivations
-from saelens_sparse.activations.epoch import (
-    Epoch,
-    PackedEpoch,
-    Sequences,
-    SlicedEpoch,
-    as_tensor,
-    as_value,
-    part_of,
-)
+from saelens_sparse.activations.epoch import Epoch, Sequences, as_tensor, as_value, part_of
 from saelens_sparse.activations.mixing import EMPTY, MixingBuffer
-from saelens_sparse.activations.packing import ConcatenatedRows, SeparateRows, TokenizedRows
 from saelens_sparse.activations.read_ahead import Kept, not_among
-from saelens_sparse.activations.rows import Rows, TokenSlices, can_slice
+from saelens_sparse.activations.sequences import OF_SEQUENCES, new_epoch
 from saelens_sparse.activations.sharded import NEW_EPOCH, ShardedActivations
 from saelens_sparse.activations.shards.manifest import Hook, is_sharded
 from saelens_sparse.config.checks import check_buffer
@@ -54,13 +43,6 @@ _PROCESSED, _SETTINGS, _CACHED_ROW, _TOKENS = (
     "settings",
     "cached_row",
     "tokens.",
-)
-# Options that decide how rows become sequences.
-_OF_SEQUENCES = (
-    "prepend_bos",
-    "disable_concat_sequences",
-    "sequence_separator_token",
-    "use_chat_formatting",
 )
 
 
@@ -157,8 +139,7 @@ class FastActivationsStore(ActivationsStore):
                 kept=self._kept_of_cache(),
             )
         path = self.cached_activations_path
-        sharded = path if is_sharded(path) else None
-        self._shards = None if sharded is None else ShardedActivations(sharded)
+        self._shards = ShardedActivations(path) if path and is_sharded(path) else None
         if self.dataset is not None:
             self.iterable_sequences = self._new_epoch()
 
@@ -237,45 +218,7 @@ class FastActivationsStore(ActivationsStore):
         return taken
 
     def _new_epoch(self) -> Epoch:
-        column, context_size = self.tokens_column, self.context_size
-        before = self.n_dataset_processed
-        dataset: Any = self.dataset
-        if self.is_dataset_tokenized and can_slice(dataset, column):
-            return SlicedEpoch(partial(TokenSlices, dataset, column, context_size), before)
-        if self.is_dataset_tokenized:
-            packer, tokenize = TokenizedRows(context_size), self._checked_row
-        else:
-            packer, tokenize = self._packer_of_text(), self._tokens_of_text
-        return PackedEpoch(partial(Rows, dataset, column), tokenize, packer, before)
-
-    def _packer_of_text(self) -> ConcatenatedRows | SeparateRows:
-        tokenizer: Any = getattr(self.model, "tokenizer", None)
-        bos = tokenizer.bos_token_id if tokenizer is not None and self.prepend_bos else None
-        if self.disable_concat_sequences:
-            return SeparateRows(self.context_size, bos)
-        separator = None
-        if tokenizer is not None:
-            separator = get_special_token_from_cfg(self.sequence_separator_token, tokenizer)
-        return ConcatenatedRows(self.context_size, bos, separator)
-
-    def _checked_row(self, row: Any) -> torch.Tensor:
-        tokens = torch.as_tensor(row, dtype=torch.long, device="cpu")
-        checks.check_row(len(tokens), self.context_size)
-        return tokens
-
-    def _tokens_of_text(self, row: Any) -> torch.Tensor:
-        model: Any = self.model
-        if not self.use_chat_formatting:
-            tokens = model.to_tokens(row, truncate=False, move_to_device=False, prepend_bos=False)
-            tokens = tokens.squeeze(0)
-        elif getattr(model, "tokenizer", None) is None:
-            raise ValueError("use_chat_formatting: True needs a model that has a tokenizer")
-        else:
-            messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
-            tokens = tokenize_with_chat_template(messages, model.tokenizer)
-        if tokens.ndim != 1:
-            raise ValueError(f"tokens.shape should be 1D but was {tokens.shape}")
-        return tokens.long().cpu()
+        return new_epoch(self, self.n_dataset_processed)
 
     # Activations
 
@@ -563,7 +506,7 @@ class FastActivationsStore(ActivationsStore):
                 "is_cached": self._cached is not None,
                 "cache": None if self._shards is None else self._shards.manifest.identity,
                 "epoch": None if self.dataset is None else type(self.iterable_sequences).__name__,
-                **{name: getattr(self, name) for name in _OF_SEQUENCES},
+                **{name: getattr(self, name) for name in OF_SEQUENCES},
             },
             "buffer": {
                 "n_batches_in_buffer": self.n_batches_in_buffer,

@@ -239,3 +239,33 @@ def test_a_run_from_a_cache_resumes_bit_for_bit(train: Callable[..., Any]) -> No
         _, weights = train(number, resume_from_checkpoint=str(checkpoint))
         for name, weight in expected.items():
             assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.filterwarnings("ignore:All samples")
+@pytest.mark.parametrize("n_before", range(8))
+def test_evals_take_tokens_of_the_dataset_and_no_rows(caches: Caches, n_before: int) -> None:
+    actions = ["batch", "batch", 3, "batch", 1, 2, "batch", "batch", 5, "batch", 4, "batch"]
+
+    def act(store: FastActivationsStore, part: list[Any]) -> list[torch.Tensor]:
+        return [
+            next(store).clone() if action == "batch" else store.get_batch_tokens(action)
+            for action in part
+        ]
+
+    caches.runner("tokens", tokens=160).run()
+    torch.manual_seed(1)
+    store = caches.store("tokens")
+    act(store, actions[:n_before])
+    store.save_to_checkpoint(caches.folder)
+    expected = act(store, actions[n_before:])
+    torch.manual_seed(2)
+    other = caches.store("tokens")
+    other.load_from_checkpoint(caches.folder)
+    for found, wanted in zip(act(other, actions[n_before:]), expected, strict=True):
+        assert torch.equal(found, wanted)
+    torch.manual_seed(1)
+    undisturbed = batches_of(caches.store("tokens"), 7)
+    torch.manual_seed(1)
+    disturbed = [part for part in act(caches.store("tokens"), actions) if part.is_floating_point()]
+    for found, wanted in zip(disturbed, undisturbed, strict=True):
+        assert torch.equal(found, wanted)

@@ -17,6 +17,7 @@ import torch
 from saelens_sparse import FastActivationsStore
 from saelens_sparse.activations.shards import writer as writer_module
 from saelens_sparse.activations.shards.manifest import MANIFEST
+from saelens_sparse.config.files import UsageError
 from tests.support.activations import D_HEAD
 from tests.support.cache import Caches, contents, failing_at
 from tests.support.runs import what_libraries_say
@@ -199,6 +200,15 @@ def test_a_finished_cache_is_not_written_again(
     assert (caches.folder / "cache" / MANIFEST).stat().st_mtime_ns == before
     caches.runner("tokens", tokens=128)
     assert "64 tokens, fewer than the 128" in caplog.text
+
+
+def test_a_folder_with_other_files_is_left_alone(caches: Caches) -> None:
+    folder = caches.folder / "cache"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty"):
+        caches.runner("tokens").run()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(

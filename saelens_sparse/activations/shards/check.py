@@ -64,7 +64,7 @@ def check_files(folder: Path, manifest: Manifest, *, hash_all: bool = False) -> 
         total=n_bytes, unit="B", unit_scale=True, desc="hashing", disable=n_bytes < _MIN_BYTES_SHOWN
     )
     with bar, ThreadPoolExecutor(_N_THREADS) as threads:
-        hashes = threads.map(partial(_hash, folder, bar), [file for file, _ in pending])
+        hashes = threads.map(partial(hash_of, folder, bar), [file for file, _ in pending])
         for (file, fingerprint), found in zip(pending, hashes, strict=True):
             if found != file.xxh3_128:
                 raise ValueError(f"{shown(file.name)} was altered since it was written")
@@ -119,7 +119,8 @@ def _check_shape(folder: Path, file: ShardFile, column: Column, rows: int) -> li
     return fingerprint
 
 
-def _hash(folder: Path, bar: tqdm[Any], file: ShardFile) -> str:
+def hash_of(folder: Path, bar: tqdm[Any], file: ShardFile) -> str:
+    """The hash of what follows a file's header."""
     digest = xxhash.xxh3_128()
     memory = bytearray(_CHUNK_BYTES)
     try:

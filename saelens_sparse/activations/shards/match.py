@@ -79,6 +79,8 @@ def check_shards(cfg: Config) -> Manifest:
                 f"it has {manifest.rows_written:,} of {manifest.rows:,} tokens; the command that "
                 "writes it goes on with the rest"
             )
+        if manifest.rows == 0:
+            raise ValueError("it holds no tokens; the dataset had fewer than a batch")
         check_files(path, manifest)
     except ValueError as error:
         message = f"cached_activations_path: {shown(str(path))} cannot be used: {error}"

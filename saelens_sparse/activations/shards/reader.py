@@ -137,8 +137,13 @@ class ChunkReader:
     ) -> None:
         self._shards, self._order, self._kept = shards, order, kept
         self._memory = [
-            torch.empty(order.chunk_rows * c.row_bytes, dtype=torch.uint8, pin_memory=pins)
-            for c in shards.columns
+            torch.empty(
+                order.chunk_rows * column.row_bytes,
+                dtype=torch.uint8,
+                device="cpu",
+                pin_memory=pins,
+            )
+            for column in shards.columns
         ]
         self._views = [memory.numpy().data for memory in self._memory]
 
