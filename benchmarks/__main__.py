@@ -9,6 +9,7 @@ Measure registered problem sizes against stock SAELens and other libraries.
     python -m benchmarks store          the activation store alone, SAELens's and this package's
     python -m benchmarks cache          caches of activations: writing, reading, training
     python -m benchmarks run            whole runs, with language model, store, logging and evals
+    python -m benchmarks several        runs of several SAEs, and what their parts take alone
     python -m benchmarks report         tables from the rows measured so far
     python -m benchmarks figures        figures from the rows measured so far
 
@@ -28,7 +29,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cache, cache_cases, figures, kernels, pair, run, run_cases, store
+from benchmarks import (
+    cache,
+    cache_cases,
+    figures,
+    kernels,
+    pair,
+    run,
+    run_cases,
+    several,
+    store,
+)
 from benchmarks.cases import CASES, NamedCase, groups_of
 from benchmarks.command_line import CommandParser, names_of
 from benchmarks.contenders import SPARSE, SPARSE_RUNNER, STOCK
@@ -279,6 +290,51 @@ def run_run(argv: Sequence[str]) -> int:
     return status
 
 
+def run_several(argv: Sequence[str]) -> int:
+    """`python -m benchmarks several`."""
+    parser = CommandParser("several", several.__doc__)
+    parser.add_argument(
+        "--cases",
+        type=names_of(run_cases.CASES),
+        help=f"separated by commas: {', '.join(run_cases.CASES)}; by default those of the device",
+    )
+    parser.add_argument(
+        "--precision",
+        type=names_of(RUN_PRECISIONS),
+        default=[],
+        help=f"{', '.join(RUN_PRECISIONS)}; by default each case's first",
+    )
+    parser.add_argument("--library", choices=LIBRARIES, default=LIBRARIES[0])
+    parser.add_argument("--tiny", action="store_true", help="so small that a CPU takes seconds")
+    parser.add_argument("--n-saes", type=whole_number(1), default=8, help="by default %(default)s")
+    parser.add_argument(
+        "--contenders",
+        type=names_of(several.CONTENDERS),
+        default=list(several.CONTENDERS),
+        help=f"{', '.join(several.CONTENDERS)}; by default both",
+    )
+    parser.add_argument(
+        "--windows",
+        type=whole_number(1),
+        default=2,
+        help="timed windows of a run; by default %(default)s",
+    )
+    parser.add_turn_options(rounds=1)
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    measured = [
+        (case, precision, args.library)
+        for case in several.cases_named(
+            args.cases or several.DEFAULT_CASES[args.device], tiny=args.tiny
+        )
+        for precision in [RUN_PRECISIONS[name] for name in args.precision] or case.precisions[:1]
+    ]
+    contenders = [name for name in several.CONTENDERS if name in args.contenders]
+    status = several.run(results, measured, contenders, args)
+    print(f"\nRows are in {results.path}.")
+    return status
+
+
 def run_report(argv: Sequence[str]) -> int:
     """`python -m benchmarks report`."""
     parser = CommandParser("report", "Tables from the rows that the benchmarks have appended.")
@@ -340,6 +396,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "store": run_store,
     "cache": run_cache,
     "run": run_run,
+    "several": run_several,
     "report": run_report,
     "figures": run_figures,
 }

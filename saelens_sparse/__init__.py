@@ -22,6 +22,7 @@ from saelens_sparse.architectures.matryoshka import (
 )
 from saelens_sparse.architectures.registry import add
 from saelens_sparse.architectures.topk import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saelens_sparse.config.several import SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.sharing import upload_saes_to_huggingface
 from saelens_sparse.training.optimizer import prepare_optimizers
 from saelens_sparse.training.pretrained import load_pretrained
@@ -38,6 +39,7 @@ __all__ = [
     "SparseMatryoshkaBatchTopKTrainingSAE",
     "SparseMatryoshkaBatchTopKTrainingSAEConfig",
     "SparseMultiSAETrainingRunner",
+    "SparseMultiSAETrainingRunnerConfig",
     "SparseTopKTrainingSAE",
     "SparseTopKTrainingSAEConfig",
     "SparseTrainingRunner",

@@ -11,27 +11,34 @@ from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_sparse
 from saelens_sparse.config.checks import check_field, check_fields, check_training, field_hints
-from saelens_sparse.config.files import UsageError, load_config, usage_errors
+from saelens_sparse.config.files import RunConfig, UsageError, load_run, usage_errors
 from saelens_sparse.config.messages import suggestion
 from saelens_sparse.language_model import OPTIONS, check_option
 from saelens_sparse.private_names import parse_cfg_args
-from saelens_sparse.training.runners import SparseTrainingRunner, checked
+from saelens_sparse.training.runners import (
+    SparseMultiSAETrainingRunner,
+    SparseTrainingRunner,
+    checked,
+    checked_multi,
+)
 
 USAGE = """\
 usage: saelens-sparse train --architecture topk_sparse [SAELens's flags ...] [own flags]
-       saelens-sparse train --config FILE.json [own flags]
-       saelens-sparse cache FILE.json [options]
+       saelens-sparse train FILE [--set NAME=VALUE ...] [own flags]
+       saelens-sparse cache FILE [--set NAME=VALUE ...] [options]
        saelens-sparse compare [FILE.json] [options]
        saelens-sparse profile FILE.json | --shape D_IN,D_SAE,K,BATCH [options]
 
 train    trains an SAE with SparseTrainingRunner: SAELens's LanguageModelSAETrainingRunner with a
          faster step for sparse architectures. The flags are SAELens's own (`saelens-sparse train
-         --help` lists them); FILE.json is what LanguageModelSAERunnerConfig.to_dict() gives.
+         --help` lists them). FILE is JSON or YAML of what LanguageModelSAERunnerConfig.to_dict()
+         gives, or MultiSAETrainingRunnerConfig.to_dict() for several SAEs. --config FILE is the
+         same. --set changes a field: lr=0.001, sae.k=64, or saes.NAME.k=64 for one of several.
          Own flags: --no-save-buffer leaves the shuffled activations out of checkpoints.
          --language-model saelens computes activations as SAELens does, bit for bit.
 cache    writes the activations of a run once; runs with use_cached_activations train from them.
@@ -54,7 +61,7 @@ _COMMANDS = {
 }
 
 
-def parse_train_args(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
+def parse_train_args(args: Sequence[str]) -> RunConfig:
     """
     The runner config that `saelens-sparse train ARGS` asks for.
 
@@ -63,28 +70,45 @@ def parse_train_args(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         SystemExit: with status 0, after help was printed.
     """
     saelens_sparse.register()
-    if args and (args[0] == "--config" or args[0].startswith("--config=")):
-        path, rest = _split_config_flag(args)
-        if rest:
-            raise UsageError(
-                f"--config takes every setting from its file; remove {' '.join(rest)} "
-                "or put it into the file"
-            )
-        return load_config(path)
-    if any(arg == "--config" or arg.startswith("--config=") for arg in args):
-        raise UsageError("--config takes every setting from its file; give it alone")
+    if args and (_is_config_flag(args[0]) or not args[0].startswith("-")):
+        path, rest = _split_config(args)
+        return load_run(path, _settings(rest))
+    if any(map(_is_config_flag, args)):
+        raise UsageError("--config takes every setting from its file; give it first")
     cfg = _parse_flags(args)
     with usage_errors():
         check_fields(cfg.to_dict(), [cfg.sae.architecture()])
     return cfg
 
 
-def _split_config_flag(args: Sequence[str]) -> tuple[str, list[str]]:
-    if args[0].startswith("--config="):
+def _is_config_flag(arg: str) -> bool:
+    return arg == "--config" or arg.startswith("--config=")
+
+
+def _split_config(args: Sequence[str]) -> tuple[str, list[str]]:
+    if args[0] != "--config":
         return args[0].removeprefix("--config="), list(args[1:])
     if len(args) < 2:
         raise UsageError("--config needs a file")
     return args[1], list(args[2:])
+
+
+def _settings(args: Sequence[str]) -> list[str]:
+    """What `--set` is given; there must be nothing else."""
+    settings: list[str] = []
+    left = iter(args)
+    for arg in left:
+        if arg.startswith("--set="):
+            settings.append(arg.removeprefix("--set="))
+        elif arg == "--set":
+            settings.append(next(left, ""))
+        else:
+            others = " ".join([arg, *left])
+            raise UsageError(
+                f"a config file takes every setting from the file or from --set NAME=VALUE; "
+                f"remove {others}"
+            )
+    return settings
 
 
 def _parse_flags(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
@@ -141,12 +165,18 @@ def train(args: Sequence[str]) -> int:
     args, language_model = _without_language_model(args)
     save_buffer = NO_SAVE_BUFFER not in args
     cfg = parse_train_args([arg for arg in args if arg != NO_SAVE_BUFFER])
+    options: dict[str, Any] = {"save_buffer": save_buffer, "language_model": language_model}
     with usage_errors():
         check_option(language_model, LANGUAGE_MODEL)
         check_training(cfg)
-        cfg = checked(cfg, save_buffer=save_buffer)
-    options: dict[str, Any] = {"save_buffer": save_buffer, "language_model": language_model}
-    SparseTrainingRunner(cfg, **options).run()
+    if isinstance(cfg, MultiSAETrainingRunnerConfig):
+        with usage_errors():
+            cfg = checked_multi(cfg, save_buffer=save_buffer)
+        SparseMultiSAETrainingRunner(cfg, **options).run()
+    else:
+        with usage_errors():
+            cfg = checked(cfg, save_buffer=save_buffer)
+        SparseTrainingRunner(cfg, **options).run()
     return 0
 
 

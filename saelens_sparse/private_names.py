@@ -34,6 +34,8 @@ TESTED = {"sae-lens": "6.54.12", "torch": "2.11 to 2.13", "transformers": "5.24"
 COMMAND_LINE = ("_parse_cfg_args",)
 # Called by its trainers after each step: before they count it, and after.
 TRAINERS = ("_checkpoint_if_needed", "_update_pbar")
+# The parts of its loop over several SAEs that `SparseMultiSAETrainer` makes anew.
+MULTI_TRAINER = ("_estimate_scaling_factors", "_is_logging_step", "_log_train_step")
 # Called by SAELens's runner of several SAEs, and overridden by `SparseMultiSAETrainingRunner`.
 MULTI_RUNNER = ("_run_with_interruption_handling", "_save_final_outputs")
 # Where its store puts tokens; what the store keeps of several hooks, and whether it was read from.
@@ -90,7 +92,7 @@ def _check() -> None:
         ("sae-lens", "activations_store", STORE_MODULE, dir(activations_store)),
         ("sae-lens", "ActivationsStore", STORE, ActivationsStore.__annotations__),
         ("sae-lens", "SAETrainer", TRAINERS, dir(SAETrainer)),
-        ("sae-lens", "MultiSAETrainer", TRAINERS, dir(MultiSAETrainer)),
+        ("sae-lens", "MultiSAETrainer", (*TRAINERS, *MULTI_TRAINER), dir(MultiSAETrainer)),
         ("sae-lens", "MultiSAETrainingRunner", MULTI_RUNNER, dir(MultiSAETrainingRunner)),
         (
             "sae-lens",

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import saelens_sparse
 from saelens_sparse.activations.shards.check import check_files
 from saelens_sparse.activations.shards.manifest import DTYPE_NAMES, Manifest, read_manifest
 from saelens_sparse.activations.shards.match import Config
 from saelens_sparse.cache.runner import GB, CacheRunner
 from saelens_sparse.config.checks import check_training
-from saelens_sparse.config.files import UsageError, load_config, usage_errors
+from saelens_sparse.config.files import UsageError, usage_errors
 from saelens_sparse.language_model import OPTIONS
 from saelens_sparse.reports.command_line import Parser, whole_number
 
@@ -64,7 +63,7 @@ def main(args: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("cache", DESCRIPTION)
     parser.allow_abbrev = False
-    parser.usage = "saelens-sparse cache CONFIG.json | FLAGS [options]"
+    parser.usage = "saelens-sparse cache FILE [--set NAME=VALUE ...] | FLAGS [options]"
     add = parser.add_argument
     add(
         "--output",
@@ -93,14 +92,9 @@ def _parser() -> Parser:
 def _config(rest: Sequence[str]) -> Config:
     from saelens_sparse.cli import parse_train_args  # it names this module
 
-    if rest[0].startswith("-"):
-        cfg = parse_train_args(rest)
-    elif len(rest) > 1:
-        raise UsageError(f"the file has every setting; remove {' '.join(rest[1:])}")
-    else:
-        saelens_sparse.register()
-        cfg = load_config(rest[0])
-    cfg.use_cached_activations = False  # they are what is to be made
+    cfg = parse_train_args(rest)
+    if cfg.use_cached_activations and cfg.cached_activations_path is not None:
+        cfg.use_cached_activations = False  # it is what is to be made
     with usage_errors():
         check_training(cfg)
     return cfg

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import wandb
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATIONS_STORE_STATE_FILENAME,
@@ -22,10 +23,12 @@ from sae_lens.constants import (
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_sparse.config.messages import shown, suggestion
+
+_RunConfig = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
 
 SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
@@ -130,15 +133,36 @@ def check_groups(values: Mapping[str, Any]) -> None:
             "it is the config of an SAE, not of a runner; a run leaves its own beside the SAE, "
             "as runner_cfg.json"
         )
-    if "sae" not in values and "saes" in values:
-        raise ValueError("it is the config of a run of several SAEs, which no command takes")
+    if "saes" in values:
+        raise ValueError(
+            "it is the config of a run of several SAEs, which this command cannot take"
+        )
     for name in ("sae", "logger"):
         if name not in values:
             raise ValueError(f"{name}: missing; it is an object with settings")
-        if not isinstance(values[name], dict):
-            raise ValueError(f"{name}: {shown(values[name])} is not an object with settings")
-    architecture = values["sae"].get("architecture")
-    known = list(SAE_TRAINING_CLASS_REGISTRY)
+        check_group(name, values[name])
+    check_architecture(values["sae"])
+
+
+def check_group(name: str, value: object) -> None:
+    """
+    Check that a part of a config is an object with settings.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: {shown(value)} is not an object with settings")
+
+
+def check_architecture(sae: Mapping[str, Any]) -> None:
+    """
+    Check that the config of an SAE names a known architecture.
+
+    Raises:
+        ValueError: it does not.
+    """
+    architecture, known = sae.get("architecture"), list(SAE_TRAINING_CLASS_REGISTRY)
     _require(architecture in known, "sae.architecture", architecture, " | ".join(known))
 
 
@@ -155,27 +179,40 @@ def check_fields(values: Mapping[str, Any], architectures: Iterable[str]) -> Non
     """
     check_groups(values)
     hints = field_hints(architectures)
-    for prefix, group in (
-        ("", {name: value for name, value in values.items() if name not in ("sae", "logger")}),
-        ("logger.", values["logger"]),
-        ("sae.", values["sae"]),
-    ):
-        for name, value in group.items():
-            check_field(prefix + name, value, hints)
-    for name in ("d_in", "d_sae"):
-        if name not in values["sae"]:
-            raise ValueError(f"sae.{name}: missing")
+    check_run_fields(values, hints)
+    check_sae_fields(values["sae"], hints)
+
+
+def check_run_fields(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """`check_fields` for what is not an SAE's."""
+    for name, value in values.items():
+        if name not in ("sae", "saes", "logger"):
+            check_field(name, value, hints)
+    for name, value in values["logger"].items():
+        check_field(f"logger.{name}", value, hints)
     if "seqpos_slice" in values:
         _check_positions(values["seqpos_slice"], values.get("context_size"))
 
 
-def field_hints(architectures: Iterable[str]) -> dict[str, Any]:
+def check_sae_fields(sae: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """`check_fields` for an SAE's fields."""
+    for name, value in sae.items():
+        check_field(f"sae.{name}", value, hints)
+    for name in ("d_in", "d_sae"):
+        if name not in sae:
+            raise ValueError(f"sae.{name}: missing")
+
+
+def field_hints(
+    architectures: Iterable[str], config: type[object] = LanguageModelSAERunnerConfig
+) -> dict[str, Any]:
     """The types of all fields of a config by name, such as "lr", "logger.run_name" or "sae.k".
 
     Args:
         architectures: The SAE's fields are those of any of these.
+        config: The class of the config.
     """
-    hints = typing.get_type_hints(LanguageModelSAERunnerConfig)
+    hints = typing.get_type_hints(config)
     groups = {"": hints, "logger.": typing.get_type_hints(hints["logger"])}
     for architecture in architectures:
         config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
@@ -211,31 +248,40 @@ def check_field(name: str, value: Any, hints: Mapping[str, Any]) -> None:
         _require(False, name, value, allowed + null)
 
 
-def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def check_training(cfg: _RunConfig) -> None:
     """
     Check that a training can begin, as far as that shows without loading a model or data.
 
     Args:
-        cfg: A config whose fields have been checked one by one.
+        cfg: A config of one SAE or of several, whose fields have been checked one by one.
 
     Raises:
         ValueError: with the first setting that cannot work, and what can.
     """
-    k = getattr(cfg.sae, "k", None)
-    if k is not None:
-        _require(k <= cfg.sae.d_sae, "sae.k", k, f"at most sae.d_sae, {cfg.sae.d_sae}")
-    for name, dtype in (("dtype", cfg.dtype), ("sae.dtype", cfg.sae.dtype)):
-        _require(dtype in DTYPE_MAP, name, dtype, " | ".join(DTYPE_MAP))
+    _require(cfg.dtype in DTYPE_MAP, "dtype", cfg.dtype, " | ".join(DTYPE_MAP))
     for name in ("device", "llm_device", "act_store_device"):
         _check_device(name, getattr(cfg, name))
-    _check_device("sae.device", cfg.sae.device)
     _check_schedule(cfg)
     _check_batches(cfg)
     _check_model(cfg)
     _check_paths(cfg)
     if cfg.logger.log_to_wandb:
         _check_wandb(cfg)
-    _check_sae(cfg)
+    if not isinstance(cfg, MultiSAETrainingRunnerConfig):
+        _check_sae(cfg.sae)
+        return
+    for name, sae in cfg.saes.items():
+        with named_sae(name):
+            _check_sae(sae)
+
+
+@contextmanager
+def named_sae(name: str) -> Generator[None]:
+    """Within, messages that speak of `sae` speak of one of several by its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"\bsae(?=[.:])", lambda _: f"saes.{name}", str(error))) from error
 
 
 def check_buffer(n_batches_in_buffer: int, context_size: int, batch_size: int) -> None:
@@ -311,7 +357,7 @@ def _check_positions(seqpos_slice: Sequence[int | None], context_size: int | Non
     _require(len(selected) > 0, "seqpos_slice", seqpos_slice, allowed)
 
 
-def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def _check_schedule(cfg: _RunConfig) -> None:
     scheduler, steps = cfg.lr_scheduler_name, cfg.total_training_steps
     allowed = " | ".join(SCHEDULERS)
     _require(scheduler.lower() in SCHEDULERS, "lr_scheduler_name", scheduler, allowed)
@@ -331,7 +377,7 @@ def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         _require(cfg.lr_end != 0, "lr_end", cfg.lr_end, "above 0 where lr_decay_steps is")
 
 
-def _check_batches(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def _check_batches(cfg: _RunConfig) -> None:
     context_size = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     check_buffer(cfg.n_batches_in_buffer, context_size, cfg.train_batch_size_tokens)
     separator = cfg.sequence_separator_token
@@ -339,16 +385,16 @@ def _check_batches(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         _require(separator >= 0, "sequence_separator_token", separator, "0 or more")
 
 
-def _check_model(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def _check_model(cfg: _RunConfig) -> None:
     model_class = cfg.model_class_name
     _require(
         model_class in MODEL_CLASSES, "model_class_name", model_class, " | ".join(MODEL_CLASSES)
     )
-    for name, compiled in (("llm", cfg.compile_llm), ("sae", cfg.compile_sae)):
-        mode = getattr(cfg, f"{name}_compilation_mode")
-        if compiled and mode is not None:
+    for part in ("llm", "sae"):
+        mode = getattr(cfg, f"{part}_compilation_mode", None)
+        if mode is not None and getattr(cfg, f"compile_{part}"):
             allowed = " | ".join(COMPILATION_MODES)
-            _require(mode in COMPILATION_MODES, f"{name}_compilation_mode", mode, allowed)
+            _require(mode in COMPILATION_MODES, f"{part}_compilation_mode", mode, allowed)
     if model_class != "HookedTransformer":
         return
     try:
@@ -356,16 +402,23 @@ def _check_model(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     except ValueError:
         allowed = "a model of TransformerLens; other models have another model_class_name"
         _require(False, "model_name", cfg.model_name, allowed)
-    head, hook = cfg.hook_head_index, cfg.hook_name.rpartition(".")[2]
-    if head is not None and hook not in HOOKS_WITH_HEADS:
+    if isinstance(cfg, MultiSAETrainingRunnerConfig):
+        for name, head in cfg.hook_head_indices_per_sae.items():
+            _check_head(f"hook_head_indices.{name}", head, cfg.hook_names_per_sae[name])
+    else:
+        _check_head("hook_head_index", cfg.hook_head_index, cfg.hook_name)
+
+
+def _check_head(name: str, head: int | None, hook: str) -> None:
+    if head is not None and hook.rpartition(".")[2] not in HOOKS_WITH_HEADS:
         raise ValueError(
-            f"hook_head_index: {head} cannot be used, for the activations of hook_name, "
-            f"{shown(cfg.hook_name)}, have no heads; allowed: null"
+            f"{name}: {head} cannot be used, for the activations of hook_name, "
+            f"{shown(hook)}, have no heads; allowed: null"
         )
 
 
-def _check_paths(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    names = ["cached_activations_path"] if cfg.use_cached_activations else []
+def _check_paths(cfg: _RunConfig) -> None:
+    names = ["cached_activations_path"] if getattr(cfg, "use_cached_activations", False) else []
     # Other names may be those of a hub.
     local = (".", "/", "~")
     names += [n for n in ("dataset_path", "model_name") if getattr(cfg, n).startswith(local)]
@@ -373,6 +426,8 @@ def _check_paths(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         path = getattr(cfg, name)
         _require(_exists(Path(path)), name, path, "a path that exists")
     _require(cfg.dataset_path != "", "dataset_path", cfg.dataset_path, "a data set's name or path")
+    if isinstance(cfg, MultiSAETrainingRunnerConfig):
+        return  # its checkpoints have a folder for each SAE; the runner looks into them
     for name, files in (
         ("from_pretrained_path", PRETRAINED_FILES),
         ("resume_from_checkpoint", CHECKPOINT_FILES),
@@ -406,7 +461,7 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _check_wandb(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def _check_wandb(cfg: _RunConfig) -> None:
     for name, setting in (
         ("wandb_project", "project"),
         ("wandb_id", "run_id"),
@@ -420,9 +475,14 @@ def _check_wandb(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             raise ValueError(f"logger.{name}: {shown(value)} cannot be used: {error}") from error
 
 
-def _check_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """What the SAE itself refuses: it is made on the meta device, where it takes no memory."""
-    values = {**cfg.sae.to_dict(), "device": "meta"}
+def _check_sae(sae: TrainingSAEConfig) -> None:
+    """Also what the SAE itself refuses: it is made on the meta device, where it takes no memory."""
+    k = getattr(sae, "k", None)
+    if k is not None:
+        _require(k <= sae.d_sae, "sae.k", k, f"at most sae.d_sae, {sae.d_sae}")
+    _require(sae.dtype in DTYPE_MAP, "sae.dtype", sae.dtype, " | ".join(DTYPE_MAP))
+    _check_device("sae.device", sae.device)
+    values = {**sae.to_dict(), "device": "meta"}
     del values["metadata"]
     try:
         TrainingSAE.from_dict(values)

@@ -1,5 +1,6 @@
 """Training with SAELens's trainers and runners, a step at a time."""
 
-from saelens_sparse.training.trainer import SparseMultiSAETrainer, SparseSAETrainer
+from saelens_sparse.training.multi_trainer import SparseMultiSAETrainer
+from saelens_sparse.training.trainer import SparseSAETrainer
 
 __all__ = ["SparseMultiSAETrainer", "SparseSAETrainer"]

@@ -27,8 +27,8 @@ from saelens_sparse.codes.code import PairCode
 from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, code_of
 from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
 from saelens_sparse.measured import MAX_GRAPH_ELEMENTS
-from saelens_sparse.ops.common.cuda_graph import record
 from saelens_sparse.ops.update.weight_cache import WeightCache
+from saelens_sparse.training.graph_memory import GraphMemory
 from saelens_sparse.warn import warn_caller
 
 _T = TypeVar("_T")
@@ -101,12 +101,16 @@ def _recording_key(
 class StepGraphs:
     """The graphs of one SAE's steps: recorded when they can be, given up when they no longer fit.
 
+    Args:
+        memory: where they are recorded.
+
     Attributes:
         current: the recorded pass, if there is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: GraphMemory) -> None:
         self.current: GraphedPass | None = None
+        self._memory = memory
         self._steps_before = STEPS_BEFORE
 
     def usable(
@@ -138,7 +142,7 @@ class StepGraphs:
             if self._steps_before > 0:
                 self._steps_before -= 1
                 return None
-            self.current = _try_to_record(sae, sae_in, autocast, weights, key)
+            self.current = _try_to_record(sae, sae_in, autocast, weights, key, self._memory)
             self._steps_before = STEPS_BEFORE if self.current is not None else sys.maxsize
         return self.current
 
@@ -182,6 +186,7 @@ class GraphedPass:
         autocast: entered around the forward pass.
         weights: what the last update has written.
         key: what the recording depends on.
+        memory: where it is recorded.
 
     Attributes:
         key: likewise.
@@ -195,19 +200,20 @@ class GraphedPass:
         autocast: AbstractContextManager[Any],
         weights: WeightCache,
         key: object,
+        memory: GraphMemory,
     ) -> None:
         self.key = key
         self._sae, self._autocast, self._weights = sae, autocast, weights
         self._sae_in = sae_in.detach().clone()
         self._device = sae_in.device
-        stream = torch.cuda.Stream(self._device)
+        stream = memory.stream(self._device)
         # PyTorch asks for a pass on a side stream first.
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graph, self._recorded = record(self._run, stream)
-        self.followups = GraphedCalls(stream, self._graph.pool())
+        self._graph, self._recorded = memory.record(self._run, self._device)
+        self.followups = GraphedCalls(memory, self._device)
 
     def _run(self) -> _Recorded:
         sae = self._sae
@@ -288,16 +294,16 @@ class GraphedCalls:
     """Calls that are recorded once, and replayed from then on.
 
     Args:
-        stream: to record on.
-        pool: memory pool of a graph that is always replayed before them.
+        memory: where they are recorded.
+        device: where they run.
 
     Attributes:
         depends_on: what the recordings depend on, for whoever makes them to compare.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
+    def __init__(self, memory: GraphMemory, device: torch.device) -> None:
         self.depends_on: object = None
-        self._stream, self._pool = stream, pool
+        self._memory, self._device = memory, device
         self._recorded: dict[str, tuple[torch.cuda.CUDAGraph, Any] | None] = {}
 
     @property
@@ -312,11 +318,11 @@ class GraphedCalls:
             What the call gave when it was made. Its tensors are those that a replay writes anew.
             And whether it was replayed only, so that nothing of it happened on the host.
         """
-        with torch.cuda.device(self._stream.device):
+        with torch.cuda.device(self._device):
             is_first = name not in self._recorded
             if is_first:
                 try:
-                    self._recorded[name] = record(call, self._stream, self._pool)
+                    self._recorded[name] = self._memory.record(call, self._device)
                 except RuntimeError as error:
                     _warn_once(_first_line(error))
                     self._recorded[name] = None
@@ -334,10 +340,11 @@ def _try_to_record(
     autocast: AbstractContextManager[Any],
     weights: WeightCache,
     key: object,
+    memory: GraphMemory,
 ) -> GraphedPass | None:
     """A recording; None, and a warning, if PyTorch cannot make one here."""
     try:
-        return GraphedPass(sae, sae_in, autocast, weights, key)
+        return GraphedPass(sae, sae_in, autocast, weights, key, memory)
     except RuntimeError as error:
         _warn_once(_first_line(error))
         return None

@@ -40,14 +40,17 @@ from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.activations.swap import use_fast_activations_store
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
+from saelens_sparse.config.several import SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.language_model import Option, check_option
 from saelens_sparse.training.checkpoints import whole_checkpoint
 from saelens_sparse.training.interruption import StopSignals
+from saelens_sparse.training.multi_trainer import SparseMultiSAETrainer
 from saelens_sparse.training.pretrained import check_pretrained, concerns_sparse, load_pretrained
-from saelens_sparse.training.trainer import SparseMultiSAETrainer, SparseSAETrainer
+from saelens_sparse.training.trainer import SparseSAETrainer
 from saelens_sparse.training.whole_folders import save_somewhere
 
-_Config = TypeVar("_Config", LanguageModelSAERunnerConfig[Any], MultiSAETrainingRunnerConfig)
+_Config = TypeVar("_Config", bound=LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig)
+_MultiConfig = TypeVar("_MultiConfig", bound=MultiSAETrainingRunnerConfig)
 
 
 class SparseTrainingRunner(LanguageModelSAETrainingRunner):
@@ -163,7 +166,10 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
     SAELens's `MultiSAETrainingRunner` with the step of `SparseSAETrainer` for each SAE.
 
     Signals, activations, checkpoints, outputs, `save_buffer` and `language_model` are as in
-    `SparseTrainingRunner`.
+    `SparseTrainingRunner`. A batch of each hook is made once for all SAEs. With a
+    `SparseMultiSAETrainingRunnerConfig`, activations may come from a cache: one of
+    `saelens-sparse cache`, or for SAEs on a single hook one of SAELens's.
+
     SAELens's config has no `from_pretrained_path` for several SAEs: give what `load_pretrained`
     returns as `override_saes`.
 
@@ -171,6 +177,8 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
         ValueError: an output has no place to go, there is nothing whole to resume from, or the
             activations cannot be had as the config says. Nothing has been loaded then.
     """
+
+    trainer: SparseMultiSAETrainer | None = None
 
     @override
     def __init__(
@@ -188,10 +196,14 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             "save_buffer": save_buffer,
             "language_model": language_model,
         }
-        check_multi_runner_outputs(cfg, save_buffer=save_buffer)
-        check_activations(cfg, override_dataset, override_model)
-        cfg = _checked(cfg, names_of_saes=[*cfg.saes])
+        cfg = checked_multi(cfg, override_dataset, override_model, save_buffer=save_buffer)
         super().__init__(cfg, override_dataset, override_model, override_saes)
+        if (path := _cache_of(cfg)) is not None and is_sharded(path):
+            self._store_options["shards"] = path
+        elif path is not None:
+            store = self.activations_store
+            store.cached_activations_path = path
+            store.cached_activation_dataset = store.load_cached_activation_dataset()
         self._stop_signals = StopSignals()
         self.prepare_store()
 
@@ -208,11 +220,11 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
     def _run_with_interruption_handling(
         self, trainer: MultiSAETrainer
     ) -> dict[str, TrainingSAE[Any]]:
-        own = SparseMultiSAETrainer.taking_over(trainer, self._stop_signals)
+        self.trainer = SparseMultiSAETrainer.taking_over(trainer, self._stop_signals)
         store = self.activations_store
         if isinstance(store, FastActivationsStore) and store.reads_ahead:
-            own.data_provider = store.hook_batches()
-        return _fit(own)
+            self.trainer.data_provider = store.hook_batches()
+        return _fit(self.trainer)
 
     @override
     def _save_final_outputs(
@@ -293,6 +305,28 @@ def checked(
     if path is not None and concerns_sparse(path, cfg.sae):
         check_pretrained(path, cfg.sae)
     return _checked(cfg, names_of_saes=())
+
+
+def checked_multi(
+    cfg: _MultiConfig, dataset: Any = None, model: Any = None, *, save_buffer: bool = True
+) -> _MultiConfig:
+    """`checked` for several SAEs."""
+    check_multi_runner_outputs(cfg, save_buffer=save_buffer)
+    path, hooks = _cache_of(cfg), {*cfg.hook_names_per_sae.values()}
+    if path is not None and not is_sharded(path) and len(hooks) > 1:
+        raise ValueError(
+            f"cached_activations_path: a cache in SAELens's format is of one hook, and the SAEs "
+            f"are of {len(hooks)}; `saelens-sparse cache` writes one of several"
+        )
+    check_activations(cfg, dataset, model)
+    return _checked(cfg, names_of_saes=[*cfg.saes])
+
+
+def _cache_of(cfg: MultiSAETrainingRunnerConfig) -> str | None:
+    """Where activations are cached; None if they are computed."""
+    if isinstance(cfg, SparseMultiSAETrainingRunnerConfig) and cfg.use_cached_activations:
+        return cfg.cached_activations_path
+    return None
 
 
 def _checked(cfg: _Config, names_of_saes: Sequence[str]) -> _Config:

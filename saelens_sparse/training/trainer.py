@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
@@ -29,10 +28,16 @@ from saelens_sparse.ops.common.precision import matmul_dtype
 from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.update.weight_cache import WeightView
 from saelens_sparse.training.checkpoints import write_checkpoint
-from saelens_sparse.training.graphs import StepGraphs, TakenPass, is_faster_as_graph
+from saelens_sparse.training.graph_memory import GraphMemory
+from saelens_sparse.training.graphs import (
+    StepGraphs,
+    TakenPass,
+    is_faster_as_graph,
+)
 from saelens_sparse.training.interruption import StopSignals
 from saelens_sparse.training.optimizer import ClippingAdam
 from saelens_sparse.training.progress import RecentPace
+from saelens_sparse.training.shared import SharedBatch
 
 # As in SAELens, which does not make it an option.
 MAX_GRADIENT_NORM = 1.0
@@ -51,6 +56,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
 
     optimizer: ClippingAdam
     _graphs: StepGraphs
+    _shared_batch: SharedBatch
     # How many latents were dead after the last step, by counts of which nobody has changed since.
     _dead_count: tuple[HostCount, torch.Tensor, int] | None = None
 
@@ -80,9 +86,14 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         super().__init__(*args, **kwargs)
         self._prepare()
 
+    def share(self, batch: SharedBatch, graph_memory: GraphMemory) -> None:
+        """Take batches and record graphs together with others that are trained in turn."""
+        self._shared_batch = batch
+        self._graphs = StepGraphs(graph_memory)
+
     def _prepare(self) -> None:
         self.stop_signals = StopSignals()
-        self._graphs = StepGraphs()
+        self.share(SharedBatch(), GraphMemory())
         if not isinstance(self.sae, SparseTrainingSAEMixin):
             return
         cfg = self.cfg
@@ -112,10 +123,10 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self.stop_signals.begin_step()
         sae = self.sae
         if not isinstance(sae, SparseTrainingSAEMixin):
-            return super().step(batch)
+            return super().step(self._shared_batch.take(batch, sae.device))
         sae.train()
-        batch = batch.to(sae.device, non_blocking=sae.device.type == "cuda")
-        taken = self._take_passes(sae, self.activation_scaler(batch))
+        sae_in = self._shared_batch.take(batch, sae.device, self.activation_scaler)
+        taken = self._take_passes(sae, sae_in)
         if taken.step is not None:
             sae.commit(taken.step, taken.output)
         if self._graphs.can_replay_followups(taken, lambda: self._followups_depend_on(sae)):
@@ -154,7 +165,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
 
     @override
     def _checkpoint_if_needed(self) -> None:
-        with _counted_step([self]):
+        with counted_step([self]):
             super()._checkpoint_if_needed()
 
     @override
@@ -336,70 +347,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         return HostCount(self.dead_neurons) if is_faster_as_graph(self.sae) else None
 
 
-class SparseMultiSAETrainer(MultiSAETrainer):
-    """SAELens's `MultiSAETrainer` with a `SparseSAETrainer` for each SAE."""
-
-    trainers: dict[str, SparseSAETrainer]  # pyright: ignore[reportIncompatibleVariableOverride]
-    stop_signals: StopSignals
-    last_checkpoint: Path | None = None
-    _pace: RecentPace | None = None  # from the first step on
-
-    @classmethod
-    def taking_over(
-        cls, trainer: MultiSAETrainer, stop_signals: StopSignals
-    ) -> SparseMultiSAETrainer:
-        """A trainer that goes on where `trainer` stands, and shares all attributes with it."""
-        own = cls.__new__(cls)
-        own.__dict__ = trainer.__dict__
-        own.stop_signals = stop_signals
-        for name, single in own.trainers.items():
-            own.trainers[name] = SparseSAETrainer.taking_over(single)
-            own.trainers[name].stop_signals = stop_signals
-        return own
-
-    @override
-    def _checkpoint_if_needed(self) -> None:
-        with _counted_step(self.trainers.values()):
-            super()._checkpoint_if_needed()
-
-    @override
-    def _update_pbar(
-        self, step_outputs: dict[str, TrainStepOutput], pbar: Any, update_interval: int = 100
-    ) -> None:
-        super()._update_pbar(step_outputs, pbar, update_interval)
-        self._pace = self._pace or RecentPace()
-        self._pace.show(pbar, self.n_training_samples)
-
-    @override
-    def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
-        """
-        Save a checkpoint, as SAELens does. Its folder appears when all of it is written.
-
-        If it cannot be written, a warning says so.
-        """
-        base = self.cfg.checkpoint_path
-        if base is None:
-            super().save_checkpoint(checkpoint_name, wandb_aliases)
-            return
-        checkpoint = Path(base) / checkpoint_name
-
-        def write(folder: Path) -> None:
-            for name, trainer in self.trainers.items():
-                trainer.write_files(folder / name)
-            if self.save_checkpoint_fn is not None:
-                self.save_checkpoint_fn(checkpoint_path=folder)
-
-        with self.stop_signals.held():
-            if not write_checkpoint(checkpoint, write, warns=True):
-                return
-            self.last_checkpoint = checkpoint
-        if self.cfg.logger.log_to_wandb:
-            for name, trainer in self.trainers.items():
-                trainer.log_files(checkpoint / name, wandb_aliases)
-
-
 @contextmanager
-def _counted_step(trainers: Iterable[SparseSAETrainer]) -> Generator[None]:
+def counted_step(trainers: Iterable[SparseSAETrainer]) -> Generator[None]:
     """Within, the step just taken is counted: SAELens counts it after a checkpoint, not before.
 
     A resumed training would log and evaluate a step late.

@@ -67,7 +67,6 @@ BAD_FILES: list[tuple[Callable[[], str], str]] = [
         in_file('{"architecture": "topk", "d_in": 16, "d_sae": 64}'),
         "it is the config of an SAE",
     ),
-    (in_file('{"saes": {}, "hook_names": "x"}'), "it is the config of a run of several SAEs"),
     (in_file("{}"), "config.json: sae: missing"),
     (in_config('{"a": ' + "9" * 6000 + "}"), "model_kwargs.a: 99999999"),
     (in_config('{"a": -' + "9" * 6000 + "}"), "model_kwargs.a: -9999999"),

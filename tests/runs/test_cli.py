@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_command_line_flags() -> None:
     flags += " --implementation torch --rescale_acts_by_decoder_norm False"
     flags += " --normalize_activations layer_norm --hook_name blocks.1.hook_resid_post"
     flags += " --training_tokens 5000 --autocast True --log_to_wandb False"
-    cfg = cli.parse_train_args(flags.split())
+    cfg: Any = cli.parse_train_args(flags.split())
     assert cfg.sae == SparseTopKTrainingSAEConfig(
         d_in=24, d_sae=96, k=7, implementation="torch", rescale_acts_by_decoder_norm=False,
         normalize_activations="layer_norm",
@@ -44,7 +45,7 @@ def test_command_line_flags() -> None:
 
 
 def test_command_line_flags_of_other_architectures() -> None:
-    cfg = cli.parse_train_args(["--architecture", "topk", "--k", "5"])
+    cfg: Any = cli.parse_train_args(["--architecture", "topk", "--k", "5"])
     assert type(cfg.sae) is TopKTrainingSAEConfig
 
 
@@ -53,7 +54,7 @@ def test_command_line_config_file(form: list[str], tmp_path: Path) -> None:
     cfg = runner_config(sae_config(), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(cfg.to_dict()))
-    loaded = cli.parse_train_args([part.format(path) for part in form])
+    loaded: Any = cli.parse_train_args([part.format(path) for part in form])
     assert loaded.sae == cfg.sae
     assert json.dumps(loaded.to_dict()) == json.dumps(cfg.to_dict())
 
@@ -132,7 +133,7 @@ def test_command_line_help(args: list[str], capsys: pytest.CaptureFixture[str]) 
         (["train", "--config", "k.json"], "k must be at most d_sae"),
         (["train", "--config", "field.json"], "no_such_field"),
         (["train", "--config", "empty.json", "--k", "3"], "remove --k 3"),
-        (["train", "--k", "3", "--config", "empty.json"], "give it alone"),
+        (["train", "--k", "3", "--config", "empty.json"], "give it first"),
         (["train", "--architecture", "topk_sparse", "--k", "0"], "k must be at least 1"),
         (["train", "--architecture", "topk_sparse", "--k", "few"], "--k"),
         (

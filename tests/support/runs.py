@@ -18,7 +18,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 from safetensors.torch import load_file
 
-from saelens_sparse import SparseTopKTrainingSAEConfig
+from saelens_sparse import SparseMultiSAETrainingRunnerConfig, SparseTopKTrainingSAEConfig
 
 CONTEXT, VOCABULARY, D_MODEL = 16, 50, 16
 D_SAE, K = 128, 4
@@ -121,6 +121,8 @@ def multi_config(
         "logger": LoggingConfig(log_to_wandb=False),
         **options,
     }
+    if "use_cached_activations" in options:
+        return SparseMultiSAETrainingRunnerConfig(saes=saes, **settings)
     return MultiSAETrainingRunnerConfig(saes=saes, **settings)
 
 

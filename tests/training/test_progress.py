@@ -10,10 +10,9 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 
-from saelens_sparse.training import progress
+from saelens_sparse.training import SparseMultiSAETrainer, SparseSAETrainer, progress
 from saelens_sparse.training.interruption import StopSignals
 from saelens_sparse.training.progress import RecentPace, shortened
-from saelens_sparse.training.trainer import SparseMultiSAETrainer, SparseSAETrainer
 from tests.support.runs import sae_config
 
 
