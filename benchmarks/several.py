@@ -37,10 +37,11 @@ from benchmarks.run_agreement import require_close_batches
 from benchmarks.run_cases import CASES, LONG_RUN_STEPS, RunCase, RunPrecision
 from benchmarks.run_marks import EndOfRun
 from benchmarks.store import READY_BATCHES, one_epoch
+from benchmarks.wall_clock import peak_gib, start_peak
 from saelens_sparse import SparseMultiSAETrainingRunner
 from saelens_sparse.activations import FastActivationsStore
 from saelens_sparse.profile.trainers import release_memory, train_step
-from saelens_sparse.whole_run.clock import PER_TOKENS, now, peak_gib, start_peak
+from saelens_sparse.whole_run.clock import PER_TOKENS, now
 from saelens_sparse.whole_run.profiled import wandb_offline
 
 CONTENDERS: dict[str, type[MultiSAETrainingRunner]] = {
