@@ -311,9 +311,4 @@ def describe(error: Exception) -> Row:
     row = describe_failure(error)
     if row["status"] == "failed":
         traceback.print_exception(error)
-    # Its frames hold the memory of what failed, for as long as anything holds the error.
-    failed: BaseException | None = error
-    while failed is not None:
-        traceback.clear_frames(failed.__traceback__)
-        failed = failed.__context__
     return row

@@ -203,9 +203,11 @@ class SAELensModel(Model):
         losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         for batch in self.inputs.batches[:CHECK_STEPS]:
             hold_dead(self.trainer, self.inputs.dead_latents)
-            output = train_step(self.trainer, batch[: self.case.check_rows])
-            while hooks:
-                hooks.pop().remove()
+            try:
+                output = train_step(self.trainer, batch[: self.case.check_rows])
+            finally:  # a parameter's hook holds the model, and no collector sees that
+                while hooks:
+                    hooks.pop().remove()
             for name, loss in {"loss": output.loss, **output.losses}.items():
                 losses[name].append(loss.detach())
             trajectory["reconstruction"] = output.sae_out.detach()
