@@ -61,8 +61,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("cache", DESCRIPTION)
-    parser.allow_abbrev = False
+    parser = Parser("cache", DESCRIPTION, allow_abbrev=False)
     parser.usage = "saelens-sparse cache FILE [--set NAME=VALUE ...] | FLAGS [options]"
     add = parser.add_argument
     add(

@@ -28,13 +28,15 @@ class Parser(argparse.ArgumentParser):
     Args:
         command: Its name, as it is typed after `saelens-sparse`.
         description: Shown with its line breaks.
+        allow_abbrev: Whether options may be shortened. Where others' options may follow, not.
     """
 
-    def __init__(self, command: str, description: str | None) -> None:
+    def __init__(self, command: str, description: str | None, *, allow_abbrev: bool = True) -> None:
         super().__init__(
             prog=f"saelens-sparse {command}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=allow_abbrev,
         )
 
     @override

@@ -123,6 +123,7 @@ def wandb_offline() -> Generator[None]:
         try:
             yield
         finally:
+            wandb.teardown()  # or a later run in this process would log into the deleted folder
             for name in settings:
                 if before[name] is None:
                     del os.environ[name]
