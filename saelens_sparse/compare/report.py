@@ -25,10 +25,8 @@ from saelens_sparse.whole_run.record import RunRecord
 from saelens_sparse.whole_run.shown import draw_runs, run_notes, run_table
 from saelens_sparse.whole_run.suggestions import MAX_SUGGESTIONS, of_runner, suggestions
 
-CACHED = (
-    "Activations were generated once and read from a cache by both sides. The whole runs were "
-    "timed after the training, with the language model."
-)
+CACHED = "Activations were generated once and read from a cache by both sides."
+TIMED_AFTER = "The whole runs were timed after the training, with the language model."
 UNCACHED = (
     "Each side runs the language model itself, on the same text from the same seed; "
     "use_cached_activations would have it run once."
@@ -177,6 +175,7 @@ def _notes(comparison: Comparison, results: dict[str, Any]) -> list[str]:
     notes += [f"No CE loss: {reason}." for reason in sorted(filter(None, reasons))]
     runs = [RunRecord.model_validate(run) for run in results["whole_runs"]]
     if runs:
+        notes.append(TIMED_AFTER)
         notes += run_notes(runs, torch.device(comparison.config["device"]).type)
     if comparison.config["device"].startswith("cuda"):
         notes.append("Memory is PyTorch's on the GPU; each side has its own process on it.")
