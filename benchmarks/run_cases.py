@@ -109,9 +109,13 @@ class RunCase(Case):
         return self.buffer_prompts * self.context / 2 / self.batch
 
     def period(self, device: str) -> int:
-        """Steps between two calls of the evaluator: whole refills, and whole intervals of logs."""
+        """Steps between two calls of the evaluator."""
+        return self.whole_period(MIN_PERIOD[device])
+
+    def whole_period(self, least: int) -> int:
+        """The first of `least`, one log later, two ... that is whole refills and whole logs."""
         interval = LoggingConfig().wandb_log_frequency
-        period = MIN_PERIOD[device]
+        period = least
         while period % self.refill_steps or period % interval:
             period += interval
         return period

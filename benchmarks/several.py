@@ -103,10 +103,7 @@ class SeveralSession:
     @property
     def period(self) -> int:
         """Steps of a window: whole refills, and whole intervals of logs."""
-        period, interval = MIN_PERIOD, LoggingConfig().wandb_log_frequency
-        while period % self.case.refill_steps or period % interval:
-            period += interval
-        return period
+        return self.case.whole_period(MIN_PERIOD)
 
     def config(self, *, sparse: bool) -> MultiSAETrainingRunnerConfig:
         """A long run, whose evaluator is called after every period."""

@@ -29,11 +29,7 @@ from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.update.weight_cache import WeightView
 from saelens_sparse.training.checkpoints import write_checkpoint
 from saelens_sparse.training.graph_memory import GraphMemory
-from saelens_sparse.training.graphs import (
-    StepGraphs,
-    TakenPass,
-    is_faster_as_graph,
-)
+from saelens_sparse.training.graphs import StepGraphs, TakenPass, is_faster_as_graph
 from saelens_sparse.training.interruption import StopSignals
 from saelens_sparse.training.optimizer import ClippingAdam
 from saelens_sparse.training.progress import RecentPace
