@@ -316,4 +316,4 @@ def test_published_rows_are_readable(file: Path):
     frame = frame_of(load_rows([file]))
     text = report.tables(frame)
     assert all(f"### {device}" in text for device in frame["device"].unique())
-    assert ratios(frame)["faster"].notna().sum() > 10
+    assert ratios(frame)["faster"].notna().any()
