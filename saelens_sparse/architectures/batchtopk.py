@@ -119,15 +119,22 @@ class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
     @override
     def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
         assert self._k is not None
+        return self.search_sample(x, norms, step, int(self._k * x.shape[0]))
+
+    @override
+    def search_sample(
+        self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext, n_found: int
+    ) -> FoundPairs:
         return search_batch_topk(
             x,
             self.W_enc.T,
             self.b_enc,
             norms,
-            int(self._k * x.shape[0]),
+            n_found,
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
+            step.screen_dtype,
         )
 
     @override

@@ -226,6 +226,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
+            step.screen_dtype,
         )
 
     @override

@@ -159,6 +159,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
+            step.screen_dtype,
         )
 
     @property
