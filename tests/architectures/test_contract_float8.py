@@ -29,7 +29,9 @@ def pairs_of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sae_and_rows(subject: Subject, **changes: Any) -> tuple[Any, list[torch.Tensor]]:
     torch.manual_seed(0)
-    sizes = {**SIZES, "d_sae": 32} if subject.name == "jumprelu_sparse" else {**SIZES, "k": 2}
+    sizes: dict[str, Any] = (
+        {**SIZES, "d_sae": 32} if subject.name == "jumprelu_sparse" else {**SIZES, "k": 2}
+    )
     stock = subject.stock(**sizes)
     sparse = subject.sparse(stock, cuda_graph=False, **changes)
     torch.manual_seed(1)
@@ -86,7 +88,7 @@ def test_recall_is_reported_at_the_first_step_and_where_steps_are_logged(subject
     trainer = own_trainer(sae, logger=logger)
     reported: list[bool] = []
     for batch in batches:
-        metrics = trainer.step(batch).metrics
+        metrics: dict[str, Any] = trainer.step(batch).metrics
         reported.append("screen_recall" in metrics)
         if reported[-1]:
             assert 0.9 < metrics["screen_recall"] <= 1
@@ -97,7 +99,7 @@ def test_recall_is_reported_at_the_first_step_and_where_steps_are_logged(subject
     assert "screen_recall" not in own_trainer(sae).step(batches[0]).metrics
 
 
-@subjects()
+@subjects(KERNELS)
 def test_low_recall_is_warned_of_once(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -111,7 +113,7 @@ def test_low_recall_is_warned_of_once(
     assert "screen_dtype='auto'" in said[0]
 
 
-@subjects()
+@subjects(KERNELS)
 def test_an_encoding_outside_of_training_misses_nothing(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +157,8 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_is_refused_before_anything_is_loaded(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = architecture.config(
+    config: Any = architecture.config
+    cfg = config(
         d_in=16, d_sae=208, screen_dtype="float8", device="cpu", **architecture.needed_fields(208)
     )
 

@@ -17,6 +17,6 @@ def multiply_float8(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) ->
         out: `[n_rows, d_sae]` float16.
     """
     one = torch.ones((), device=x.device)
-    torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+    torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         x, weight.T, one, one, out_dtype=out.dtype, use_fast_accum=True, out=out
     )
