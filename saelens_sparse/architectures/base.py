@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -41,7 +42,7 @@ else:
     _Base = object
 
 # A step in so many measures how much a float8 screen has found, on so many rows; so does each step
-# that is logged. On an H100 this takes as long as a search of these rows in full precision.
+# that is logged. It takes one read of W_enc, and waits for the device.
 RECALL_STEPS = 500
 RECALL_ROWS = 32
 # Rounding to bfloat16 under autocast alone costs up to a hundredth of a row's top k.
@@ -367,8 +368,10 @@ class SparseTrainingSAEMixin(_Base):
     ) -> None:
         """Note what a search in full precision finds on some rows beside what was found."""
         sample = RowSample.of(pairs, self.cfg.d_sae, RECALL_ROWS)
-        own_step = StepContext(step.choice, asks_at_once=True)
-        exact = self.search_sample(x[sample.rows], norms, own_step, int(sample.found.sum()))
+        # Without kernels, which would round all of W_enc anew.
+        own_step = StepContext(replace(step.choice, backend="torch"), asks_at_once=True)
+        with torch.autocast(x.device.type, enabled=False):
+            exact = self.search_sample(x[sample.rows], norms, own_step, int(sample.found.sum()))
         step.seen[_RECALL] = torch.stack(sample.recall(exact.complete().pairs))
 
     def _report_recall(self, step: StepContext, output: TrainStepOutput) -> None:
@@ -499,7 +502,7 @@ def _warn_of_recall(sae: SparseTrainingSAEMixin, recall: float, n_steps: int | N
     if not sae.has_warned_of_recall:
         sae.has_warned_of_recall = True
         warn_caller(
-            f"the float8 screen found {recall:.2%} of the active latents of {RECALL_ROWS} rows in "
+            f"the float8 screen found {recall:.2%} of the active latents of some rows in "
             f"training step {n_steps}; rounding to bfloat16 finds 99% or more. Columns of large "
             "activations that meet large encoder weights are the usual reason. "
             "screen_dtype='auto' finds all."
