@@ -9,13 +9,14 @@ import torch
 
 from saelens_sparse.codes.on_demand import code_of
 from saelens_sparse.codes.step import Offer, current_step, offer_to
+from saelens_sparse.ops.common.precision import FLOAT8
 from saelens_sparse.ops.pairs import LatentOrder, Rows
 from saelens_sparse.ops.rows.block import RowBlock
 from saelens_sparse.ops.rows.operations import row_norms
 from saelens_sparse.ops.update.adam_kernels import AdamSettings
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, SumLaunch
-from saelens_sparse.ops.update.weight_cache import WeightCopy
+from saelens_sparse.ops.update.weight_cache import WeightCopy, WeightView
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.conftest import Target, target_parameters
 from tests.support.architectures import Subject, subjects
@@ -338,3 +339,15 @@ def test_many_pairs_a_latent_go_through_buffers(
         train(trainer, [batch])
     assert not held[0]
     assert all(held[1:])
+
+
+@pytest.mark.parametrize("view", ["norms", "scaled"])
+def test_room_for_a_copy_does_not_depend_on_the_default_dtype(view: WeightView) -> None:
+    weight, default = torch.randn(6, 4), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        copy = WeightCopy.of(weight, view, FLOAT8)
+    finally:
+        torch.set_default_dtype(default)
+    sizes = copy.values if copy.errors is None else copy.errors
+    assert sizes.dtype == torch.float32
