@@ -148,6 +148,19 @@ def test_what_is_found_is_computed_in_float32(
 
 
 @kernels
+def test_the_margin_is_the_documented_one(target: Target) -> None:
+    screen = import_module("saelens_sparse.ops.screen.gpu")
+    x, weight, bias, norms = (part[:24] for part in operands(target, 5))
+    of = screen.Screen.of(x, weight, bias, tile=64, norms=norms, screen_dtype="float8")
+    _, x_norms, x_residuals = round_rows(x, FLOAT8)[1][..., None]
+    _, w_norms, w_residuals = round_rows(weight, FLOAT8)[1]
+    root = x.shape[1] ** 0.5
+    margin = 2.5 * (x_residuals * w_norms + x_norms * w_residuals) / root * norms
+    used = of.x_errors[2, :, None] * of.terms[2] + of.x_errors[1, :, None] * of.terms[3]
+    torch.testing.assert_close(used, margin, rtol=1e-5, atol=0)
+
+
+@kernels
 @searches
 def test_without_a_margin_latents_are_missed(
     target: Target, search: Callable[..., FoundPairs], monkeypatch: pytest.MonkeyPatch
