@@ -42,8 +42,8 @@ def trainer_and_batches(
 ) -> tuple[SparseSAETrainer, list[torch.Tensor]]:
     """A trainer of an SAE with latents enough to be screened."""
     torch.manual_seed(0)
-    d_in = {} if screen_dtype == "auto" else {"d_in": FLOAT8_MULTIPLE}
-    stock = Subject(architecture, TARGETS["triton-cuda"]).stock(d_sae=d_sae, **d_in)
+    sizes: dict[str, Any] = {} if screen_dtype == "auto" else {"d_in": FLOAT8_MULTIPLE}
+    stock = Subject(architecture, TARGETS["triton-cuda"]).stock(d_sae=d_sae, **sizes)
     sparse = sparse_like(stock, "triton", screen_dtype=screen_dtype)
     sparse.cfg.cuda_graph = graph
     torch.manual_seed(1)
