@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from sae_lens.util import str_to_dtype
 
 from saelens_sparse.choice.availability import IMPLEMENTATIONS, Implementation
@@ -32,6 +33,7 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
     fused_adam: bool = True
     gradient_buffers: bool = False
     cuda_graph: bool = True
+    moments: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         require_int("d_in", self.d_in, 1)
@@ -50,4 +52,30 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
         if not str_to_dtype(self.dtype).is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype; got {self.dtype!r}")
         require_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        self._check_moments()
         super().__post_init__()
+
+    def _check_moments(self) -> None:
+        if self.moments is None:
+            return
+        if self.moments != "bfloat16":
+            raise ValueError(f"moments must be 'bfloat16' or None; got {self.moments!r}")
+        dtype = str_to_dtype(self.dtype)
+        if dtype != torch.float32:
+            raise ValueError(moments_need_float32(dtype))
+        if not self.fused_adam:
+            raise ValueError(
+                "moments='bfloat16' needs fused_adam=True: the update that rounds moments "
+                "stochastically is a fused one; got fused_adam=False"
+            )
+
+
+def moments_need_float32(dtype: torch.dtype) -> str:
+    """Why the moments of an SAE in another dtype are not rounded stochastically."""
+    reason = (
+        "Moments of a bfloat16 SAE are bfloat16 already, rounded to nearest"
+        if dtype == torch.bfloat16
+        else "Moments of other SAEs have the dtype of their weights"
+    )
+    name = str(dtype).removeprefix("torch.")
+    return f"moments='bfloat16' needs an SAE in float32; its dtype is {name}. {reason}."

@@ -9,7 +9,8 @@ all optimizers; for parameter groups of sparse SAEs it
 
 What `state_dict()` returns stays what stock writes: stock's options, contiguous moments.
 
-`ClippingAdam` is that Adam with the clipping that SAELens's trainer does before it.
+`ClippingAdam` is that Adam with the clipping that SAELens's trainer does before it. It alone can
+hold moments in bfloat16. For parameters that are to have them, the hook refuses all others.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
-from saelens_sparse.architectures.parameters import FUSED_ADAM
+from saelens_sparse.architectures.fields import moments_need_float32
+from saelens_sparse.architectures.parameters import FUSED_ADAM, moments_salt
 from saelens_sparse.choice.availability import triton_problem
 from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.update.adam import adam_update_by_blocks
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCache, WeightView
 from saelens_sparse.private_names import OPTIMIZER_HOOKS
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
 
 _SWITCHED = "saelens_sparse_fused"  # key of groups that were fused here; never saved
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _followed: WeakSet[Optimizer] = WeakSet()
 
 
@@ -52,6 +56,8 @@ def _prepare(optimizer: Optimizer, *_: Any) -> None:
         parameters: list[torch.nn.Parameter] = group["params"]
         if not any(hasattr(parameter, FUSED_ADAM) for parameter in parameters):
             continue
+        if any(moments_salt(parameter) is not None for parameter in parameters):
+            _require_own_update(optimizer, group)
         if optimizer not in _followed:
             optimizer.register_state_dict_post_hook(_write_as_stock)
             optimizer.register_step_post_hook(_count_changes)
@@ -59,6 +65,30 @@ def _prepare(optimizer: Optimizer, *_: Any) -> None:
         _choose_fused(optimizer, group)
         for parameter in parameters:
             _align(parameter, optimizer.state.get(parameter, {}), fused=bool(group.get("fused")))
+
+
+def _require_own_update(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Raise if an update that rounds moments stochastically is not what the optimizer makes."""
+    if type(optimizer) is not ClippingAdam:
+        raise ValueError(
+            "moments='bfloat16' needs the update of SparseTrainingRunner, SparseSAETrainer or "
+            f"SparseMultiSAETrainingRunner; got {type(optimizer).__name__}"
+        )
+    for name in ("weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable"):
+        if group[name]:
+            raise ValueError(
+                f"moments='bfloat16' needs an optimizer without {name}; got {name}={group[name]!r}"
+            )
+    if group["fused"] is False:
+        raise ValueError("moments='bfloat16' needs an update that is fused; got fused=False")
+    for parameter in (p for each in optimizer.param_groups for p in each["params"]):
+        if moments_salt(parameter) is not None and parameter.dtype != torch.float32:
+            raise ValueError(moments_need_float32(parameter.dtype))
+        if not getattr(parameter, FUSED_ADAM, False):
+            raise ValueError(
+                "moments='bfloat16' needs an optimizer of the SAE's parameters alone, and "
+                f"fused_adam=True; got a parameter of shape {list(parameter.shape)} without"
+            )
 
 
 def _choose_fused(optimizer: Optimizer, group: dict[str, Any]) -> None:
@@ -186,10 +216,11 @@ class ClippingAdam(Adam):
             return True
         # As clip_grad_norm_: gradients / divisor = gradients * min(1, max_norm / (norm + 1e-6)).
         divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
+        has_salt = any(moments_salt(parameter) is not None for parameter in parameters)
         if sums or (self._is_plain() and all(_runs_kernels(part) for part in gradients)):
             self._step_by_kernel(divisor, row_gradients, sums)
-        elif divisor.device.type == "cpu" and self._is_plain():
-            self._step_on_cpu(divisor)
+        elif has_salt or (divisor.device.type == "cpu" and self._is_plain()):
+            self._step_by_parameter(divisor)
         else:
             self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
             try:
@@ -258,6 +289,29 @@ class ClippingAdam(Adam):
             for group in self.param_groups
         )
 
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of `Adam`. Moments that are to be in bfloat16 go there from whatever dtype they have.
+
+        PyTorch converts all to the dtype of their parameter.
+        """
+        saved, own = (
+            [each for group in groups for each in group["params"]]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        states: dict[int, dict[str, Any]] = state_dict["state"]
+        apart: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        for index, parameter in zip(saved, own, strict=False):  # PyTorch compares their numbers
+            if moments_salt(parameter) is not None and index in states:
+                state = states[index]
+                apart[parameter] = {name: state[name] for name in _MOMENTS if name in state}
+                rest = {name: value for name, value in state.items() if name not in _MOMENTS}
+                states = {**states, index: rest}
+        super().load_state_dict({**state_dict, "state": states})
+        for parameter, moments in apart.items():
+            for name, value in moments.items():
+                self.state[parameter][name] = value.to(parameter.device, torch.bfloat16)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_norm": self.max_norm}
 
@@ -266,16 +320,26 @@ class ClippingAdam(Adam):
         self.weights, self._learning_rates = WeightCache(), {}
 
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """Step and moments, as `Adam` would make them."""
+        """Step and moments, as `Adam` would make them but for the dtype of those in bfloat16."""
         state = self.state[parameter]
+        has_salt = moments_salt(parameter) is not None
+        dtype = torch.bfloat16 if has_salt else parameter.dtype
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter)
+            for name in _MOMENTS:
+                state[name] = torch.zeros_like(parameter, dtype=dtype)
+        for name in _MOMENTS:
+            held = state[name].dtype
+            # `moments` of the configuration was changed, or the state loaded before it was known.
+            if held != dtype and (has_salt or held.itemsize < dtype.itemsize):
+                state[name] = torch.empty_like(parameter, dtype=dtype).copy_(state[name])
         return state
 
-    def _step_on_cpu(self, divisor: torch.Tensor) -> None:
-        """PyTorch's fused Adam on contiguous rows: of a gradient that is not, it makes a copy."""
+    def _step_by_parameter(self, divisor: torch.Tensor) -> None:
+        """PyTorch's fused Adam on contiguous rows: of a gradient that is not, it makes a copy.
+
+        Where moments are in bfloat16, an update of the same formula block by block.
+        """
         # It takes longer if it divides.
         grad_scale = None if divisor == 1 else divisor.float()
         for group in self.param_groups:
@@ -284,10 +348,17 @@ class ClippingAdam(Adam):
                 if parameter.grad is None:
                     continue
                 state = self._state_of(parameter)
-                weight, gradient, first, second = (
-                    tensor if parameter.is_contiguous() else tensor.T
-                    for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                weight, gradient, first, second = _rows_in_memory(
+                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
                 )
+                salt = moments_salt(parameter)
+                if salt is not None:
+                    state["step"] += 1
+                    adam_update_by_blocks(
+                        weight, gradient, first, second, state["step"], divisor,
+                        lr=float(group["lr"]), betas=(beta1, beta2), eps=group["eps"], salt=salt,
+                    )  # fmt: skip
+                    continue
                 adam(
                     [weight], [gradient], [first], [second], [], [state["step"]],
                     fused=True, grad_scale=grad_scale, lr=group["lr"], beta1=beta1, beta2=beta2,
@@ -308,7 +379,8 @@ class ClippingAdam(Adam):
                 if parameter.grad is None and parameter not in sums:
                     continue
                 lr = self._learning_rate(group, parameter.device)
-                settings = AdamSettings(lr, beta1, beta2, group["eps"])
+                salt = moments_salt(parameter)
+                settings = AdamSettings(lr, beta1, beta2, group["eps"], salt)
                 state = self._state_of(parameter)
                 state["step"] += 1
                 moments = state["exp_avg"], state["exp_avg_sq"]
@@ -320,9 +392,16 @@ class ClippingAdam(Adam):
                         state["step"], divisor, settings, copy,
                     )  # fmt: skip
                 elif parameter.grad is not None:
-                    adam_update(
-                        parameter, parameter.grad, *moments, state["step"], divisor, settings
-                    )
+                    parts = (parameter, parameter.grad, *moments)
+                    if salt is not None:
+                        parts = _rows_in_memory(*parts)
+                    adam_update(*parts, state["step"], divisor, settings)
+
+
+def _rows_in_memory(weight: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A weight and tensors with its strides, transposed if that makes them contiguous."""
+    tensors = (weight, *others)
+    return tensors if weight.is_contiguous() else tuple(tensor.T for tensor in tensors)
 
 
 def _runs_kernels(tensor: torch.Tensor) -> bool:
