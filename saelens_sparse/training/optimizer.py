@@ -28,7 +28,6 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
-from saelens_sparse.architectures.fields import moments_need_float32
 from saelens_sparse.architectures.parameters import FUSED_ADAM, moments_salt
 from saelens_sparse.choice.availability import triton_problem
 from saelens_sparse.ops.common.ranges import profiler_range
@@ -36,12 +35,18 @@ from saelens_sparse.ops.update.adam import adam_update_by_blocks
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCache, WeightView
 from saelens_sparse.private_names import OPTIMIZER_HOOKS
+from saelens_sparse.training.moments import (
+    MOMENTS,
+    convert_moments,
+    moments_dtype,
+    require_own_update,
+    set_moments_apart,
+)
 
 if TYPE_CHECKING:
     from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
 
 _SWITCHED = "saelens_sparse_fused"  # key of groups that were fused here; never saved
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _followed: WeakSet[Optimizer] = WeakSet()
 
 
@@ -57,7 +62,7 @@ def _prepare(optimizer: Optimizer, *_: Any) -> None:
         if not any(hasattr(parameter, FUSED_ADAM) for parameter in parameters):
             continue
         if any(moments_salt(parameter) is not None for parameter in parameters):
-            _require_own_update(optimizer, group)
+            require_own_update(optimizer, group, type(optimizer) is ClippingAdam)
         if optimizer not in _followed:
             optimizer.register_state_dict_post_hook(_write_as_stock)
             optimizer.register_step_post_hook(_count_changes)
@@ -65,30 +70,6 @@ def _prepare(optimizer: Optimizer, *_: Any) -> None:
         _choose_fused(optimizer, group)
         for parameter in parameters:
             _align(parameter, optimizer.state.get(parameter, {}), fused=bool(group.get("fused")))
-
-
-def _require_own_update(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Raise if an update that rounds moments stochastically is not what the optimizer makes."""
-    if type(optimizer) is not ClippingAdam:
-        raise ValueError(
-            "moments='bfloat16' needs the update of SparseTrainingRunner, SparseSAETrainer or "
-            f"SparseMultiSAETrainingRunner; got {type(optimizer).__name__}"
-        )
-    for name in ("weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable"):
-        if group[name]:
-            raise ValueError(
-                f"moments='bfloat16' needs an optimizer without {name}; got {name}={group[name]!r}"
-            )
-    if group["fused"] is False:
-        raise ValueError("moments='bfloat16' needs an update that is fused; got fused=False")
-    for parameter in (p for each in optimizer.param_groups for p in each["params"]):
-        if moments_salt(parameter) is not None and parameter.dtype != torch.float32:
-            raise ValueError(moments_need_float32(parameter.dtype))
-        if not getattr(parameter, FUSED_ADAM, False):
-            raise ValueError(
-                "moments='bfloat16' needs an optimizer of the SAE's parameters alone, and "
-                f"fused_adam=True; got a parameter of shape {list(parameter.shape)} without"
-            )
 
 
 def _choose_fused(optimizer: Optimizer, group: dict[str, Any]) -> None:
@@ -295,22 +276,10 @@ class ClippingAdam(Adam):
 
         PyTorch converts all to the dtype of their parameter.
         """
-        saved, own = (
-            [each for group in groups for each in group["params"]]
-            for groups in (state_dict["param_groups"], self.param_groups)
-        )
-        states: dict[int, dict[str, Any]] = state_dict["state"]
-        apart: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
-        for index, parameter in zip(saved, own, strict=False):  # PyTorch compares their numbers
-            if moments_salt(parameter) is not None and index in states:
-                state = states[index]
-                apart[parameter] = {name: state[name] for name in _MOMENTS if name in state}
-                rest = {name: value for name, value in state.items() if name not in _MOMENTS}
-                states = {**states, index: rest}
-        super().load_state_dict({**state_dict, "state": states})
+        rest, apart = set_moments_apart(state_dict, self.param_groups)
+        super().load_state_dict(rest)
         for parameter, moments in apart.items():
-            for name, value in moments.items():
-                self.state[parameter][name] = value.to(parameter.device, torch.bfloat16)
+            self.state[parameter].update(moments)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_norm": self.max_norm}
@@ -322,17 +291,11 @@ class ClippingAdam(Adam):
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         """Step and moments, as `Adam` would make them but for the dtype of those in bfloat16."""
         state = self.state[parameter]
-        has_salt = moments_salt(parameter) is not None
-        dtype = torch.bfloat16 if has_salt else parameter.dtype
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            for name in _MOMENTS:
-                state[name] = torch.zeros_like(parameter, dtype=dtype)
-        for name in _MOMENTS:
-            held = state[name].dtype
-            # `moments` of the configuration was changed, or the state loaded before it was known.
-            if held != dtype and (has_salt or held.itemsize < dtype.itemsize):
-                state[name] = torch.empty_like(parameter, dtype=dtype).copy_(state[name])
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(parameter, dtype=moments_dtype(parameter))
+        convert_moments(parameter, state)
         return state
 
     def _step_by_parameter(self, divisor: torch.Tensor) -> None:
@@ -392,10 +355,10 @@ class ClippingAdam(Adam):
                         state["step"], divisor, settings, copy,
                     )  # fmt: skip
                 elif parameter.grad is not None:
-                    parts = (parameter, parameter.grad, *moments)
-                    if salt is not None:
-                        parts = _rows_in_memory(*parts)
-                    adam_update(*parts, state["step"], divisor, settings)
+                    weight, gradient, first, second = _rows_in_memory(
+                        parameter, parameter.grad, *moments
+                    )
+                    adam_update(weight, gradient, first, second, state["step"], divisor, settings)
 
 
 def _rows_in_memory(weight: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -35,10 +35,10 @@ def random_bits(salt, step, row, column):
 
 @triton.jit
 def round_stochastically(value, noise):
-    """A float32 that bfloat16 holds: with 16 random bits added, and the low 16 cut off."""
-    bits = value.to(tl.uint32, bitcast=True) + noise
-    cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.where(value == value, cut, float("nan"))
+    """A float32 in bfloat16: 16 random bits are added, and the low 16 cut off."""
+    bits = (value.to(tl.uint32, bitcast=True) + noise) >> 16
+    bits = tl.where(value == value, bits, 0x7FC0)  # of NaN
+    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def round_moments(
     row,
     column,
 ):
-    """Moments as they are to be stored, float32; as they are if the rule has no salt."""
+    """Moments, float32, as they are to be stored: in bfloat16 if the rule has a salt."""
     if rule.salt is not None:
         bits = random_bits(rule.salt, tl.load(rule.step).to(tl.int32), row, column)
         first = round_stochastically(first, bits & 0xFFFF)
