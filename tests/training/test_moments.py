@@ -1,6 +1,7 @@
 """`moments="bfloat16"`: what holds them, what refuses them, and their way through files."""
 
 import copy
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.support.architectures import ON_CPU, SPARSE, Subject, subjects
 from tests.support.saes import forward_pass, make_stock, sparse_like, superposed_rows
 from tests.support.trainers import N_ROWS, own_trainer, state_of, stock_trainer, train
 
+KERNELS = frozenset({"triton-interpreter", "triton-cuda"})
 WEIGHTS = ("W_enc", "W_dec")
 
 
@@ -86,6 +88,31 @@ class TestTraining:
         for name, value in expected.items():
             assert torch.equal(actual[name], value), name
 
+    @subjects(KERNELS)
+    def test_kernels_round_as_pytorch(
+        self, subject: Subject, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each weight's update sums its gradient over pairs, and no parameter holds it."""
+        monkeypatch.setattr("saelens_sparse.codes.step.MAX_PAIRS_PER_LATENT", 1e9)
+        stock = subject.stock()
+        batches = [superposed_rows(stock, subject.target.few_rows(N_ROWS)) for _ in range(2)]
+        found: list[dict[str, torch.Tensor]] = []
+        for implementation in ("triton", "torch"):
+            sae = subject.sparse(stock, implementation, moments="bfloat16", cuda_graph=False)
+            trainer = own_trainer(sae)
+            held: list[bool] = []
+            trainer.optimizer.register_step_pre_hook(
+                lambda *_, sae=sae, held=held: held.append(sae.W_dec.grad is not None)
+            )
+            train(trainer, batches)
+            assert any(held) == (implementation == "torch")
+            found.append(moments_of(trainer))
+        assert_light(found[0])
+        for name, value in found[0].items():
+            if name.startswith(WEIGHTS):
+                assert (value != found[1][name]).float().mean() < 0.02, name
+                torch.testing.assert_close(value, found[1][name], rtol=0.02, atol=1e-9)
+
     @subjects(ON_CPU)
     def test_a_dense_step_rounds_too(self, subject: Subject) -> None:
         """`auto` takes dense steps where many latents are active."""
@@ -119,7 +146,8 @@ class TestTraining:
         original = torch.Tensor.float
 
         def recorded(self: torch.Tensor) -> torch.Tensor:
-            sizes.append(self.numel())
+            if self.dtype == torch.bfloat16:
+                sizes.append(self.numel())
             return original(self)
 
         sae = sparse_like(make_stock(), moments="bfloat16")
@@ -127,8 +155,8 @@ class TestTraining:
         batches = batches_for(sae, 1)
         monkeypatch.setattr(torch.Tensor, "float", recorded)
         train(trainer, batches)
-        of_moments = [size for size in sizes if size > 1 and size <= 64]
-        assert sum(of_moments) >= 2 * 2 * sae.W_enc.numel()
+        assert sum(sizes) == 2 * 2 * sae.W_enc.numel()
+        assert max(sizes) <= 64
 
 
 class TestRefusals:
@@ -168,7 +196,7 @@ class TestRefusals:
     def test_other_settings_of_adam(self, setting: dict[str, Any]) -> None:
         sae = sparse_like(make_stock(), moments="bfloat16")
         trainer = own_trainer(sae)
-        batch, *rest = batches_for(sae, 3)
+        (batch,) = batches_for(sae, 1)
         trainer.optimizer.param_groups[0].update(setting)
         ((name, value),) = setting.items()
         self.assert_refused(lambda: trainer.step(batch), sae, f"{name}={value!r}")
@@ -260,7 +288,7 @@ class TestState:
                 assert loaded.dtype == torch.float32
                 assert torch.equal(loaded, saved.float())
         (loss,) = train(resumed, batches_for(sae, 1))
-        assert loss == pytest.approx(loss)
+        assert isfinite(loss)
 
     @subjects(SPARSE)
     def test_a_checkpoint_of_float32_moments_is_converted_once(
