@@ -7,7 +7,7 @@ import torch
 from saelens_sparse.ops.update.rounding import random_bits, round_moments
 
 # Elements that are updated at once: temporaries stay far below the size of a weight.
-_BLOCK = 2**20
+_BLOCK = 2**18
 
 
 def adam_update_by_blocks(
