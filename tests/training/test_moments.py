@@ -11,6 +11,7 @@ from torch.optim import Adam
 
 from saelens_sparse.training.optimizer import ClippingAdam
 from saelens_sparse.training.trainer import SparseSAETrainer
+from tests.conftest import TARGETS
 from tests.support.architectures import ON_CPU, SPARSE, Subject, subjects
 from tests.support.saes import forward_pass, make_stock, sparse_like, superposed_rows
 from tests.support.trainers import N_ROWS, own_trainer, state_of, stock_trainer, train
@@ -112,6 +113,25 @@ class TestTraining:
             if name.startswith(WEIGHTS):
                 assert (value != found[1][name]).float().mean() < 0.02, name
                 torch.testing.assert_close(value, found[1][name], rtol=0.02, atol=1e-9)
+
+    @pytest.mark.gpu
+    def test_a_gpu_without_triton_rounds_as_the_kernels(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("saelens_sparse.codes.step.MAX_PAIRS_PER_LATENT", 1e9)
+        subject = Subject("topk_sparse", TARGETS["triton-cuda"])
+        stock = subject.stock()
+        batches = batches_for(stock, 3)
+        found: list[dict[str, torch.Tensor]] = []
+        for implementation, is_off in (("triton", "0"), ("torch", "1")):
+            monkeypatch.setenv("SAELENS_SPARSE_NO_TRITON", is_off)
+            trainer = own_trainer(subject.sparse(stock, implementation, moments="bfloat16"))
+            train(trainer, batches)
+            found.append(moments_of(trainer))
+        assert_light(found[1])
+        for name, value in found[0].items():
+            if name.startswith(WEIGHTS):
+                assert (value != found[1][name]).float().mean() < 0.02, name
 
     @subjects(ON_CPU)
     def test_a_dense_step_rounds_too(self, subject: Subject) -> None:
