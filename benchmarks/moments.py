@@ -131,7 +131,8 @@ class Arm:
         if self.torchao:
             from torchao.optim import Adam8bit  # pyright: ignore[reportMissingImports]
 
-            trainer.optimizer = Adam8bit(made.parameters(), lr=cfg.lr)
+            betas = cfg.adam_beta1, cfg.adam_beta2
+            trainer.optimizer = Adam8bit(made.parameters(), lr=cfg.lr, betas=betas)
         return trainer
 
 

@@ -93,7 +93,7 @@ def _align(parameter: torch.nn.Parameter, state: dict[str, Any], *, fused: bool)
     if gradient is not None and gradient.stride() != parameter.stride():
         parameter.grad = torch.empty_like(parameter).copy_(gradient)
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
+        if type(value) is not torch.Tensor:  # quantized states are of a class of their own
             continue
         if value.shape == parameter.shape and value.stride() != parameter.stride():
             state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
