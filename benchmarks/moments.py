@@ -10,7 +10,7 @@ activations. Their text is Python's documentation, then docstrings of installed 
 - float32: the sparse architecture in `SparseSAETrainer`
 - stock: SAELens's architecture and trainer
 - nudged_N: as float32, each weight of `W_enc` moved once by at most a unit in the last place
-- bfloat16: as float32, with `moments="bfloat16"`
+- bfloat16, bfloat16_nudged_N: as float32 and nudged_N, with `moments="bfloat16"`
 - nearest: as float32, moments of weights rounded to the nearest bfloat16 after each step
 - torchao_8bit: the sparse architecture in SAELens's trainer with torchao's `Adam8bit`, where that
   is installed
@@ -145,9 +145,12 @@ def round_to_nearest(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def arms(n_nudged: int) -> list[Arm]:
     """All that can run here, the reference first."""
+    light, seeds = {"moments": "bfloat16"}, range(1, n_nudged + 1)
     found = [Arm("float32"), Arm("stock", sparse=False, own=False)]
-    found += [Arm(f"nudged_{seed}", nudge=seed) for seed in range(1, n_nudged + 1)]
-    found += [Arm("bfloat16", fields={"moments": "bfloat16"}), Arm("nearest", nearest=True)]
+    found += [Arm(f"nudged_{seed}", nudge=seed) for seed in seeds]
+    found += [Arm("bfloat16", fields=light)]
+    found += [Arm(f"bfloat16_nudged_{seed}", fields=light, nudge=seed) for seed in seeds]
+    found += [Arm("nearest", nearest=True)]
     if importlib.util.find_spec("torchao") is not None:
         found.append(Arm("torchao_8bit", own=False, torchao=True))
     return found
@@ -342,7 +345,7 @@ def main() -> None:
     for name, found in results["arms"].items():
         last, groups = found["points"][-1], found["by_frequency"]
         say(
-            f"{name:13} MSE {found['mse']:.4f}  explained {found['explained']:.4f}  dead "
+            f"{name:18} MSE {found['mse']:.4f}  explained {found['explained']:.4f}  dead "
             f"{last['dead']}  {found['ms']:.2f} ms  state {found['state_mib']:.0f} MiB  "
             f"peak {found['peak_gib']}"
         )
