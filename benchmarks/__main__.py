@@ -379,7 +379,11 @@ def run_default(argv: Sequence[str]) -> int:
     args.precision = []
     for benchmark in (STEP, FORWARD):
         args.cases = list(groups_of(benchmark.name)["quick" if args.quick else args.device])
-        args.contenders = [one.name for one in benchmark.contenders if one.sparse or not args.quick]
+        args.contenders = [
+            one.name
+            for one in benchmark.contenders
+            if one in (SPARSE, SPARSE_RUNNER) or not args.quick
+        ]
         run_session(benchmark, results, args)
 
     rows = frame_of(load_rows([results.path]))
