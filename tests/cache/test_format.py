@@ -70,7 +70,10 @@ def test_the_manifest_is_json_that_says_what_there_is(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "cannot be read: 'int8'"),
         ({"rows": "many"}, r"cannot be read: rows: .*integer"),
         ({"settings": None}, r"cannot be read: settings: "),
-        ({"hooks": [{"name": "a", "head_index": None, "d_in": "x"}]}, r"cannot be read: hooks\.0\."),
+        (
+            {"hooks": [{"name": "a", "head_index": None, "d_in": "x"}]},
+            r"cannot be read: hooks\.0\.",
+        ),
         ({"shards": []}, "its shards have 0 tokens in place of 112"),
         ({"rows": -1}, "its shards have 112 tokens in place of -1"),
     ],

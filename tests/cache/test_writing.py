@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse import FastActivationsStore
+from saelens_sparse import FastActivationsStore, SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.activations.shards import writer as writer_module
 from saelens_sparse.activations.shards.manifest import MANIFEST
 from saelens_sparse.config.files import UsageError
 from tests.support.activations import D_HEAD
-from tests.support.cache import Caches, contents, failing_at
+from tests.support.cache import CACHED, Caches, contents, failing_at
 from tests.support.runs import what_libraries_say
 
 pytestmark = what_libraries_say
@@ -200,6 +200,27 @@ def test_a_finished_cache_is_not_written_again(
     assert (caches.folder / "cache" / MANIFEST).stat().st_mtime_ns == before
     caches.runner("tokens", tokens=128)
     assert "64 tokens, fewer than the 128" in caplog.text
+
+
+def test_what_another_runner_has_written_meanwhile_stays(caches: Caches) -> None:
+    late, wider = caches.runner("tokens", tokens=64), caches.runner("tokens", tokens=96)
+    caches.runner("tokens", tokens=64).run()
+    before = files(caches.folder / "cache")
+    assert late.run().rows == 64
+    assert wider.run().rows == 64
+    assert files(caches.folder / "cache") == before
+
+
+def test_a_config_of_several_saes_that_trains_from_the_cache_writes_it(caches: Caches) -> None:
+    values = caches.config("hooks").to_dict() | CACHED | caches.options()
+    cfg = SparseMultiSAETrainingRunnerConfig.from_dict(values)
+    stopped = caches.runner("hooks", cfg=cfg, tokens=160)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(writer_module, "sync", failing_at(4, FULL, writer_module.sync))
+        stopped.run()
+    assert 0 < len(stopped.manifest.shards)
+    assert caches.runner("hooks", cfg=cfg, tokens=160).run().rows == 160
+    assert cfg.use_cached_activations
 
 
 def test_a_folder_with_other_files_is_left_alone(caches: Caches) -> None:
