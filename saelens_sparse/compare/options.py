@@ -16,7 +16,8 @@ from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import CHECKPOINTS, SAE, Comparison, Settings
 from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS
 from saelens_sparse.config import files
-from saelens_sparse.config.checks import check_fields, check_training
+from saelens_sparse.config.checks import check_training
+from saelens_sparse.config.fields import check_fields
 from saelens_sparse.config.files import UsageError, usage_errors
 from saelens_sparse.config.messages import shown
 from saelens_sparse.config.outputs import check_runner_outputs, check_writable

@@ -12,8 +12,8 @@ from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
 
-from saelens_sparse.config.checks import check_fields, check_groups, named_values
-from saelens_sparse.config.messages import one_line, shown
+from saelens_sparse.config.fields import check_fields, check_groups
+from saelens_sparse.config.messages import named_values, one_line, shown
 from saelens_sparse.config.several import (
     SparseMultiSAETrainingRunnerConfig,
     check_multi_fields,
