@@ -12,6 +12,7 @@ from typing import Any
 
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import CHECKPOINTS, SAE, Comparison, Settings
 from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS
@@ -237,4 +238,11 @@ def _config_of_side(
     with usage_errors():
         check_training(cfg)
         check_runner_outputs(cfg)
+        path = str(side.get("cached_activations_path"))
+        if cfg.use_cached_activations and is_sharded(path):
+            raise ValueError(
+                f"cached_activations_path: {shown(path)} is a cache of `saelens-sparse cache`, "
+                "which the stock side cannot read; allowed: one in SAELens's format, or --set "
+                "use_cached_activations=false"
+            )
     return whole

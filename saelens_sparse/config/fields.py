@@ -59,7 +59,16 @@ RANGES: dict[str, Any] = {
         (Field(gt=0), ["lr", "sae.k"]),
         (Field(ge=0, lt=1), ["adam_beta1", "adam_beta2"]),
         (Field(ge=0, le=1), ["activations_mixing_fraction"]),
-        (Field(min_length=1), ["checkpoint_path", "hook_name", "model_name", "output_path"]),
+        (
+            Field(min_length=1),
+            [
+                "cached_activations_path",
+                "checkpoint_path",
+                "hook_name",
+                "model_name",
+                "output_path",
+            ],
+        ),
         (Field(min_length=1, max_length=3), ["seqpos_slice"]),
     )
     for name in names
