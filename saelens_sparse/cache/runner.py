@@ -31,7 +31,7 @@ from saelens_sparse.activations.shards.match import (
     hooks_of_config,
     settings_of,
 )
-from saelens_sparse.activations.shards.writer import ShardWriter
+from saelens_sparse.activations.shards.writer import ShardWriter, unlisted_files
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.config.messages import shown
 from saelens_sparse.config.outputs import check_writable
@@ -232,6 +232,7 @@ class CacheRunner:
         while not folder.exists():
             folder = folder.parent
         free, missing = shutil.disk_usage(folder).free, self.missing_bytes
+        free += sum(path.stat().st_size for path in unlisted_files(self.folder, self.manifest))
         if free < missing:
             raise ValueError(
                 f"cached_activations_path: {shown(str(self.folder))} has room for "

@@ -167,6 +167,22 @@ class _Usage:
     free = 100
 
 
+def test_what_a_killed_writer_left_makes_room(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "sync", failing_at(2, FULL, writer_module.sync))
+        with pytest.raises(OSError, match="No space left"):
+            caches.runner("tokens", tokens=TOKENS).run()
+    left = caches.folder / "cache" / "00007.hook_0.safetensors.partial"
+    left.write_bytes(bytes(TOKENS * 100))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: _Usage)
+    caches.runner("tokens", tokens=TOKENS)
+    left.unlink()
+    with pytest.raises(ValueError, match="has room for"):
+        caches.runner("tokens", tokens=TOKENS)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
