@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from saelens_sparse.architectures.hooks import has_hooks
 from saelens_sparse.architectures.parameters import mark_parameter
-from saelens_sparse.choice.availability import Choice, choose_implementation
+from saelens_sparse.choice.availability import Choice, choose_implementation, require_float8
 from saelens_sparse.choice.policy import PairTotals
 from saelens_sparse.codes.code import Code, PairCode, version_of
 from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, code_of
@@ -23,10 +23,11 @@ from saelens_sparse.ops.common.host_copy import HostCount
 from saelens_sparse.ops.common.precision import matmul_dtype
 from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.encode import encode_pairs
-from saelens_sparse.ops.pairs import LatentOrder
+from saelens_sparse.ops.pairs import ActivePairs, LatentOrder
 from saelens_sparse.ops.rows.block import RowBlock
 from saelens_sparse.ops.rows.operations import row_norms
 from saelens_sparse.ops.search.found import FoundPairs
+from saelens_sparse.ops.search.recall import RowSample
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCopy, WeightView
 from saelens_sparse.private_names import TENSOR_HOOKS
@@ -38,6 +39,14 @@ if TYPE_CHECKING:
     _Base = TrainingSAE[Any]
 else:
     _Base = object
+
+# A step in so many measures how much a float8 screen has found, on so many rows; so does each step
+# that is logged. On an H100 this takes as long as a search of these rows in full precision.
+RECALL_STEPS = 500
+RECALL_ROWS = 32
+# Rounding to bfloat16 under autocast alone costs up to a hundredth of a row's top k.
+MIN_RECALL = 0.99
+_RECALL = "screen_recall"  # of `StepContext.seen`: recall and share of whole rows
 
 DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 
@@ -64,6 +73,7 @@ class SparseTrainingSAEMixin(_Base):
     b_enc: nn.Parameter
     # Whether the last step found that it had missed something: then the next one asks at once.
     asks_at_once = False
+    has_warned_of_recall = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -128,7 +138,7 @@ class SparseTrainingSAEMixin(_Base):
     @property
     def weight_views(self) -> Mapping[str, WeightView]:
         """What an update should write of a weight for the next step, by name of the parameter."""
-        return {"W_enc": "rounded"}
+        return {"W_enc": "scaled" if self.cfg.screen_dtype == "float8" else "rounded"}
 
     def graph_key(self) -> object | None:
         """What a recording of a step as a CUDA graph depends on besides shapes and weights; None
@@ -139,7 +149,7 @@ class SparseTrainingSAEMixin(_Base):
     def commit(
         self,
         step: StepContext,
-        output: TrainStepOutput | None = None,  # noqa: ARG002
+        output: TrainStepOutput | None = None,
     ) -> None:
         """
         Change what a step, or an encoding outside of one, changes besides gradients.
@@ -150,6 +160,8 @@ class SparseTrainingSAEMixin(_Base):
             step: the step.
             output: its output, whose metrics may report the change; None for an encoding.
         """
+        if output is not None and _RECALL in step.seen:
+            self._report_recall(step, output)
         if step.n_training_steps is not None:
             # With a NaN in every batch, each pass would otherwise be taken twice.
             self.asks_at_once = not step.was_complete
@@ -194,6 +206,8 @@ class SparseTrainingSAEMixin(_Base):
         """A step to `propose`; one that is taken instead of another waits for the device, and is
         complete.
         """
+        if self.cfg.screen_dtype == "float8":
+            require_float8(self.W_enc.device)
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
         counts = mask is not None and self.uses_dead_latents
@@ -203,8 +217,17 @@ class SparseTrainingSAEMixin(_Base):
             offer=offer_to(self),
             dead_count=HostCount(mask) if mask is not None and counts else None,
             n_training_steps=step_input.n_training_steps,
+            screen_dtype=self.cfg.screen_dtype,
+            measures_recall=self.measures_recall(
+                step_input.n_training_steps, step_input.is_logging_step
+            ),
             needed=None if instead_of is None else instead_of.pair_totals,
         )
+
+    def measures_recall(self, n_training_steps: int, is_logging_step: bool) -> bool:
+        """Whether a step compares what its search has found with what there is."""
+        is_due = n_training_steps % RECALL_STEPS == 0 or is_logging_step
+        return self.cfg.screen_dtype == "float8" and is_due
 
     def propose(self, step_input: TrainStepInput, step: StepContext) -> TrainStepOutput:
         """
@@ -287,6 +310,8 @@ class SparseTrainingSAEMixin(_Base):
         with profiler_range("saelens_sparse::search"):
             found = self.search(x, norms, step)
         found, order = step.settled(found, self.cfg.d_sae)
+        if step.measures_recall:
+            self._measure_recall(x, norms, found.pairs, step)
         if found.totals is not None:
             step.count_pairs(PairTotals(found.totals, x.shape[0], self.cfg.d_sae))
         dead = step.dead_latents()
@@ -317,6 +342,40 @@ class SparseTrainingSAEMixin(_Base):
             norms=norms,
             W_dec=self.W_dec,
         )
+
+    def search_sample(
+        self,
+        x: torch.Tensor,
+        norms: torch.Tensor | None,
+        step: StepContext,
+        n_found: int,  # noqa: ARG002
+    ) -> FoundPairs:
+        """
+        Search some rows of a batch as `search` does the whole.
+
+        Args:
+            x: `[n, d_in]`.
+            norms: as for `search`.
+            step: likewise.
+            n_found: how many pairs of these rows were found before.
+        """
+        return self.search(x, norms, step)
+
+    @torch.no_grad()
+    def _measure_recall(
+        self, x: torch.Tensor, norms: torch.Tensor | None, pairs: ActivePairs, step: StepContext
+    ) -> None:
+        """Note what a search in full precision finds on some rows beside what was found."""
+        sample = RowSample.of(pairs, self.cfg.d_sae, RECALL_ROWS)
+        own_step = StepContext(step.choice, asks_at_once=True)
+        exact = self.search_sample(x[sample.rows], norms, own_step, int(sample.found.sum()))
+        step.seen[_RECALL] = torch.stack(sample.recall(exact.complete().pairs))
+
+    def _report_recall(self, step: StepContext, output: TrainStepOutput) -> None:
+        recall, whole_rows = step.seen[_RECALL].tolist()
+        output.metrics |= {"screen_recall": recall, "screen_whole_rows": whole_rows}
+        if recall < MIN_RECALL:
+            _warn_of_recall(self, recall, step.n_training_steps)
 
     def _sae_in_and_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`process_sae_in(x)`, and `b_dec` if that was subtracted outside of the graph.
@@ -433,6 +492,18 @@ class SparseTrainingSAEMixin(_Base):
             raise ValueError(
                 f"x must have d_in={self.cfg.d_in} as its width; got shape {list(x.shape)}"
             )
+
+
+def _warn_of_recall(sae: SparseTrainingSAEMixin, recall: float, n_steps: int | None) -> None:
+    """Warn once an SAE."""
+    if not sae.has_warned_of_recall:
+        sae.has_warned_of_recall = True
+        warn_caller(
+            f"the float8 screen found {recall:.2%} of the active latents of {RECALL_ROWS} rows in "
+            f"training step {n_steps}; rounding to bfloat16 finds 99% or more. Columns of large "
+            "activations that meet large encoder weights are the usual reason. "
+            "screen_dtype='auto' finds all."
+        )
 
 
 def _latent_major(weight: torch.Tensor, name: str) -> torch.Tensor:

@@ -63,6 +63,9 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             as many latents are active, sparse ones from then on.
         screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
             of one chunk of rows while the active latents are found, in MiB.
+        screen_dtype (Literal["auto", "float8"]): In what training steps screen pre-activations.
+            "auto" misses no latent. "float8" is faster from compute capability 8.9 on, and may miss
+            a few: `screen_recall` among the metrics says how many.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
             rounding, in less time and memory. Checkpoints are the same either way.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
@@ -226,6 +229,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
+            step.screen_dtype,
         )
 
     @override

@@ -50,6 +50,7 @@ class SparseMatryoshkaBatchTopKTrainingSAEConfig(
         implementation (Literal["auto", "triton", "torch", "dense"]): As in
             SparseBatchTopKTrainingSAEConfig, as all that follow.
         screen_buffer_mib (int): Bound on the size of the buffer of the search, in MiB.
+        screen_dtype (Literal["auto", "float8"]): In what training steps screen pre-activations.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
             SparseTrainingRunner too.

@@ -20,6 +20,7 @@ architectures = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), 
 NEW_FIELDS = {
     "implementation": "auto",
     "screen_buffer_mib": 1024,
+    "screen_dtype": "auto",
     "fused_adam": True,
     "gradient_buffers": False,
     "cuda_graph": True,
