@@ -243,6 +243,11 @@ def _run_launchers(shape: Shape) -> None:
         dense_jumprelu,
         dense_jumprelu_gradients,
     )
+    from saelens_sparse.ops.activation.ghost_kernels import (
+        ghost_gradient,
+        ghost_losses,
+        ghost_values,
+    )
     from saelens_sparse.ops.activation.pairs_kernels import jumprelu, jumprelu_gradients
     from saelens_sparse.ops.pairs import LatentOrder, Rows
     from saelens_sparse.ops.rows import kernels as row_ops
@@ -276,6 +281,12 @@ def _run_launchers(shape: Shape) -> None:
     width = min(d_sae // 2, MAX_KEEP_COLUMNS)
     for norms in (None, bias[:width]):
         topk_values(empty(n, width, dtype=low), bias[:width], norms, min(k, width))
+
+    dead = empty(n, d_sae // 2, dtype=low)
+    ghost_values(dead, bias[: d_sae // 2 - 1])
+    ghosts, residual = empty(n, d_in, dtype=low), empty(n, d_in, dtype=dtype)
+    _, coefficients = ghost_losses(ghosts, residual, 1e-6)
+    ghost_gradient(ghosts, residual, coefficients)
 
     pairs, _ = find_pattern(x, screened, bias, bias, 0.1, n * k, buffer_bytes)
     jumprelu(bias, pairs)
