@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal
 
 import torch
 from sae_lens.saes.batchtopk_sae import (
@@ -19,7 +19,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
-from saelens_sparse.architectures.dead_losses import DeadLatentLoss, require_ghosts_work
+from saelens_sparse.architectures.dead_losses import DEAD_LATENT_LOSSES, require_ghosts_work
 from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.architectures.topk import SparseTopKTrainingSAE
@@ -82,7 +82,7 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
         metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
     """  # noqa: E501
 
-    dead_latent_loss: DeadLatentLoss = "auxk"
+    dead_latent_loss: Literal["auxk", "ghost"] = "auxk"
 
     @override
     @classmethod
@@ -104,7 +104,7 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             raise ValueError(f"topk_threshold_lr must be in [0, 1]; got {self.topk_threshold_lr}")
         require_number("aux_loss_coefficient", self.aux_loss_coefficient)
         require_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
-        require_choice("dead_latent_loss", self.dead_latent_loss, get_args(DeadLatentLoss))
+        require_choice("dead_latent_loss", self.dead_latent_loss, DEAD_LATENT_LOSSES)
         require_ghosts_work(self.dead_latent_loss, self.normalize_activations)
         super().__post_init__()
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-DeadLatentLoss = Literal["auxk", "ghost"]
+DEAD_LATENT_LOSSES = ("auxk", "ghost")
+"""Of the architectures whose stock counterparts have AuxK."""
 
 GHOST_LOSS = "ghost_grad_loss"
 """Its name among the losses of a step, in place of SAELens's `auxiliary_reconstruction_loss`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from typing_extensions import override
 
 from saelens_sparse.architectures.base import SparseTrainingSAEMixin
 from saelens_sparse.architectures.dead_losses import (
+    DEAD_LATENT_LOSSES,
     GHOST_LOSS,
-    DeadLatentLoss,
     require_ghosts_work,
 )
 from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
@@ -91,7 +91,7 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
         metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
     """  # noqa: E501
 
-    dead_latent_loss: DeadLatentLoss = "auxk"
+    dead_latent_loss: Literal["auxk", "ghost"] = "auxk"
 
     @override
     @classmethod
@@ -109,7 +109,7 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
         if self.k > self.d_sae:
             raise ValueError(f"k must be at most d_sae={self.d_sae}; got {self.k}")
         require_number("aux_loss_coefficient", self.aux_loss_coefficient)
-        require_choice("dead_latent_loss", self.dead_latent_loss, get_args(DeadLatentLoss))
+        require_choice("dead_latent_loss", self.dead_latent_loss, DEAD_LATENT_LOSSES)
         require_ghosts_work(self.dead_latent_loss, self.normalize_activations)
         if self.use_sparse_activations:
             _say_sparse_activations_are_moot()

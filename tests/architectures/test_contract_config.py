@@ -93,30 +93,28 @@ def test_what_dead_latents_may_be_trained_by_is_named(architecture: Architecture
     default = SUBJECTS[architecture.name].traits.own_fields["dead_latent_loss"]
     other = {"auxk": None, None: "auxk"}[default]
     allowed = {"auxk": "one of auxk, ghost", None: "'ghost' or None"}[default]
+    make: Any = architecture.config
     for value in (default, "ghost"):
-        assert architecture.config(d_in=16, d_sae=128, dead_latent_loss=value)
+        assert make(d_in=16, d_sae=128, dead_latent_loss=value).dead_latent_loss == value
     with pytest.raises(ValueError, match=rf"^dead_latent_loss must be {allowed}; got {other!r}"):
-        architecture.config(d_in=16, d_sae=128, dead_latent_loss=other)
+        make(d_in=16, d_sae=128, dead_latent_loss=other)
 
 
 @architectures
 def test_ghost_gradients_refuse_run_time_normalization(architecture: Architecture) -> None:
+    make: Any = architecture.config
     settings: dict[str, Any] = {"d_in": 16, "d_sae": 128}
     works = ("none", "expected_average_only_in", "covariance_whitening")
     for normalize in works:
-        assert architecture.config(
-            **settings, dead_latent_loss="ghost", normalize_activations=normalize
-        )
+        make(**settings, dead_latent_loss="ghost", normalize_activations=normalize)
     for normalize in ("constant_norm_rescale", "layer_norm"):
-        assert architecture.config(**settings, normalize_activations=normalize)
+        make(**settings, normalize_activations=normalize)
         message = (
             f"normalize_activations must be one of {', '.join(works)} with "
             f"dead_latent_loss='ghost'; got '{normalize}'"
         )
         with pytest.raises(ValueError, match=f"^{message}$"):
-            architecture.config(
-                **settings, dead_latent_loss="ghost", normalize_activations=normalize
-            )
+            make(**settings, dead_latent_loss="ghost", normalize_activations=normalize)
 
 
 @architectures

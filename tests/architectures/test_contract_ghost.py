@@ -328,11 +328,12 @@ class TestTraining:
         stock = subject.stock()
         with torch.no_grad():
             stock.b_enc[:9] = -100.0
-        fields = {"aux_loss_coefficient": 0.0}
+        fields: dict[str, Any] = {"aux_loss_coefficient": 0.0}
         if hasattr(stock.cfg, "pre_act_loss_coefficient"):
             fields = {"pre_act_loss_coefficient": None}
-        for loss, moves in (({"dead_latent_loss": "ghost"}, True), (fields, False)):
-            sparse = subject.sparse(stock, **{**fields, "aux_loss_coefficient": 1.0, **loss})
+        ghost: dict[str, Any] = {"dead_latent_loss": "ghost", "aux_loss_coefficient": 1.0}
+        for changes, moves in (({**fields, **ghost}, True), (fields, False)):
+            sparse = subject.sparse(stock, **changes)
             trainer = make_trainer(sparse, dead_feature_window=100)
             trainer.n_forward_passes_since_fired[:9] = 10**6
             for _ in range(3):
