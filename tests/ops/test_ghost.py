@@ -251,6 +251,23 @@ def test_sums_are_float32_under_autocast(
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=0)
 
 
+def test_sums_are_float32_in_low_precision(
+    target: Target, backend: Backend, device: torch.device
+) -> None:
+    """Rounding of a gradient's elements averages out along it; that of its sums does not."""
+    if target.interpreted:
+        pytest.skip("the interpreter is right in float32 only")
+    rows = [torch.randn(4, 20_000).to(device, torch.bfloat16) for _ in range(2)]
+    ghosts, exact = rows[0].clone().requires_grad_(), rows[0].double().requires_grad_()
+    ghost_loss(ghosts, rows[1], backend).backward()
+    ghost_loss(exact, rows[1].double(), "torch").backward()
+    assert ghosts.grad is not None
+    assert exact.grad is not None
+    assert ghosts.grad.dtype == torch.bfloat16
+    along = (ghosts.grad.double() * exact.grad).sum(1) / exact.grad.pow(2).sum(1)
+    torch.testing.assert_close(along, torch.ones_like(along), rtol=2e-4, atol=0)
+
+
 class Allocated(TorchDispatchMode):
     """Records the largest number of elements of a tensor with memory of its own."""
 
@@ -319,6 +336,10 @@ def test_a_graph_of_the_gradient_is_refused(backend: Backend, device: torch.devi
         loss = ghost_grad_loss(*inputs.values(), backend=backend)
         with pytest.raises(RuntimeError, match=r"create_graph=True.*implementation='dense'"):
             torch.autograd.grad(loss, inputs[name], create_graph=True)
+    products = leaves["products"].requires_grad_()
+    values = ghost_values(products, leaves["bias"], backend)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(values.sum(), products, create_graph=True)
 
 
 def test_sizes_that_do_not_fit_are_named(backend: Backend, device: torch.device) -> None:
