@@ -131,8 +131,9 @@ def run(results: ResultsFile, args: Namespace) -> int:
                 )  # fmt: skip
                 trainer.cfg.dead_feature_window = args.window
                 batches = batches_of(rows, args.batch, seed, args.device)
-                row = {"status": "ok", **train(trainer, batches, args.steps, args.device)}
-                row["explained_variance"] = 1 - row["mse"] / variance
+                found = train(trainer, batches, args.steps, args.device)
+                row: Row = {"status": "ok", **found}
+                row["explained_variance"] = 1 - found["mse"] / variance
                 del trainer
             except (RuntimeError, ValueError) as error:
                 row = describe(error)
