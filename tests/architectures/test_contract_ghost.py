@@ -72,6 +72,20 @@ def test_step_on_every_path(subject: Subject, options: dict[str, Any]) -> None:
     compare_ghost_steps(stock, ghostly(subject, stock), x, mask, FLOAT32)
 
 
+@subjects(EVERYWHERE)
+def test_where_no_other_loss_asks_for_dead_latents(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = subject.stock(**subject.traits.reconstruction_alone)
+    mask = dead_mask(stock, 7)
+    x = subject.inputs(stock, subject.target.few_rows(20), FLOAT32, mask)
+    sparse = ghostly(subject, stock)
+    made = record_materializations(monkeypatch)
+    assert forward_pass(sparse, x, mask).losses[GHOST_LOSS] > 0
+    assert made == []
+    compare_ghost_steps(stock, sparse, x, mask, FLOAT32)
+
+
 @pytest.mark.parametrize("n_dead", [1, 70, 130, 200])
 @subjects(NOT_INTERPRETED)
 def test_numbers_about_the_block_s_alignment(subject: Subject, n_dead: int) -> None:
