@@ -362,6 +362,8 @@ def run_dead_latents(argv: Sequence[str]) -> int:
     }.items():  # fmt: skip
         add(f"--{name}", type=whole_number(1), default=value, help=default)
     add("--lr", type=float, default=1e-3, help=default)
+    of_losses = "aux_loss_coefficient of either loss; by default %(default)s"
+    add("--coefficient", type=float, default=1.0, help=of_losses)
     add("--device", choices=tuple(DEFAULT_STEPS), default=default_device(), help=default)
     parser.add_output_options()
     args = parser.parse_args(argv)

@@ -117,11 +117,12 @@ def run(results: ResultsFile, args: Namespace) -> int:
         raise UsageError(f"--batch: {args.batch} is more than the {len(rows)} activations")
     key = {"operation": "dead_latents", "architecture": args.architecture, **sizes}
     key |= {"precision": precision.name, "steps": args.steps, "window": args.window}
+    key |= {"lr": args.lr, "coefficient": args.coefficient}
     for seed in range(args.seeds):
         for loss in args.losses:
             case = Case(
                 "dead_latents", args.architecture, rows.shape[1], args.d_sae, args.k, args.batch,
-                options=LOSSES[loss],
+                options={"aux_loss_coefficient": args.coefficient, **LOSSES[loss]},
             )  # fmt: skip
             torch.manual_seed(seed)
             try:
@@ -138,7 +139,7 @@ def run(results: ResultsFile, args: Namespace) -> int:
             except (RuntimeError, ValueError) as error:
                 row = describe(error)
             release_memory(args.device)
-            results.append({**key, "contender": loss, "seed": seed, "lr": args.lr, **row})
+            results.append({**key, "contender": loss, "seed": seed, **row})
             say(f"{loss}, seed {seed}: {said_of(row)}")
     return int(any(row["status"] != "ok" for row in results.rows))
 

@@ -46,6 +46,12 @@ def test_each_loss_leaves_a_row(
     assert "dead latents revived" in capsys.readouterr().out
 
 
+def test_the_coefficient_is_that_of_both_losses(activations: Path, out: Path) -> None:
+    command = ["dead_latents", *SIZES, f"--activations={activations}", "--coefficient=0"]
+    assert main([*command, f"--out={out}", "--commit=abc"]) == 0
+    assert len({row["mse"] for row in load_rows([out])}) == 1
+
+
 def test_a_failure_is_said(
     activations: Path,
     out: Path,
