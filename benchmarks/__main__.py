@@ -107,6 +107,11 @@ def open_results(args: argparse.Namespace) -> ResultsFile:
     return results
 
 
+def show(results: ResultsFile, table: Callable[[Frame], Frame]) -> None:
+    """Print a table of the rows, and say where they are."""
+    print(f"\n{plain(table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+
+
 def asked_cases(benchmark: str, args: argparse.Namespace) -> list[tuple[NamedCase, Precision]]:
     """The cases that `args` asks for, each in its precisions."""
     return [
@@ -173,7 +178,7 @@ def run_kernels(argv: Sequence[str]) -> int:
             results.append(row)
     except torch.OutOfMemoryError as error:
         raise UsageError(f"--shape {shape} needs more memory than there is") from error
-    print(f"\n{plain(kernel_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    show(results, kernel_table)
     if args.device == "cpu":
         print("On a CPU kernels have no stages, and caches are as the last call left them.")
     return 0
@@ -195,11 +200,7 @@ def run_pair(argv: Sequence[str]) -> int:
 def run_store(argv: Sequence[str]) -> int:
     """`python -m benchmarks store`."""
     parser = CommandParser("store", store.__doc__)
-    parser.add_argument(
-        "--cases",
-        type=names_of(store.CASES, store.GROUPS),
-        help=f"separated by commas: {', '.join(store.CASES)}; by default those of the device",
-    )
+    parser.add_cases(store.CASES, store.GROUPS)
     parser.add_argument(
         "--refills",
         type=whole_number(1),
@@ -211,18 +212,14 @@ def run_store(argv: Sequence[str]) -> int:
     results = open_results(args)
     names = args.cases or store.GROUPS[args.device]
     status = store.run(results, [store.CASES[name] for name in names], args)
-    print(f"\n{plain(store_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    show(results, store_table)
     return status
 
 
 def run_cache(argv: Sequence[str]) -> int:
     """`python -m benchmarks cache`."""
     parser = CommandParser("cache", cache.__doc__)
-    parser.add_argument(
-        "--cases",
-        type=names_of(cache_cases.CASES),
-        help=f"separated by commas: {', '.join(cache_cases.CASES)}; by default that of the device",
-    )
+    parser.add_cases(cache_cases.CASES)
     parser.add_argument(
         "--parts",
         type=names_of(cache.PARTS),
@@ -234,7 +231,7 @@ def run_cache(argv: Sequence[str]) -> int:
     names = args.cases or cache_cases.DEFAULT_CASES[args.device]
     cases = [cache_cases.CASES[name] for name in names]
     status = cache.run(results, cases, args.parts or cache.PARTS, args)
-    print(f"\n{plain(cache_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    show(results, cache_table)
     return status
 
 
@@ -242,27 +239,12 @@ def run_run(argv: Sequence[str]) -> int:
     """`python -m benchmarks run`."""
     parser = CommandParser("run", run.__doc__)
     cases, contenders = run_cases.CASES, run_cases.CONTENDERS
-    parser.add_argument(
-        "--cases",
-        type=names_of(cases),
-        help=f"separated by commas: {', '.join(cases)}; by default those of the device",
-    )
-    parser.add_argument(
-        "--precision",
-        type=names_of(RUN_PRECISIONS),
-        default=[],
-        help=f"{', '.join(RUN_PRECISIONS)}; by default each case's own",
-    )
+    parser.add_whole_run_options(precision="each case's own")
     parser.add_argument(
         "--libraries",
         type=names_of(LIBRARIES),
         default=list(LIBRARIES),
         help="of the language model, TransformerLens or transformers; by default %(default)s",
-    )
-    parser.add_argument(
-        "--tiny",
-        action="store_true",
-        help="the same cases so small that a CPU runs them in seconds",
     )
     parser.add_argument(
         "--contenders",
@@ -275,13 +257,6 @@ def run_run(argv: Sequence[str]) -> int:
         "--llm-device",
         help="of the language model, such as cuda:1 beside SAEs on cuda:0; by default the SAEs'",
     )
-    parser.add_argument(
-        "--windows",
-        type=whole_number(1),
-        default=2,
-        help="timed windows of a run; by default %(default)s",
-    )
-    parser.add_turn_options(rounds=1)
     args = parser.parse_args(argv)
     results = open_results(args)
     asked = [cases[name] for name in args.cases or run_cases.DEFAULT_CASES[args.device]]
@@ -294,26 +269,15 @@ def run_run(argv: Sequence[str]) -> int:
     ]
     entered = [one for one in contenders.values() if one.name in {"stock", *args.contenders}]
     status = run.run(results, measured, entered, args)
-    print(f"\n{plain(run_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    show(results, run_table)
     return status
 
 
 def run_several(argv: Sequence[str]) -> int:
     """`python -m benchmarks several`."""
     parser = CommandParser("several", several.__doc__)
-    parser.add_argument(
-        "--cases",
-        type=names_of(run_cases.CASES),
-        help=f"separated by commas: {', '.join(run_cases.CASES)}; by default those of the device",
-    )
-    parser.add_argument(
-        "--precision",
-        type=names_of(RUN_PRECISIONS),
-        default=[],
-        help=f"{', '.join(RUN_PRECISIONS)}; by default each case's first",
-    )
+    parser.add_whole_run_options(precision="each case's first")
     parser.add_argument("--library", choices=LIBRARIES, default=LIBRARIES[0])
-    parser.add_argument("--tiny", action="store_true", help="so small that a CPU takes seconds")
     parser.add_argument("--n-saes", type=whole_number(1), default=8, help="by default %(default)s")
     parser.add_argument(
         "--contenders",
@@ -321,13 +285,6 @@ def run_several(argv: Sequence[str]) -> int:
         default=list(several.CONTENDERS),
         help=f"{', '.join(several.CONTENDERS)}; by default both",
     )
-    parser.add_argument(
-        "--windows",
-        type=whole_number(1),
-        default=2,
-        help="timed windows of a run; by default %(default)s",
-    )
-    parser.add_turn_options(rounds=1)
     args = parser.parse_args(argv)
     results = open_results(args)
     measured = [

@@ -12,11 +12,13 @@ from typing import Any
 
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import CHECKPOINTS, SAE, Comparison, Settings
 from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS
 from saelens_sparse.config import files
-from saelens_sparse.config.checks import check_fields, check_training
+from saelens_sparse.config.checks import check_training
+from saelens_sparse.config.fields import check_fields
 from saelens_sparse.config.files import UsageError, usage_errors
 from saelens_sparse.config.messages import shown
 from saelens_sparse.config.outputs import check_runner_outputs, check_writable
@@ -242,4 +244,11 @@ def _config_of_side(
     with usage_errors():
         check_training(cfg)
         check_runner_outputs(cfg)
+        path = str(side.get("cached_activations_path"))
+        if cfg.use_cached_activations and is_sharded(path):
+            raise ValueError(
+                f"cached_activations_path: {shown(path)} is a cache of `saelens-sparse cache`, "
+                "which the stock side cannot read; allowed: one in SAELens's format, or --set "
+                "use_cached_activations=false"
+            )
     return whole

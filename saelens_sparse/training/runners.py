@@ -38,7 +38,7 @@ from typing_extensions import override
 from saelens_sparse.activations.before_loading import check_activations
 from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.activations.store import FastActivationsStore
-from saelens_sparse.activations.swap import use_fast_activations_store
+from saelens_sparse.activations.swap import replace_store
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
 from saelens_sparse.config.several import SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.language_model import Option, check_option
@@ -259,7 +259,7 @@ def _use_fast_store(
 ) -> None:
     """Give a runner a `FastActivationsStore`, unless somebody has given it another one."""
     if type(runner.activations_store) is ActivationsStore:
-        use_fast_activations_store(runner, **options)
+        replace_store(runner, **options)
 
 
 @contextmanager

@@ -186,6 +186,14 @@ def test_a_bad_value_names_its_field(
     assert message in str(error.value)
 
 
+def test_a_cache_that_stock_cannot_read_is_refused(config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").write_text("{}")
+    options = [f"--set=cached_activations_path={tmp_path / 'cache'}"]
+    with pytest.raises(UsageError, match=r"^cached_activations_path: .*the stock side cannot read"):
+        parse_comparison([config(), "--set=use_cached_activations=true", *options])
+
+
 def test_an_architecture_without_counterpart_wants_both_names(config: MakeConfig) -> None:
     sae = {"architecture": "standard", "d_in": 16, "d_sae": 64}
     with pytest.raises(UsageError, match=r"sae\.architecture: 'standard' has no counterpart"):
