@@ -10,6 +10,7 @@ Measure registered problem sizes against stock SAELens and other libraries.
     python -m benchmarks cache          caches of activations: writing, reading, training
     python -m benchmarks run            whole runs, with language model, store, logging and evals
     python -m benchmarks several        runs of several SAEs, and what their parts take alone
+    python -m benchmarks dead_latents   AuxK, ghost gradients or neither on real activations
     python -m benchmarks report         tables from the rows measured so far
     python -m benchmarks figures        figures from the rows measured so far
 
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from benchmarks import (
     cache,
     cache_cases,
+    dead_latents,
     figures,
     kernels,
     pair,
@@ -56,9 +58,15 @@ from benchmarks.report import (
 )
 from benchmarks.rows import FIGURES, Frame, ResultsFile, frame_of, load_rows
 from benchmarks.run_cases import RUN_PRECISIONS
+from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import PRECISIONS, Precision
-from saelens_sparse.reports.command_line import DEFAULT_STEPS, parse_shape, whole_number
+from saelens_sparse.reports.command_line import (
+    DEFAULT_STEPS,
+    default_device,
+    parse_shape,
+    whole_number,
+)
 from saelens_sparse.reports.presentation import can_draw
 from saelens_sparse.reports.results import environment
 
@@ -292,6 +300,36 @@ def run_several(argv: Sequence[str]) -> int:
     return status
 
 
+def run_dead_latents(argv: Sequence[str]) -> int:
+    """`python -m benchmarks dead_latents`."""
+    parser = CommandParser("dead_latents", dead_latents.__doc__)
+    add, default = parser.add_argument, "by default %(default)s"
+    losses = dead_latents.LOSSES
+    add("--losses", type=names_of(losses), default=list(losses), help=default)
+    add("--activations", type=Path, default=dead_latents.DEFAULT_ACTIVATIONS, help=default)
+    add(
+        "--architecture",
+        choices=[name for name, one in ARCHITECTURES.items() if one.sparsity_field],
+        default="topk_sparse",
+        help=default,
+    )
+    add("--precision", choices=list(PRECISIONS), default="float32", help=default)
+    for name, value in {
+        "d-sae": 32_768, "k": 32, "batch": 4096, "steps": 600, "window": 300, "seeds": 1,
+    }.items():  # fmt: skip
+        add(f"--{name}", type=whole_number(1), default=value, help=default)
+    add("--lr", type=float, default=1e-3, help=default)
+    of_losses = "aux_loss_coefficient of either loss; by default %(default)s"
+    add("--coefficient", type=float, default=1.0, help=of_losses)
+    add("--device", choices=tuple(DEFAULT_STEPS), default=default_device(), help=default)
+    parser.add_output_options()
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    status = dead_latents.run(results, args)
+    print(f"\nRows are in {results.path}.")
+    return status
+
+
 def run_report(argv: Sequence[str]) -> int:
     """`python -m benchmarks report`."""
     parser = CommandParser("report", "Tables from the rows that the benchmarks have appended.")
@@ -354,6 +392,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "cache": run_cache,
     "run": run_run,
     "several": run_several,
+    "dead_latents": run_dead_latents,
     "report": run_report,
     "figures": run_figures,
 }

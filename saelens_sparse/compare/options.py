@@ -76,6 +76,12 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
             "prefetch_llm_batches is off on both sides: one would fetch its batches during the "
             "other's step. A run that prefetches hides a part of the language model's time."
         )
+    ghostly = [side for side in sides if configs[side]["sae"].get("dead_latent_loss") == "ghost"]
+    if len(ghostly) == 1:
+        notes.append(
+            f"{ghostly[0]} trains its dead latents by ghost gradients, the other side does not: "
+            "they are not to train the same model."
+        )
     a, b = ({f"sae.{field}" for field in side["sae"]} for side in configs.values())
     for side, alone in zip(sides, (a - b, b - a), strict=True):
         notes += [f"Only {side} has {', '.join(sorted(alone))}."] if alone else []

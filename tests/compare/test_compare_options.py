@@ -82,6 +82,19 @@ def test_any_two_registered_architectures(config: MakeConfig) -> None:
     assert "Neither architecture has the config's sae.k." in notes
 
 
+def test_ghost_gradients_are_of_one_side_alone(config: MakeConfig) -> None:
+    ghost = "--set=sae.dead_latent_loss=ghost"
+    comparison = parse_comparison([config(), ghost])
+    stock, sparse = comparison.settings.arms.values()
+    assert "dead_latent_loss" not in stock["sae"]
+    assert sparse["sae"]["dead_latent_loss"] == "ghost"
+    (note,) = (note for note in comparison.notes if "ghost gradients" in note)
+    assert note.startswith("topk_sparse trains its dead latents by ghost gradients, the other")
+    for others in ([], [ghost, "--architectures=topk_sparse,batchtopk_sparse"]):
+        notes = parse_comparison([config(), *others]).notes
+        assert not any("ghost gradients" in note for note in notes)
+
+
 def test_own_runner_is_for_sparse_architectures(config: MakeConfig) -> None:
     comparison = parse_comparison([config(), "--runner=own"])
     assert comparison.settings.runners == {"topk": "stock", "topk_sparse": "own"}

@@ -251,6 +251,11 @@ def _run_launchers(shape: Shape) -> None:
         dense_jumprelu,
         dense_jumprelu_gradients,
     )
+    from saelens_sparse.ops.activation.ghost_kernels import (
+        ghost_gradient,
+        ghost_losses,
+        ghost_values,
+    )
     from saelens_sparse.ops.activation.pairs_kernels import jumprelu, jumprelu_gradients
     from saelens_sparse.ops.common.precision import FLOAT8
     from saelens_sparse.ops.pairs import LatentOrder, Rows
@@ -291,6 +296,12 @@ def _run_launchers(shape: Shape) -> None:
     pairs, _ = find_pattern(*pattern)
     if "float8" in screen_dtypes:
         find_pattern(*pattern, "float8")
+    dead = empty(n, d_sae // 2, dtype=low)
+    ghost_values(dead, bias[: d_sae // 2 - 1])
+    ghosts, residual = empty(n, d_in, dtype=low), empty(n, d_in, dtype=dtype)
+    _, coefficients = ghost_losses(ghosts, residual, 1e-6)
+    ghost_gradient(ghosts, residual, coefficients)
+
     jumprelu(bias, pairs)
     products = empty(n, d_sae, dtype=low)
     dense_jumprelu(products, bias, bias, 0.1, low)
