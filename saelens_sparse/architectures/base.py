@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_sparse.architectures.hooks import has_hooks
-from saelens_sparse.architectures.parameters import mark_parameter
+from saelens_sparse.architectures.parameters import SALTS, mark_parameter
 from saelens_sparse.choice.availability import Choice, choose_implementation, require_float8
 from saelens_sparse.choice.policy import PairTotals
 from saelens_sparse.codes.code import Code, PairCode, version_of
@@ -186,6 +186,8 @@ class SparseTrainingSAEMixin(_Base):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self.implementation.name == "dense":
+            if self.cfg.moments is not None:
+                self.mark_parameters()
             return super().training_forward_pass(step_input)
         return self._sparse_training_forward_pass(step_input)
 
@@ -475,8 +477,14 @@ class SparseTrainingSAEMixin(_Base):
                 "DistributedDataParallel, shared memory, views. Set weights in place or by "
                 "load_state_dict."
             )
-        for parameter in self.parameters():
-            mark_parameter(parameter, self.cfg.fused_adam)
+        self.mark_parameters()
+
+    @_not_compiled
+    def mark_parameters(self) -> None:
+        """Say to the optimizer whose parameters these are, and how they are to be updated."""
+        salts = {} if self.cfg.moments is None else SALTS
+        for name, parameter in self.named_parameters():
+            mark_parameter(parameter, self.cfg.fused_adam, salts.get(name))
 
     def check_input(self, x: torch.Tensor) -> None:
         """Raise a named error for an input that the SAE cannot encode."""

@@ -59,6 +59,10 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         k (float): Number of latents that are active on a row, on average over the batch. Inherited
             from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Share by which the smallest activation of a batch moves the

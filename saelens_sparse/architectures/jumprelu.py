@@ -83,6 +83,10 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             loss.
         aux_loss_coefficient (float): Coefficient of ghost gradients. SAELens's JumpReLU has no such
             field.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases and thresholds stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         jumprelu_init_threshold (float): Initial threshold for the JumpReLU activation.
             Inherited from JumpReLUTrainingSAEConfig, as all that follow.
         jumprelu_bandwidth (float): Width of the window in which a threshold gets a gradient.

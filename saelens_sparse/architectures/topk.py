@@ -70,6 +70,10 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
             latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         use_sparse_activations (bool): Accepted for compatibility. The plugin never holds dense
             activations, so that there is nothing left for it to do.
         k (int): Number of top latents to keep active. Inherited from TopKTrainingSAEConfig.

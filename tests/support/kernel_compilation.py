@@ -247,6 +247,7 @@ def record_launches(shapes: list[Shape], warp_size: int = 32) -> list[Launch]:
 
 
 def _run_launchers(shape: Shape) -> None:
+    from saelens_sparse.architectures.parameters import SALTS
     from saelens_sparse.ops.activation.dense_kernels import (
         dense_jumprelu,
         dense_jumprelu_gradients,
@@ -313,8 +314,14 @@ def _run_launchers(shape: Shape) -> None:
         dense_jumprelu_gradients(products, bias, bias, 0.1, to_input, grad_acts, grad_l0)
 
     batch, one = empty(n, d_in, dtype=dtype), empty(1)
-    settings = AdamSettings(one, 0.9, 0.999, 1e-8)
-    adam_update(bias, bias, bias, bias, one, one, settings)
+    moments = empty(d_sae, d_in, dtype=torch.bfloat16)
+    updates = [
+        (AdamSettings(one, 0.9, 0.999, 1e-8), weight),
+        (AdamSettings(one, 0.9, 0.999, 1e-8, SALTS["W_enc"]), moments),
+    ]
+    adam_update(bias, bias, bias, bias, one, one, updates[0][0])
+    for settings, moment in updates:
+        adam_update(weight, weight, moment, moment, one, one, settings)
     latents, keys = empty(n * k, dtype=torch.int64), empty(n * k, dtype=torch.int32)
     coefficients, latent_offsets = empty(n * k, dtype=dtype), empty(d_sae + 1, dtype=torch.int64)
     for rows in (Rows.regular(n, k), Rows.ragged(empty(n + 1, dtype=torch.int64), keys)):
@@ -334,8 +341,8 @@ def _run_launchers(shape: Shape) -> None:
             gradient = RowGradient(order, coefficients, batch, block, block_gradient, False)
             sums = row_gradient.RowGradientSums(gradient)
             sums.square_sum()
-            for copy in copies:
-                sums.update(weight, weight, weight, one, one, settings, copy)
+            for copy, (settings, moment) in product(copies, updates):
+                sums.update(weight, moment, moment, one, one, settings, copy)
     row_ops.add_rows(weight, empty(100, dtype=torch.int64), empty(100, d_in, dtype=dtype))
     row_ops.row_combination(bias, weight)
     row_ops.row_norms(weight)
