@@ -112,8 +112,8 @@ def summarize(architecture: str, steps: pd.DataFrame, batch_size: int) -> dict[s
     }
 
 
-def trains_dead_latents(steps: pd.DataFrame) -> pd.Series[bool]:
-    """Which steps have a loss of dead latents."""
+def trains_dead_latents(steps: pd.DataFrame) -> Any:
+    """Which steps have a loss of dead latents: a Series of bool."""
     losses = steps[[name for name in AUX_LOSSES if name in steps]]
     return (losses != 0).any(axis=1)
 
