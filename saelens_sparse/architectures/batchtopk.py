@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from sae_lens.saes.batchtopk_sae import (
@@ -18,13 +19,14 @@ from sae_lens.saes.sae import SAEConfig, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
+from saelens_sparse.architectures.dead_losses import DEAD_LATENT_LOSSES, require_ghosts_work
 from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.architectures.topk import SparseTopKTrainingSAE
 from saelens_sparse.codes.code import PairCode
 from saelens_sparse.codes.on_demand import SparseFeatureActs, materialize
 from saelens_sparse.codes.step import StepContext, current_step
-from saelens_sparse.config.require import require_bool, require_int, require_number
+from saelens_sparse.config.require import require_bool, require_choice, require_int, require_number
 from saelens_sparse.ops.search.batch_topk import search_batch_topk
 from saelens_sparse.ops.search.found import FoundPairs
 
@@ -46,6 +48,9 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             SAELens's own arithmetic. "auto" takes the fastest that works.
         screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
             of one chunk of rows while the largest are found, in MiB.
+        screen_dtype (Literal["auto", "float8"]): In what training steps screen pre-activations.
+            "auto" misses no latent. "float8" is faster from compute capability 8.9 on, and may miss
+            a few: `screen_recall` among the metrics says how many.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
             rounding, in less time and memory. Checkpoints are the same either way.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
@@ -63,8 +68,10 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
         topk_threshold_lr (float): Share by which the smallest activation of a batch moves the
             threshold that the saved SAE has. Inherited from BatchTopKTrainingSAEConfig.
         use_sparse_activations (bool): Has no effect, as in SAELens's BatchTopK.
-        aux_loss_coefficient (float): Coefficient for the auxiliary loss (AuxK) that revives
-            dead latents. Inherited from TopKTrainingSAEConfig.
+        dead_latent_loss (Literal["auxk", "ghost"]): What trains dead latents. "auxk" is SAELens's
+            AuxK. "ghost" are ghost gradients, reported as `ghost_grad_loss`.
+        aux_loss_coefficient (float): Coefficient for the auxiliary loss that revives dead latents,
+            AuxK or ghost gradients. Inherited from TopKTrainingSAEConfig.
         rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
             Inherited from TopKTrainingSAEConfig.
         decoder_init_norm (float | None): Norm to initialize decoder weights to.
@@ -81,6 +88,8 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             Inherited from SAEConfig.
         metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
     """  # noqa: E501
+
+    dead_latent_loss: Literal["auxk", "ghost"] = "auxk"
 
     @override
     @classmethod
@@ -102,6 +111,8 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             raise ValueError(f"topk_threshold_lr must be in [0, 1]; got {self.topk_threshold_lr}")
         require_number("aux_loss_coefficient", self.aux_loss_coefficient)
         require_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
+        require_choice("dead_latent_loss", self.dead_latent_loss, DEAD_LATENT_LOSSES)
+        require_ghosts_work(self.dead_latent_loss, self.normalize_activations)
         super().__post_init__()
 
 
@@ -123,15 +134,22 @@ class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
     @override
     def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
         assert self._k is not None
+        return self.search_sample(x, norms, step, int(self._k * x.shape[0]))
+
+    @override
+    def search_sample(
+        self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext, n_found: int
+    ) -> FoundPairs:
         return search_batch_topk(
             x,
             self.W_enc.T,
             self.b_enc,
             norms,
-            int(self._k * x.shape[0]),
+            n_found,
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
+            step.screen_dtype,
         )
 
     @override

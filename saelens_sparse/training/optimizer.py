@@ -160,7 +160,7 @@ class ClippingAdam(Adam):
             closure: None.
             row_gradients: gradients that no parameter holds; added to those that are held.
             views: what to write besides a parameter, wherever its gradient is a row gradient; and
-                the dtype of rounded rows.
+                the dtype of copied rows.
 
         Raises:
             ValueError: there is a closure.

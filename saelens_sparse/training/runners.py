@@ -28,7 +28,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
@@ -38,7 +38,9 @@ from typing_extensions import override
 from saelens_sparse.activations.before_loading import check_activations
 from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.activations.store import FastActivationsStore
-from saelens_sparse.activations.swap import use_fast_activations_store
+from saelens_sparse.activations.swap import replace_store
+from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
+from saelens_sparse.choice.availability import require_float8
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
 from saelens_sparse.config.several import SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.language_model import Option, check_option
@@ -272,7 +274,7 @@ def _use_fast_store(
 ) -> None:
     """Give a runner a `FastActivationsStore`, unless somebody has given it another one."""
     if type(runner.activations_store) is ActivationsStore:
-        use_fast_activations_store(runner, **options)
+        replace_store(runner, **options)
 
 
 @contextmanager
@@ -313,6 +315,7 @@ def checked(
         ValueError: as `SparseTrainingRunner`.
     """
     check_runner_outputs(cfg, save_buffer=save_buffer)
+    _check_screen(cfg.sae)
     check_activations(cfg, dataset, model)
     path = cfg.from_pretrained_path
     if path is not None and concerns_sparse(path, cfg.sae):
@@ -331,8 +334,15 @@ def checked_multi(
             f"cached_activations_path: a cache in SAELens's format is of one hook, and the SAEs "
             f"are of {len(hooks)}; `saelens-sparse cache` writes one of several"
         )
+    for sae in cfg.saes.values():
+        _check_screen(sae)
     check_activations(cfg, dataset, model)
     return _checked(cfg, names_of_saes=[*cfg.saes])
+
+
+def _check_screen(sae: TrainingSAEConfig) -> None:
+    if isinstance(sae, SparseTrainingSAEConfigMixin) and sae.screen_dtype == "float8":
+        require_float8(torch.device(sae.device))
 
 
 def _cache_of(cfg: MultiSAETrainingRunnerConfig) -> str | None:

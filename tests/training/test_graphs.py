@@ -115,15 +115,21 @@ def test_outputs_outlive_the_next_step_or_say_that_they_do_not(architecture: str
         output.hidden_pre.sum()
 
 
-def test_dead_latents_take_the_ordinary_step_and_train() -> None:
+@pytest.mark.parametrize(
+    ("kind", "loss"), [("auxk", "auxiliary_reconstruction_loss"), ("ghost", "ghost_grad_loss")]
+)
+def test_dead_latents_take_the_ordinary_step_and_train(kind: str, loss: str) -> None:
     trainer, batches = trainer_and_batches(STEPS_BEFORE + 4)
+    trainer.sae.cfg.dead_latent_loss = kind
     train(trainer, batches)
     assert trainer._knows_that_none_is_dead()
+    assert trainer._graphs.current is not None
+    assert trainer.step(batches[0]).losses[loss].item() == 0
     dead = torch.tensor([1, 5, 9], device="cuda")
     trainer.n_forward_passes_since_fired[dead] = 20_000
     assert not trainer._knows_that_none_is_dead()
     output = trainer.step(batches[0])
-    assert output.losses["auxiliary_reconstruction_loss"].item() > 0
+    assert output.losses[loss].item() > 0
 
 
 @recorded
