@@ -56,6 +56,8 @@ TENSOR = ("_version", "_make_wrapper_subclass")
 TENSOR_SUBCLASSES = ("DisableTorchFunctionSubclass",)
 # Which attention function a transformers model calls.
 MODEL_CONFIG = ("_attn_implementation",)
+# A product of float8 matrices into memory that is there. Its public form cannot do the latter.
+SCALED_PRODUCT = ("_scaled_mm",)
 # Whether a profiler runs, and what an operator takes.
 PROFILER = ("_is_profiler_enabled",)
 OPERATOR = ("_schema",)
@@ -105,6 +107,7 @@ def _check() -> None:
         ("torch", "optim.Optimizer", OPTIMIZER_HOOKS, dir(Adam([parameter]))),
         ("torch", "_C", TENSOR_SUBCLASSES, dir(torch._C)),  # pyright: ignore[reportPrivateUsage]
         ("transformers", "PretrainedConfig", MODEL_CONFIG, dir(PretrainedConfig())),
+        ("torch", "torch", SCALED_PRODUCT, dir(torch)),
         ("torch", "autograd.profiler", PROFILER, dir(profiler)),
         ("torch", "ops.aten.mm.default", OPERATOR, dir(torch.ops.aten.mm.default)),
         ("torch", "optim.adam.adam()", FUNCTIONAL_ADAM, inspect.signature(adam).parameters),

@@ -12,8 +12,13 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_sparse.architectures.hooks import has_hooks
-from saelens_sparse.architectures.parameters import mark_parameter
-from saelens_sparse.choice.availability import Choice, choose_implementation
+from saelens_sparse.architectures.parameters import SALTS, mark_parameter
+from saelens_sparse.architectures.screen_recall import (
+    MEASURED_STEPS,
+    measure_recall,
+    report_recall,
+)
+from saelens_sparse.choice.availability import Choice, choose_implementation, require_float8
 from saelens_sparse.choice.policy import PairTotals
 from saelens_sparse.codes.code import Code, PairCode, version_of
 from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, code_of
@@ -64,6 +69,7 @@ class SparseTrainingSAEMixin(_Base):
     b_enc: nn.Parameter
     # Whether the last step found that it had missed something: then the next one asks at once.
     asks_at_once = False
+    has_warned_of_recall = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -128,7 +134,7 @@ class SparseTrainingSAEMixin(_Base):
     @property
     def weight_views(self) -> Mapping[str, WeightView]:
         """What an update should write of a weight for the next step, by name of the parameter."""
-        return {"W_enc": "rounded"}
+        return {"W_enc": "scaled" if self.cfg.screen_dtype == "float8" else "rounded"}
 
     def graph_key(self) -> object | None:
         """What a recording of a step as a CUDA graph depends on besides shapes and weights; None
@@ -139,7 +145,7 @@ class SparseTrainingSAEMixin(_Base):
     def commit(
         self,
         step: StepContext,
-        output: TrainStepOutput | None = None,  # noqa: ARG002
+        output: TrainStepOutput | None = None,
     ) -> None:
         """
         Change what a step, or an encoding outside of one, changes besides gradients.
@@ -150,6 +156,7 @@ class SparseTrainingSAEMixin(_Base):
             step: the step.
             output: its output, whose metrics may report the change; None for an encoding.
         """
+        report_recall(self, step, output)
         if step.n_training_steps is not None:
             # With a NaN in every batch, each pass would otherwise be taken twice.
             self.asks_at_once = not step.was_complete
@@ -174,6 +181,8 @@ class SparseTrainingSAEMixin(_Base):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self.implementation.name == "dense":
+            if self.cfg.moments is not None:
+                self.mark_parameters()
             return super().training_forward_pass(step_input)
         return self._sparse_training_forward_pass(step_input)
 
@@ -194,6 +203,8 @@ class SparseTrainingSAEMixin(_Base):
         """A step to `propose`; one that is taken instead of another waits for the device, and is
         complete.
         """
+        if self.cfg.screen_dtype == "float8":
+            require_float8(self.W_enc.device)
         mask = step_input.dead_neuron_mask
         # Queued first, the count has reached the host by the time that the encoder asks for it.
         counts = mask is not None and self.uses_dead_latents
@@ -203,8 +214,17 @@ class SparseTrainingSAEMixin(_Base):
             offer=offer_to(self),
             dead_count=HostCount(mask) if mask is not None and counts else None,
             n_training_steps=step_input.n_training_steps,
+            screen_dtype=self.cfg.screen_dtype,
+            measures_recall=self.measures_recall(
+                step_input.n_training_steps, step_input.is_logging_step
+            ),
             needed=None if instead_of is None else instead_of.pair_totals,
         )
+
+    def measures_recall(self, n_training_steps: int, is_logging_step: bool) -> bool:
+        """Whether a step compares what its search has found with what there is."""
+        is_due = n_training_steps % MEASURED_STEPS == 0 or is_logging_step
+        return self.cfg.screen_dtype == "float8" and is_due
 
     def propose(self, step_input: TrainStepInput, step: StepContext) -> TrainStepOutput:
         """
@@ -287,6 +307,8 @@ class SparseTrainingSAEMixin(_Base):
         with profiler_range("saelens_sparse::search"):
             found = self.search(x, norms, step)
         found, order = step.settled(found, self.cfg.d_sae)
+        if step.measures_recall:
+            measure_recall(self, x, norms, found.pairs, step)
         if found.totals is not None:
             step.count_pairs(PairTotals(found.totals, x.shape[0], self.cfg.d_sae))
         dead = step.dead_latents()
@@ -317,6 +339,24 @@ class SparseTrainingSAEMixin(_Base):
             norms=norms,
             W_dec=self.W_dec,
         )
+
+    def search_sample(
+        self,
+        x: torch.Tensor,
+        norms: torch.Tensor | None,
+        step: StepContext,
+        n_found: int,  # noqa: ARG002
+    ) -> FoundPairs:
+        """
+        Search some rows of a batch as `search` does the whole.
+
+        Args:
+            x: `[n, d_in]`.
+            norms: as for `search`.
+            step: likewise.
+            n_found: how many pairs of these rows were found before.
+        """
+        return self.search(x, norms, step)
 
     def _sae_in_and_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`process_sae_in(x)`, and `b_dec` if that was subtracted outside of the graph.
@@ -416,8 +456,14 @@ class SparseTrainingSAEMixin(_Base):
                 "DistributedDataParallel, shared memory, views. Set weights in place or by "
                 "load_state_dict."
             )
-        for parameter in self.parameters():
-            mark_parameter(parameter, self.cfg.fused_adam)
+        self.mark_parameters()
+
+    @_not_compiled
+    def mark_parameters(self) -> None:
+        """Say to the optimizer whose parameters these are, and how they are to be updated."""
+        salts = {} if self.cfg.moments is None else SALTS
+        for name, parameter in self.named_parameters():
+            mark_parameter(parameter, self.cfg.fused_adam, salts.get(name))
 
     def check_input(self, x: torch.Tensor) -> None:
         """Raise a named error for an input that the SAE cannot encode."""

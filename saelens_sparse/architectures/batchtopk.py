@@ -48,6 +48,9 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             SAELens's own arithmetic. "auto" takes the fastest that works.
         screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
             of one chunk of rows while the largest are found, in MiB.
+        screen_dtype (Literal["auto", "float8"]): In what training steps screen pre-activations.
+            "auto" misses no latent. "float8" is faster from compute capability 8.9 on, and may miss
+            a few: `screen_recall` among the metrics says how many.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
             rounding, in less time and memory. Checkpoints are the same either way.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
@@ -56,6 +59,10 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         k (float): Number of latents that are active on a row, on average over the batch. Inherited
             from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Share by which the smallest activation of a batch moves the
@@ -127,15 +134,22 @@ class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
     @override
     def search(self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext) -> FoundPairs:
         assert self._k is not None
+        return self.search_sample(x, norms, step, int(self._k * x.shape[0]))
+
+    @override
+    def search_sample(
+        self, x: torch.Tensor, norms: torch.Tensor | None, step: StepContext, n_found: int
+    ) -> FoundPairs:
         return search_batch_topk(
             x,
             self.W_enc.T,
             self.b_enc,
             norms,
-            int(self._k * x.shape[0]),
+            n_found,
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
+            step.screen_dtype,
         )
 
     @override

@@ -67,6 +67,9 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             as many latents are active, sparse ones from then on.
         screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
             of one chunk of rows while the active latents are found, in MiB.
+        screen_dtype (Literal["auto", "float8"]): In what training steps screen pre-activations.
+            "auto" misses no latent. "float8" is faster from compute capability 8.9 on, and may miss
+            a few: `screen_recall` among the metrics says how many.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
             rounding, in less time and memory. Checkpoints are the same either way.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
@@ -80,6 +83,10 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             loss.
         aux_loss_coefficient (float): Coefficient of ghost gradients. SAELens's JumpReLU has no such
             field.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases and thresholds stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         jumprelu_init_threshold (float): Initial threshold for the JumpReLU activation.
             Inherited from JumpReLUTrainingSAEConfig, as all that follow.
         jumprelu_bandwidth (float): Width of the window in which a threshold gets a gradient.
@@ -248,6 +255,7 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
+            step.screen_dtype,
         )
 
     @override

@@ -50,10 +50,15 @@ class SparseMatryoshkaBatchTopKTrainingSAEConfig(
         implementation (Literal["auto", "triton", "torch", "dense"]): As in
             SparseBatchTopKTrainingSAEConfig, as all that follow.
         screen_buffer_mib (int): Bound on the size of the buffer of the search, in MiB.
+        screen_dtype (Literal["auto", "float8"]): In what training steps screen pre-activations.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
             SparseTrainingRunner too.
         cuda_graph (bool): Let SparseTrainingRunner replay steps of small SAEs as CUDA graphs.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         k (float): Number of latents that are active on a row, on average over the batch.
         topk_threshold_lr (float): Share by which the smallest activation of a batch moves the
             threshold that the saved SAE has.

@@ -59,6 +59,9 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
             SAELens's own arithmetic. "auto" takes the fastest that works.
         screen_buffer_mib (int): Bound on the size of the buffer that holds the pre-activations
             of one chunk of rows while their top k are selected, in MiB.
+        screen_dtype (Literal["auto", "float8"]): In what training steps screen pre-activations.
+            "auto" misses no latent. "float8" is faster from compute capability 8.9 on, and may miss
+            a few: `screen_recall` among the metrics says how many.
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel: the same update up to
             rounding, in less time and memory. Checkpoints are the same either way.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
@@ -67,6 +70,10 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
             latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         use_sparse_activations (bool): Accepted for compatibility. The plugin never holds dense
             activations, so that there is nothing left for it to do.
         k (int): Number of top latents to keep active. Inherited from TopKTrainingSAEConfig.
@@ -173,6 +180,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
             step.choice.backend,
             self.cfg.screen_buffer_mib * 2**20,
             self.rounded_W_enc(step),
+            step.screen_dtype,
         )
 
     @property

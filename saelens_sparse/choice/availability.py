@@ -25,6 +25,8 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16)
 # (tests/test_kernel_compilation.py). Of these 9.0 alone has been run on.
 MIN_COMPUTE_CAPABILITY = (7, 5)
 HIP_ARCHITECTURES = ("gfx942", "gfx1100")
+# NVIDIA's tensor cores multiply float8 from this compute capability on.
+MIN_FLOAT8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,33 @@ def choose_implementation(
         _warn_once(f"saelens_sparse runs its slower PyTorch path on this GPU: {problem}.")
         return Choice("torch", problem)
     return Choice("triton", "CUDA device with a working Triton", "triton")
+
+
+def require_float8(device: torch.device) -> None:
+    """
+    Check that a float8 screen can run on a device.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    problem = _float8_problem(device)
+    if problem is not None:
+        raise ValueError(
+            f"screen_dtype='float8' cannot run here: {problem}. Use 'auto', which runs anywhere."
+        )
+
+
+def _float8_problem(device: torch.device) -> str | None:
+    problem = triton_problem(device, torch.float32)
+    if problem is not None or device.type == "cpu":  # in Triton's interpreter
+        return problem
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU; this is one of AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MIN_FLOAT8_CAPABILITY:
+        return None
+    least, found = ("{}.{}".format(*version) for version in (MIN_FLOAT8_CAPABILITY, capability))
+    return f"it needs compute capability {least} or higher; this GPU has {found}"
 
 
 def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:

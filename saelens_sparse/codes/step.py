@@ -19,6 +19,7 @@ from saelens_sparse.choice.policy import PairTotals
 from saelens_sparse.codes.dead import DeadLatents
 from saelens_sparse.measured import MAX_PAIRS_PER_LATENT
 from saelens_sparse.ops.common.host_copy import HostCount
+from saelens_sparse.ops.common.precision import ScreenDtype
 from saelens_sparse.ops.pairs import LatentOrder
 from saelens_sparse.ops.search.found import Check, FoundPairs
 from saelens_sparse.ops.update.row_gradient import RowGradient
@@ -70,6 +71,8 @@ class StepContext:
         offer: what the driver offers.
         dead_count: the dead latents that its losses ask for, and their number.
         n_training_steps: number of steps before it; None for a call that is no training step.
+        screen_dtype: in what searches may screen.
+        measures_recall: whether to compare what a search has found with what there is.
         checks: what it relies on and nobody has asked yet.
         was_complete: whether all that was asked at once had been found at once.
         pair_totals: how many pairs its batch had, where the next choice depends on that.
@@ -82,6 +85,8 @@ class StepContext:
     offer: Offer = Offer()
     dead_count: HostCount | None = None
     n_training_steps: int | None = None
+    screen_dtype: ScreenDtype = "auto"
+    measures_recall: bool = False
     checks: list[Check] = field(default_factory=list[Check])
     was_complete: bool = True
     pair_totals: PairTotals | None = None

@@ -112,10 +112,10 @@ def summarize(architecture: str, steps: pd.DataFrame, batch_size: int) -> dict[s
     }
 
 
-def trains_dead_latents(steps: pd.DataFrame) -> list[bool]:
-    """Which steps have a loss of dead latents."""
-    losses = [name for name in AUX_LOSSES if name in steps]
-    return [any(values) for values in steps[losses].to_numpy().tolist()]
+def trains_dead_latents(steps: pd.DataFrame) -> Any:
+    """Which steps have a loss of dead latents: a Series of bool."""
+    losses = steps[[name for name in AUX_LOSSES if name in steps]]
+    return (losses != 0).any(axis=1)
 
 
 def last_tenth(steps: pd.DataFrame) -> pd.DataFrame:

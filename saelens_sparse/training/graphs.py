@@ -91,7 +91,9 @@ def _recording_key(
     functions = {name: id(value) for name, value in vars(sae).items() if callable(value)}
     addresses = [parameter.data_ptr() for parameter in sae.parameters()]
     cfg = sae.cfg
-    settings = (cfg.gradient_buffers, cfg.apply_b_dec_to_input, cfg.screen_buffer_mib)
+    settings = (
+        cfg.gradient_buffers, cfg.apply_b_dec_to_input, cfg.screen_buffer_mib, cfg.screen_dtype
+    )  # fmt: skip
     return (
         sae_in.shape, sae_in.dtype, settings, sae.graph_key(), functions, addresses,
         weights.addresses(),
@@ -221,7 +223,7 @@ class GraphedPass:
             sae_in=self._sae_in,
             coefficients={},
             dead_neuron_mask=None,
-            n_training_steps=0,
+            n_training_steps=1,  # a step that measures nothing
             is_logging_step=False,
         )
         offer = Offer(None if sae.cfg.gradient_buffers else RowGradients(), self._weights)

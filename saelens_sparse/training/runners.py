@@ -28,7 +28,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
@@ -39,6 +39,8 @@ from saelens_sparse.activations.before_loading import check_activations
 from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.activations.swap import replace_store
+from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
+from saelens_sparse.choice.availability import require_float8
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
 from saelens_sparse.config.several import SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.language_model import Option, check_option
@@ -46,6 +48,7 @@ from saelens_sparse.training.checkpoints import whole_checkpoint
 from saelens_sparse.training.interruption import StopSignals
 from saelens_sparse.training.multi_trainer import SparseMultiSAETrainer
 from saelens_sparse.training.pretrained import check_pretrained, concerns_sparse, load_pretrained
+from saelens_sparse.training.resuming import LaterResume
 from saelens_sparse.training.trainer import SparseSAETrainer
 from saelens_sparse.training.whole_folders import save_somewhere
 
@@ -118,6 +121,7 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
         else:
             super().__init__(cfg, override_dataset, override_model, override_sae)
         self._stop_signals = StopSignals()
+        self._resume = LaterResume(self)
         self.prepare_store()
 
     def prepare_store(self) -> None:
@@ -126,12 +130,17 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        with StopSignals() as self._stop_signals, _reading_ahead(self):
+        with (
+            StopSignals() as self._stop_signals,
+            _reading_ahead(self),
+            LaterResume(self) as self._resume,
+        ):
             return super().run()
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         self.trainer = SparseSAETrainer.taking_over(trainer)
+        self._resume.load(self.trainer)
         store = self.activations_store
         if isinstance(store, FastActivationsStore) and store.reads_ahead:
             self.trainer.data_provider = store
@@ -205,6 +214,7 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             store.cached_activations_path = path
             store.cached_activation_dataset = store.load_cached_activation_dataset()
         self._stop_signals = StopSignals()
+        self._resume = LaterResume(self)
         self.prepare_store()
 
     def prepare_store(self) -> None:
@@ -213,7 +223,11 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
-        with StopSignals() as self._stop_signals, _reading_ahead(self):
+        with (
+            StopSignals() as self._stop_signals,
+            _reading_ahead(self),
+            LaterResume(self) as self._resume,
+        ):
             return super().run()
 
     @override
@@ -221,6 +235,7 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
         self, trainer: MultiSAETrainer
     ) -> dict[str, TrainingSAE[Any]]:
         self.trainer = SparseMultiSAETrainer.taking_over(trainer, self._stop_signals)
+        self._resume.load(self.trainer)
         store = self.activations_store
         if isinstance(store, FastActivationsStore) and store.reads_ahead:
             self.trainer.data_provider = store.hook_batches()
@@ -300,6 +315,7 @@ def checked(
         ValueError: as `SparseTrainingRunner`.
     """
     check_runner_outputs(cfg, save_buffer=save_buffer)
+    _check_screen(cfg.sae)
     check_activations(cfg, dataset, model)
     path = cfg.from_pretrained_path
     if path is not None and concerns_sparse(path, cfg.sae):
@@ -318,8 +334,15 @@ def checked_multi(
             f"cached_activations_path: a cache in SAELens's format is of one hook, and the SAEs "
             f"are of {len(hooks)}; `saelens-sparse cache` writes one of several"
         )
+    for sae in cfg.saes.values():
+        _check_screen(sae)
     check_activations(cfg, dataset, model)
     return _checked(cfg, names_of_saes=[*cfg.saes])
+
+
+def _check_screen(sae: TrainingSAEConfig) -> None:
+    if isinstance(sae, SparseTrainingSAEConfigMixin) and sae.screen_dtype == "float8":
+        require_float8(torch.device(sae.device))
 
 
 def _cache_of(cfg: MultiSAETrainingRunnerConfig) -> str | None:

@@ -24,7 +24,7 @@ from saelens_sparse.architectures.base import SparseTrainingSAEMixin
 from saelens_sparse.codes.on_demand import SparseFeatureActs
 from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
 from saelens_sparse.ops.common.host_copy import HostCount
-from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.common.precision import FLOAT8, matmul_dtype
 from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.update.weight_cache import WeightView
 from saelens_sparse.training.checkpoints import write_checkpoint
@@ -95,6 +95,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         cfg = self.cfg
         assert cfg.lr_end is not None  # set by SAELens's config
         plain, schedule = self.optimizer, self.lr_scheduler
+        if self.sae.cfg.moments is not None:
+            self.sae.mark_parameters()  # what the optimizer makes of the plain one's state
         self.optimizer = ClippingAdam(
             self.sae.parameters(),
             max_norm=MAX_GRADIENT_NORM,
@@ -230,7 +232,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
     def _take_passes(self, sae: SparseTrainingSAEMixin, sae_in: torch.Tensor) -> TakenPass:
         """The step's forward and backward pass, taken again if they missed something."""
         graph = None
-        if _has_own_pass(sae):
+        measures = sae.measures_recall(self.n_training_steps, self._logs_this_step)
+        if _has_own_pass(sae) and not measures:
             graph = self._graphs.usable(
                 sae,
                 sae_in,
@@ -247,19 +250,23 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         self.optimizer.zero_grad()
         return self._take_eagerly(sae, sae_in, instead_of=taken.step)
 
+    @property
+    def _logs_this_step(self) -> bool:
+        logger = self.cfg.logger
+        return logger.log_to_wandb and (self.n_training_steps + 1) % logger.wandb_log_frequency == 0
+
     def _take_eagerly(
         self,
         sae: SparseTrainingSAEMixin,
         sae_in: torch.Tensor,
         instead_of: StepContext | None = None,
     ) -> TakenPass:
-        logger, n_steps = self.cfg.logger, self.n_training_steps
         step_input = TrainStepInput(
             sae_in=sae_in,
             dead_neuron_mask=self.dead_neurons,
             coefficients=self.get_coefficients(),
-            n_training_steps=n_steps,
-            is_logging_step=logger.log_to_wandb and (n_steps + 1) % logger.wandb_log_frequency == 0,
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._logs_this_step,
         )
         row_gradients = None if sae.cfg.gradient_buffers else RowGradients()
         step = None
@@ -286,7 +293,9 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         rates = optimizer.send_learning_rates()
         addresses = [part.data_ptr() for part in itertools.chain(counts, *state, rates)]
         groups = [(g["betas"], g["eps"], g["fused"]) for g in optimizer.param_groups]
-        return addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window
+        return (
+            addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window, sae.cfg.moments
+        )  # fmt: skip
 
     def _replay_followups(self, sae: SparseTrainingSAEMixin, taken: TakenPass) -> None:
         """Count firings and update the weights, as CUDA graphs."""
@@ -307,8 +316,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         with self.autocast_if_enabled:
             for name, view in sae.weight_views.items():
                 parameter = getattr(sae, name)
-                dtype = matmul_dtype(parameter)
-                if view == "norms" or dtype != parameter.dtype:
+                dtype = FLOAT8 if view == "scaled" else matmul_dtype(parameter)
+                if view != "rounded" or dtype != parameter.dtype:
                     views[parameter] = view, dtype
         self.optimizer.step(
             row_gradients={getattr(sae, name): part for name, part in parts.items() if part},

@@ -20,9 +20,11 @@ architectures = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), 
 NEW_FIELDS = {
     "implementation": "auto",
     "screen_buffer_mib": 1024,
+    "screen_dtype": "auto",
     "fused_adam": True,
     "gradient_buffers": False,
     "cuda_graph": True,
+    "moments": None,
 }
 
 
@@ -71,6 +73,8 @@ def test_bad_values_of_new_fields_are_named(architecture: Architecture) -> None:
         ("fused_adam", 1, TypeError),
         ("gradient_buffers", None, TypeError),
         ("cuda_graph", "yes", TypeError),
+        ("moments", "float8", ValueError),
+        ("moments", torch.bfloat16, ValueError),
         ("apply_b_dec_to_input", 1, TypeError),
         ("decoder_init_norm", 0.0, ValueError),
         ("d_in", 0, ValueError),

@@ -154,6 +154,27 @@ def test_a_full_disk_loses_nothing_that_was_whole(
     assert files(again.folder) == expected
 
 
+def test_the_disk_has_the_names_of_shards_before_the_manifest_lists_them(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def spy(*paths: Path) -> None:
+        seen.extend("folder" if path.is_dir() else "file" for path in paths)
+
+    write = writer_module.Manifest.write
+    monkeypatch.setattr(writer_module, "sync", spy)
+    monkeypatch.setattr(
+        writer_module.Manifest,
+        "write",
+        lambda manifest, folder: seen.append(f"{len(manifest.shards)}") or write(manifest, folder),
+    )
+    caches.runner("tokens", tokens=32).run()
+    listed = seen.index("1")
+    assert seen[listed - 1] == "folder"
+    assert "file" in seen[:listed]
+
+
 def test_too_little_room_is_said_before_anything_is_loaded(
     caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,8 +59,8 @@ def test_a_program_has_1024_threads_at_most(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     device = torch.device("cuda", 0)
     assert module("common.launch").max_warps(device) == warps
-    assert module("screen.gpu").warps(2**15, 512, device) == warps
-    assert module("screen.gpu").warps(1024, 512, device) == 2
+    assert module("common.launch").warps(2**15, 512, device) == warps
+    assert module("common.launch").warps(1024, 512, device) == 2
 
 
 def test_a_screen_has_no_more_rows_than_a_grid_of_its_kernels(

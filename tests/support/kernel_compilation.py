@@ -71,6 +71,8 @@ CARDS = {
     "gfx1100": Card("hip", "gfx1100", 64 * KIB, registers=1536, granule=24),
 }
 
+# The others cannot convert to float8 (e4m3) either.
+MULTIPLY_FLOAT8 = ("sm_89", "sm_90", "sm_100", "sm_120")
 # The least shared memory, the most used, and the other backend with its warps of 64 threads.
 EVERY_KERNEL_FOR = ("sm_75", "sm_90", "gfx942")
 
@@ -120,6 +122,10 @@ class Launch:
             for name, value in self.options.items()
         )
         return " ".join([*named, *map(_kind, self.arguments)])
+
+    @property
+    def has_float8(self) -> bool:
+        return "float8" in self.setting
 
     @property
     def size(self) -> int:
@@ -212,6 +218,7 @@ def recording(launches: list[Launch], warp_size: int) -> Generator[None]:
     """Collect launches instead of making them, on a card whose warps have so many threads."""
     jit_function = import_module("triton").JITFunction
     screen = import_module("saelens_sparse.ops.screen.gpu")
+    launch = import_module("saelens_sparse.ops.common.launch")
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         assert not warmup
@@ -222,9 +229,10 @@ def recording(launches: list[Launch], warp_size: int) -> Generator[None]:
 
     with (
         mock.patch.object(jit_function, "run", record),
-        mock.patch.object(screen, "max_warps", return_value=1024 // warp_size),
+        mock.patch.object(launch, "max_warps", return_value=1024 // warp_size),
         # There is nothing to multiply.
         mock.patch.object(screen, "multiply_float16"),
+        mock.patch.object(screen, "multiply_float8"),
     ):
         yield
 
@@ -239,6 +247,7 @@ def record_launches(shapes: list[Shape], warp_size: int = 32) -> list[Launch]:
 
 
 def _run_launchers(shape: Shape) -> None:
+    from saelens_sparse.architectures.parameters import SALTS
     from saelens_sparse.ops.activation.dense_kernels import (
         dense_jumprelu,
         dense_jumprelu_gradients,
@@ -249,6 +258,7 @@ def _run_launchers(shape: Shape) -> None:
         ghost_values,
     )
     from saelens_sparse.ops.activation.pairs_kernels import jumprelu, jumprelu_gradients
+    from saelens_sparse.ops.common.precision import FLOAT8
     from saelens_sparse.ops.pairs import LatentOrder, Rows
     from saelens_sparse.ops.rows import kernels as row_ops
     from saelens_sparse.ops.rows import segment_kernels as segments
@@ -273,22 +283,26 @@ def _run_launchers(shape: Shape) -> None:
     weight, bias = empty(d_sae, d_in, dtype=dtype), empty(d_sae, dtype=dtype)
     x, screened = empty(n, d_in, dtype=low), empty(d_sae, d_in, dtype=low)
 
-    if can_screen(x, screened, k):
-        for norms in (None, bias):
-            select_topk(x, screened, bias, norms, k, buffer_bytes)
-    for norms in (None, bias):
-        find_largest(x, screened, bias, norms, n * k, buffer_bytes)
+    takes_float8 = dtype == torch.float32 and d_in % 16 == d_sae % 16 == 0
+    screen_dtypes = ("auto", "float8") if takes_float8 and low == dtype else ("auto",)
+    for norms, screen_dtype in product((None, bias), screen_dtypes):
+        if can_screen(x, screened, k, screen_dtype):
+            select_topk(x, screened, bias, norms, k, buffer_bytes, None, screen_dtype)
+        find_largest(x, screened, bias, norms, n * k, buffer_bytes, None, screen_dtype)
     width = min(d_sae // 2, MAX_KEEP_COLUMNS)
     for norms in (None, bias[:width]):
         topk_values(empty(n, width, dtype=low), bias[:width], norms, min(k, width))
 
+    pattern = (x, screened, bias, bias, 0.1, n * k, buffer_bytes, None)
+    pairs, _ = find_pattern(*pattern)
+    if "float8" in screen_dtypes:
+        find_pattern(*pattern, "float8")
     dead = empty(n, d_sae // 2, dtype=low)
     ghost_values(dead, bias[: d_sae // 2 - 1])
     ghosts, residual = empty(n, d_in, dtype=low), empty(n, d_in, dtype=dtype)
     _, coefficients = ghost_losses(ghosts, residual, 1e-6)
     ghost_gradient(ghosts, residual, coefficients)
 
-    pairs, _ = find_pattern(x, screened, bias, bias, 0.1, n * k, buffer_bytes)
     jumprelu(bias, pairs)
     products = empty(n, d_sae, dtype=low)
     dense_jumprelu(products, bias, bias, 0.1, low)
@@ -300,8 +314,14 @@ def _run_launchers(shape: Shape) -> None:
         dense_jumprelu_gradients(products, bias, bias, 0.1, to_input, grad_acts, grad_l0)
 
     batch, one = empty(n, d_in, dtype=dtype), empty(1)
-    settings = AdamSettings(one, 0.9, 0.999, 1e-8)
-    adam_update(bias, bias, bias, bias, one, one, settings)
+    moments = empty(d_sae, d_in, dtype=torch.bfloat16)
+    updates = [
+        (AdamSettings(one, 0.9, 0.999, 1e-8), weight),
+        (AdamSettings(one, 0.9, 0.999, 1e-8, SALTS["W_enc"]), moments),
+    ]
+    adam_update(bias, bias, bias, bias, one, one, updates[0][0])
+    for settings, moment in updates:
+        adam_update(weight, weight, moment, moment, one, one, settings)
     latents, keys = empty(n * k, dtype=torch.int64), empty(n * k, dtype=torch.int32)
     coefficients, latent_offsets = empty(n * k, dtype=dtype), empty(d_sae + 1, dtype=torch.int64)
     for rows in (Rows.regular(n, k), Rows.ragged(empty(n + 1, dtype=torch.int64), keys)):
@@ -311,16 +331,18 @@ def _run_launchers(shape: Shape) -> None:
         order = LatentOrder(latents, keys, latent_offsets, rows)
         segments.segment_sum(order, coefficients, batch, dtype)
         segments.segment_totals(order, coefficients)
-        copies = [None, WeightCopy.of_norms(weight)]
+        copies = [None, WeightCopy.of(weight, "norms", dtype)]
         if low != dtype:
-            copies.append(WeightCopy.of_rows(weight, low))
+            copies.append(WeightCopy.of(weight, "rounded", low))
+        if takes_float8:
+            copies.append(WeightCopy.of(weight, "scaled", FLOAT8))
         dead = RowBlock(empty(100, dtype=torch.int64), 128)
         for block, block_gradient in ((None, None), (dead, empty(128, d_in, dtype=dtype))):
             gradient = RowGradient(order, coefficients, batch, block, block_gradient, False)
             sums = row_gradient.RowGradientSums(gradient)
             sums.square_sum()
-            for copy in copies:
-                sums.update(weight, weight, weight, one, one, settings, copy)
+            for copy, (settings, moment) in product(copies, updates):
+                sums.update(weight, moment, moment, one, one, settings, copy)
     row_ops.add_rows(weight, empty(100, dtype=torch.int64), empty(100, d_in, dtype=dtype))
     row_ops.row_combination(bias, weight)
     row_ops.row_norms(weight)
@@ -352,6 +374,8 @@ def compile_launches(card: str, launches: list[Launch]) -> list[Usage]:
     read = _usage_on_cuda if CARDS[card].backend == "cuda" else _usage_on_hip
     usages: list[Usage] = []
     for launch in launches:
+        if launch.has_float8 and card not in MULTIPLY_FLOAT8:
+            continue
         arguments, options = launch.arguments, launch.options
         compiled = launch.kernel.run(*arguments, grid=launch.grid, warmup=True, **options)
         warps = compiled.metadata.num_warps
@@ -392,9 +416,9 @@ def distinct(launches: list[Launch]) -> list[Launch]:
 
 
 def largest(launches: list[Launch]) -> list[Launch]:
-    """One launch of each kernel, that which does most at once."""
+    """One launch of each kernel, that which does most at once; and one with float8, if there is."""
     by_size = sorted(launches, key=lambda launch: launch.size)
-    return list({launch.name: launch for launch in by_size}.values())
+    return list({(launch.name, launch.has_float8): launch for launch in by_size}.values())
 
 
 def for_ci(card: str, launches: list[Launch]) -> list[Launch]:

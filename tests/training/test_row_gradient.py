@@ -106,8 +106,8 @@ def test_norm_and_update_are_those_of_the_dense_gradient(
 
         sums = RowGradientSums(gradient)
         assert sums.square_sum().item() == pytest.approx(exact.square().sum().item(), rel=1e-5)
-        rounded = WeightCopy.of_rows(weight, torch.bfloat16)
-        norms = WeightCopy.of_norms(weight)
+        rounded = WeightCopy.of(weight, "rounded", torch.bfloat16)
+        norms = WeightCopy.of(weight, "norms", torch.float32)
         copy = rounded if block else norms
         step, divisor, lr = (torch.tensor(x, device=target.device) for x in (3.0, DIVISOR, LR))
         sums.update(weight, first, second, step, divisor, AdamSettings(lr, BETA1, BETA2, EPS), copy)
@@ -137,7 +137,7 @@ def adam_in_float64(
 
 def test_a_copy_is_known_to_be_stale() -> None:
     weight = torch.nn.Parameter(torch.randn(6, 4))
-    rounded = WeightCopy.of_rows(weight, torch.bfloat16)
+    rounded = WeightCopy.of(weight, "rounded", torch.bfloat16)
     assert not rounded.is_of(weight)
     rounded.is_written()
     assert rounded.is_of(weight)

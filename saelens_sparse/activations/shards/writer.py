@@ -269,6 +269,7 @@ class ShardWriter:
             each.path.rename(path)
             self._verified[path.name] = fingerprint_of(path)
             listed.append(ShardFile(path.name, path.stat().st_size, each.hash.hexdigest()))
+        sync(self.folder)  # or a power cut could leave a manifest that lists what is not there
         manifest = self.manifest.with_shard(Shard(rows, tuple(listed)), resume)
         manifest.write(self.folder)
         self.manifest = manifest

@@ -68,6 +68,12 @@ def max_warps(device: torch.device) -> int:
     return _MAX_THREADS // torch.cuda.get_device_properties(device).warp_size
 
 
+def warps(elements: int, per_warp: int, device: torch.device) -> int:
+    """Warps for a program that holds so many elements."""
+    wanted = triton.next_power_of_2(triton.cdiv(elements, per_warp))
+    return min(max_warps(device), max(1, wanted))
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU current, as `on_device_of_arguments` does; nothing on other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

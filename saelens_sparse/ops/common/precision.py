@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
+
+ScreenDtype = Literal["auto", "float8"]
+SCREEN_DTYPES: tuple[ScreenDtype, ...] = get_args(ScreenDtype)
+FLOAT8 = torch.float8_e4m3fn
+"""4 significant bits, up to 448: of the formats of a byte the one with more bits."""
+FLOAT8_MULTIPLE = 16
+"""What the sizes of a float8 product's matrices must be multiples of."""
 
 
 def matmul_dtype(operand: torch.Tensor) -> torch.dtype:

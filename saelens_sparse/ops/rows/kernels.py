@@ -325,17 +325,17 @@ def row_combination(coefficients: torch.Tensor, weight: torch.Tensor) -> torch.T
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
     """As `operations.row_norms`."""
     assert weight.is_contiguous()
-    squares = empty_square_sums(weight)
+    squares = empty_square_sums(weight, NORM_COLS)
     _row_squares_kernel[squares.shape](
         squares, weight_ptr=weight, D=weight.shape[1], BLOCK_D=NORM_COLS, num_warps=1
     )
     return norms_of(squares)
 
 
-def empty_square_sums(weight: torch.Tensor) -> torch.Tensor:
-    """Room for the sums of squares of each row's tiles of NORM_COLS columns."""
+def empty_square_sums(weight: torch.Tensor, tile: int) -> torch.Tensor:
+    """Room for the sums of squares of each row's tiles of so many columns."""
     d_sae, d = weight.shape
-    tiles = triton.cdiv(d, NORM_COLS)
+    tiles = triton.cdiv(d, tile)
     return torch.empty(d_sae, tiles, dtype=torch.float32, device=weight.device)
 
 

@@ -1,1 +1,1 @@
-"""The encoder's products in low precision, with a proven bound on each one's error."""
+"""The encoder's products in low precision, with a bound on each one's error."""

@@ -1,4 +1,4 @@
-"""Low-precision screening of the encoder's products, with a proven bound on each one's error.
+"""Low-precision screening of the encoder's products, with a bound on each one's error.
 
 A GEMM in low precision fills a `[rows, d_sae]` buffer, a chunk of rows at a time. For float32 the
 buffer is float16, of operands scaled by powers of two to norms of 64 to 128, so that no product
@@ -11,6 +11,13 @@ The bound, for latent j of row n, with rounding residuals dx and dw, Cauchy-Schw
 
 `BOUND.md` proves it, with every constant. Accumulation is in float32: `float16_product.py` sees to
 that.
+
+A float8 screen is an approximation that the caller asks for. The proven bound would be more than a
+hundred times as wide as float16's, and most latents would be candidates. Instead, the rounding
+errors of columns are taken for independent. Then the first two terms divided by sqrt(d_in) are at
+least the standard deviation of the error, where no column stands out in both operands. The bound is
+`DEVIATIONS` of that. A latent whose score is further off may be missed. What is found is right: all
+candidates are computed again.
 """
 
 from __future__ import annotations
@@ -24,14 +31,16 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.common.launch import MAX_GRID, kernel, max_warps
-from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.common.launch import MAX_GRID, kernel
+from saelens_sparse.ops.common.precision import FLOAT8, ScreenDtype, matmul_dtype
 from saelens_sparse.ops.screen import bound
 from saelens_sparse.ops.screen.bound import MAX_D_IN
+from saelens_sparse.ops.screen.float8_product import multiply_float8
 from saelens_sparse.ops.screen.float16_product import multiply_float16
+from saelens_sparse.ops.screen.round_kernels import round_rows
 from saelens_sparse.ops.update.weight_cache import WeightCopy
 
-__all__ = ["MAX_D_IN", "Chunk", "Screen", "row_terms", "score_of", "screened", "warps"]
+__all__ = ["MAX_D_IN", "Chunk", "Screen", "row_terms", "score_of", "screened"]
 
 NORM_SLACK = tl.constexpr(bound.NORM_SLACK)
 ROUNDING = tl.constexpr(bound.ROUNDING)
@@ -39,13 +48,16 @@ UNDERFLOW = tl.constexpr(bound.UNDERFLOW)
 BIAS_ROUNDING = tl.constexpr(bound.BIAS_ROUNDING)
 
 
+# What the bound of a float8 product allows for. With 2.5, on activations of SmolLM2-135M, no latent
+# of the top 32 of 1,024 rows was missed, and a row had 46 to 68 candidates. With 2, one in 33,000
+# was missed where three columns of x were 40 times as large, with 1.5 one in 2,200.
+DEVIATIONS = 2.5
+
+
 @dataclass(frozen=True)
 class ScreenLaunch:
-    """Tiles of the kernels that prepare a screen: one pass over a weight of 2304 -> 65,536 in
-    float32, which an H200's memory bounds whatever they are.
-    """
+    """Tile of the kernel that prepares what scores take of the latents."""
 
-    ROUNDED_PER_WARP: int = 512
     TERMS: int = 1024
     TERMS_WARPS: int = 4
 
@@ -71,47 +83,16 @@ class Chunk(NamedTuple):
 
 
 @kernel
-def _round_rows_kernel(
-    rounded_ptr,  # [R, D] float16
-    errors_ptr,  # [3, R]: what undoes the scale, |row|, |row - rounded / 2^e|
-    rows_ptr,  # [R, D] float32
-    R,
-    D,
-    BLOCK_D: tl.constexpr,
-):
-    """rounded = fp16(row * 2^e), of norm 64 to 128
-
-    Grid: a program a row, [R].
-    """
-    r = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_D)
-    x = tl.load(rows_ptr + r * D + cols, mask=cols < D, other=0.0)
-    # Squares of tiny or huge rows leave float32's range, so scale by the largest element first.
-    exponent = tl.floor(tl.log2(tl.max(tl.abs(x), axis=0)))
-    exponent = tl.minimum(tl.maximum(exponent, -100.0), 100.0)
-    x = x * tl.exp2(-exponent)
-    norm = tl.sqrt(tl.sum(x * x, axis=0))
-    shrink = tl.exp2(6.0 - tl.floor(tl.log2(tl.maximum(norm, 1.0))))
-    x = x * shrink
-    rounded = x.to(tl.float16)
-    error = x - rounded.to(tl.float32)
-    tl.store(rounded_ptr + r * D + cols, rounded, mask=cols < D)
-    inverse = tl.exp2(exponent) / shrink
-    tl.store(errors_ptr + r, inverse)
-    tl.store(errors_ptr + R + r, norm * tl.exp2(exponent))
-    tl.store(errors_ptr + 2 * R + r, tl.sqrt(tl.sum(error * error, axis=0)) * inverse)
-
-
-@kernel
 def _latent_terms_kernel(
     terms_ptr,  # [5, L], see Chunk; each but the last times the decoder norm
     errors_ptr,  # [3, L]
     bias_ptr,  # [L]
     norms_ptr,  # [L] or None
+    residual_share,
     L,
     BLOCK: tl.constexpr,
 ):
-    """What of the score and its bound depends on the latent alone.
+    """What of the score and its bound depends on the latent alone, with a share of the residual.
 
     Grid: a program for BLOCK latents, [L / BLOCK].
     """
@@ -126,7 +107,7 @@ def _latent_terms_kernel(
     tl.store(terms_ptr + latent, inverse, mask=live)
     norm = tl.load(errors_ptr + L + latent, mask=live, other=0.0) * factor
     tl.store(terms_ptr + 2 * L + latent, norm, mask=live)
-    residual = tl.load(errors_ptr + 2 * L + latent, mask=live, other=0.0) * factor
+    residual = tl.load(errors_ptr + 2 * L + latent, mask=live, other=0.0) * residual_share * factor
     tl.store(terms_ptr + 3 * L + latent, residual + UNDERFLOW, mask=live)
     tl.store(terms_ptr + 4 * L + latent, (1.0 + factor) * UNDERFLOW, mask=live)
 
@@ -196,7 +177,9 @@ class Screen:
         bias: `[d_sae]` float32.
         norms: `[d_sae]` float32, or None.
         pre_acts_dtype: dtype that the dense encoder would give.
-        accumulation: error of sums, relative to norms.
+        accumulation: error of sums, relative to norms; zero where it is not bounded.
+        products_dtype: dtype of the products.
+        is_proven: whether no score is further off than its bound.
     """
 
     x: torch.Tensor
@@ -207,6 +190,8 @@ class Screen:
     norms: torch.Tensor | None
     pre_acts_dtype: torch.dtype
     accumulation: float
+    products_dtype: torch.dtype
+    is_proven: bool
 
     @property
     def exact(self) -> bool:
@@ -223,6 +208,7 @@ class Screen:
         tile: int,
         norms: torch.Tensor | None = None,
         rounded: WeightCopy | None = None,
+        screen_dtype: ScreenDtype = "auto",
     ) -> Screen:
         """The screen of an encoder's operands, which are contiguous; obeys autocast.
 
@@ -233,20 +219,34 @@ class Screen:
             tile: columns that the float32 recomputation of candidates adds at a time.
             norms: `[d_sae]` or None.
             rounded: a copy of the weight, used if it has the dtype of the screen; or None.
+            screen_dtype: "float8" for a screen in float8; "auto" for one that misses nothing.
         """
         assert x.is_contiguous() and weight.is_contiguous()
-        compute_dtype = matmul_dtype(x)
+        compute_dtype, d_in = matmul_dtype(x), x.shape[1]
+        is_float8 = screen_dtype == "float8"
         bias32 = bias.float().contiguous()
         norms32 = None if norms is None else norms.float().contiguous()
-        if compute_dtype != torch.float32:
-            is_copy = rounded is not None and rounded.values.dtype == compute_dtype
-            screen_x = x.to(compute_dtype)
-            screen_weight = rounded.values if is_copy else weight.to(compute_dtype)
+        dtype = FLOAT8 if is_float8 else compute_dtype
+        if dtype == torch.float32:
+            dtype = torch.float16
+        if rounded is not None and rounded.values.dtype != dtype:
+            rounded = None
+        accumulation = 0.0
+        if compute_dtype != torch.float32 and not is_float8:
+            screen_x = x.to(dtype)
+            screen_weight = weight.to(dtype) if rounded is None else rounded.values
             x_errors = terms = None
         else:
-            screen_x, x_errors = _round_rows(x)
-            screen_weight, w_errors = _round_rows(weight)
-            terms = _latent_terms(w_errors, bias32, norms32)
+            share = DEVIATIONS / d_in**0.5 if is_float8 else 1.0
+            screen_x, x_errors = round_rows(x, dtype)
+            x_errors[2] *= share
+            if rounded is not None and rounded.errors is not None:
+                screen_weight, w_errors = rounded.values, rounded.errors
+            else:
+                screen_weight, w_errors = round_rows(weight, dtype)
+            terms = _latent_terms(w_errors, bias32, norms32, share)
+        if not is_float8:
+            accumulation = bound.accumulation(d_in, tile, _capability(x.device))
         return cls(
             screen_x,
             screen_weight,
@@ -255,12 +255,14 @@ class Screen:
             bias32,
             norms32,
             torch.promote_types(compute_dtype, bias.dtype),
-            bound.accumulation(x.shape[1], tile, _capability(x.device)),
+            accumulation,
+            products_dtype=torch.float16 if is_float8 else dtype,
+            is_proven=not is_float8,
         )
 
     def rows_at_once(self, buffer_bytes: int, rows_per_program: int) -> int:
         """Rows of each of the `chunks` but the last."""
-        step = buffer_bytes // (self.weight.shape[0] * self.x.element_size())
+        step = buffer_bytes // (self.weight.shape[0] * self.products_dtype.itemsize)
         return max(1, min(self.x.shape[0], step, MAX_GRID[1] * rows_per_program))
 
     def chunks(self, buffer_bytes: int, rows_per_program: int) -> Iterator[tuple[slice, Chunk]]:
@@ -270,12 +272,14 @@ class Screen:
         """
         n_rows, d_sae = self.x.shape[0], self.weight.shape[0]
         step = self.rows_at_once(buffer_bytes, rows_per_program)
-        buffer = torch.empty(step, d_sae, dtype=self.x.dtype, device=self.x.device)
+        buffer = torch.empty(step, d_sae, dtype=self.products_dtype, device=self.x.device)
         for start in range(0, n_rows, step):
             rows = slice(start, min(start + step, n_rows))
             products = buffer[: rows.stop - rows.start]
             if self.exact:  # autocast leaves a product into a buffer alone
                 torch.mm(self.x[rows], self.weight.T, out=products)
+            elif self.x.dtype == FLOAT8:
+                multiply_float8(self.x[rows], self.weight, products)
             else:
                 multiply_float16(self.x[rows], self.weight, products)
             yield rows, self._chunk(rows, products)
@@ -301,26 +305,8 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if is_nvidia else None
 
 
-def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float16 rows, each scaled by a power of two, and their errors (`Chunk.row_errors`)."""
-    n_rows, d = rows.shape
-    rounded = torch.empty(n_rows, d, dtype=torch.float16, device=rows.device)
-    errors = torch.empty(3, n_rows, dtype=torch.float32, device=rows.device)
-    block = triton.next_power_of_2(d)
-    _round_rows_kernel[(n_rows,)](
-        rounded_ptr=rounded,
-        errors_ptr=errors,
-        rows_ptr=rows,
-        R=n_rows,
-        D=d,
-        BLOCK_D=block,
-        num_warps=warps(block, LAUNCH.ROUNDED_PER_WARP, rows.device),
-    )
-    return rounded, errors
-
-
 def _latent_terms(
-    errors: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None
+    errors: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None, residual_share: float
 ) -> torch.Tensor:
     d_sae = bias.numel()
     terms = torch.empty(5, d_sae, dtype=torch.float32, device=bias.device)
@@ -329,14 +315,9 @@ def _latent_terms(
         errors_ptr=errors,
         bias_ptr=bias,
         norms_ptr=norms,
+        residual_share=residual_share,
         L=d_sae,
         BLOCK=LAUNCH.TERMS,
         num_warps=LAUNCH.TERMS_WARPS,
     )
     return terms
-
-
-def warps(elements: int, per_warp: int, device: torch.device) -> int:
-    """Warps for a program that holds so many elements."""
-    wanted = triton.next_power_of_2(triton.cdiv(elements, per_warp))
-    return min(max_warps(device), max(1, wanted))

@@ -15,6 +15,7 @@ from saelens_sparse.measured import MAX_CPU_CANDIDATES
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.chunks import pre_act_chunks
 from saelens_sparse.ops.common.host_copy import HostCopy
+from saelens_sparse.ops.common.precision import ScreenDtype
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.operations import gather_dot
 from saelens_sparse.ops.screen import cpu as screen_cpu
@@ -38,6 +39,7 @@ def search_batch_topk(
     backend: Backend,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
+    screen_dtype: ScreenDtype = "auto",
 ) -> FoundPairs:
     """Find the `count` largest positive `(x @ weight.T + bias) * norms` of all rows together.
 
@@ -56,6 +58,7 @@ def search_batch_topk(
             so does `"torch"` on a CPU that is faster at it, and else computes row chunks in full.
         buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
         rounded: a copy of `weight` in the dtype of the screen, which is then not made; or None.
+        screen_dtype: "float8" lets the kernels screen in float8, which may miss a few.
 
     Returns:
         Pairs whose scores are positive, fewer than `count` if there are no more. Pairs of a row
@@ -74,7 +77,7 @@ def search_batch_topk(
         from saelens_sparse.ops.search import mark_kernels
 
         if count > 0 and mark_kernels.can_screen(x):
-            return _search_by_kernels(*arguments, rounded)
+            return _search_by_kernels(*arguments, rounded, screen_dtype)
     elif screen_cpu.can_screen(x, weight):
         largest = _find_by_cpu_screen(*arguments)
         if largest is not None:
@@ -110,6 +113,7 @@ def _search_by_kernels(
     count: int,
     buffer_bytes: int,
     rounded: WeightCopy | None,
+    screen_dtype: ScreenDtype,
     *,
     is_certain: bool = False,
 ) -> FoundPairs:
@@ -117,13 +121,13 @@ def _search_by_kernels(
 
     arguments = (x, weight, bias, norms, count, buffer_bytes)
     pairs, found, capacity = batch_topk_kernels.find_largest(
-        *arguments, rounded, is_certain=is_certain
+        *arguments, rounded, screen_dtype, is_certain=is_certain
     )
 
     def find_again() -> FoundPairs:
         if is_certain:
             return FoundPairs(_find_in_full(*arguments))
-        return _search_by_kernels(*arguments, rounded, is_certain=True).complete()
+        return _search_by_kernels(*arguments, rounded, screen_dtype, is_certain=True).complete()
 
     return FoundPairs(pairs, AllCandidates(HostCopy(found), capacity), find_again)
 

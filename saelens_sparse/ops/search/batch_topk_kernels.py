@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import kernel, max_warps, on_device_of_arguments
+from saelens_sparse.ops.common.precision import ScreenDtype
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.kernels import GATHER_DOT, gather_dot
 from saelens_sparse.ops.screen.gpu import Chunk, Screen, row_terms, screened
@@ -258,6 +259,7 @@ def find_largest(
     count: int,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
+    screen_dtype: ScreenDtype = "auto",
     *,
     is_certain: bool = False,
 ) -> tuple[ActivePairs, torch.Tensor, int]:
@@ -269,7 +271,15 @@ def find_largest(
     """
     n_rows, d_sae = x.shape[0], weight.shape[0]
     x = x.contiguous()
-    screen = Screen.of(x, weight, bias, tile=GATHER_DOT.BLOCK_D, norms=norms, rounded=rounded)
+    screen = Screen.of(
+        x,
+        weight,
+        bias,
+        tile=GATHER_DOT.BLOCK_D,
+        norms=norms,
+        rounded=rounded,
+        screen_dtype=screen_dtype,
+    )
     rows_per_program = min(MARK_LAUNCH.MARK_ROWS, LAUNCH.COUNT_ROWS)
     n_chunks = triton.cdiv(n_rows, screen.rows_at_once(buffer_bytes, rows_per_program))
     is_certain = is_certain or n_chunks > 1

@@ -5,10 +5,10 @@
 2. Groups that reach T are read again and their latents that reach T become candidates.
 3. In float32, candidates are dropped that do not reach the k-th largest of all candidates.
 
-In float32 each screened score carries a proven bound on its error, and "reaches T" means that
+In float32 each screened score carries a bound on its error, and "reaches T" means that
 score plus bound does, where T is the k-th largest of score minus bound: first of groups, then of
-the candidates themselves, which leaves fewer. So a true top-k latent is always a candidate
-(`screen/BOUND.md`).
+the candidates themselves, which leaves fewer. Where the bound is proven, a true top-k latent is
+always a candidate (`screen/BOUND.md`).
 
 A group is made of runs of RUN neighbours, one from each slab of n_groups * RUN latents: latent l
 belongs to group (l / RUN) mod n_groups. Groups of neighbours alone would make T useless where
@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.common.launch import kernel
+from saelens_sparse.ops.common.launch import kernel, warps
+from saelens_sparse.ops.common.precision import ScreenDtype
 from saelens_sparse.ops.screen import bound as bounds
 from saelens_sparse.ops.screen.gpu import (
     ROUNDING,
@@ -32,7 +33,6 @@ from saelens_sparse.ops.screen.gpu import (
     row_terms,
     score_of,
     screened,
-    warps,
 )
 
 PRODUCT_SLACK = tl.constexpr(bounds.PRODUCT_SLACK)
@@ -342,21 +342,31 @@ def group_count(d_sae: int, k: int) -> int:
     return min(wanted, triton.cdiv(d_sae, RUN))
 
 
-def list_capacity(k: int) -> int:
+def list_capacity(k: int, screen_dtype: ScreenDtype = "auto") -> int:
     """Room for a row's candidates, and for its reaching groups."""
-    return triton.next_power_of_2(max(4 * k, 64))
+    # In float8, rows had up to 4.2 k candidates on activations of SmolLM2-135M.
+    each = 8 if screen_dtype == "float8" else 4
+    return triton.next_power_of_2(max(each * k, 64))
 
 
-def find_candidates(screen: Screen, k: int, buffer_bytes: int) -> tuple[Candidates, torch.Tensor]:
-    """Each row's candidates, and `[n_rows]` int8: nonzero where their list cannot be trusted."""
+def find_candidates(
+    screen: Screen, k: int, capacity: int, buffer_bytes: int
+) -> tuple[Candidates, torch.Tensor]:
+    """Each row's candidates, and `[n_rows]` int8: nonzero where their list cannot be trusted.
+
+    Args:
+        screen: what the candidates are of.
+        k: number of latents that a row keeps.
+        capacity: room for a row's candidates, and for its reaching groups.
+        buffer_bytes: bound on the size of the products of one chunk of rows.
+    """
     (n_rows, _), d_sae, device = screen.x.shape, screen.weight.shape[0], screen.x.device
-    capacity = list_capacity(k)
     found = Candidates.empty(n_rows, capacity, device)
     flags = torch.empty(n_rows, dtype=torch.int8, device=device)
     n_groups = group_count(d_sae, k)
     group_terms = _group_terms(screen, n_groups)
     for rows, chunk in screen.chunks(buffer_bytes, LAUNCH.MAXIMA_ROWS):
-        reaching = _reaching_groups(chunk, group_terms, n_groups, k)
+        reaching = _reaching_groups(chunk, group_terms, n_groups, k, capacity)
         _candidates_kernel[(chunk.N,)](
             found=Candidates(*(part[rows] for part in found)),
             flags_ptr=flags[rows],
@@ -402,9 +412,9 @@ def _group_terms(screen: Screen, n_groups: int) -> torch.Tensor | None:
 
 
 def _reaching_groups(
-    chunk: Chunk, group_terms: torch.Tensor | None, n_groups: int, k: int
+    chunk: Chunk, group_terms: torch.Tensor | None, n_groups: int, k: int, capacity: int
 ) -> ReachingGroups:
-    n_rows, capacity, device = chunk.N, list_capacity(k), chunk.products.device
+    n_rows, device = chunk.N, chunk.products.device
     maxima = torch.empty(n_rows, n_groups, dtype=torch.float32, device=device)
     cols, rows = LAUNCH.MAXIMA_COLS, LAUNCH.MAXIMA_ROWS
     _group_maxima_kernel[(triton.cdiv(n_groups * RUN, cols), triton.cdiv(n_rows, rows))](

@@ -1,7 +1,7 @@
 """Lists of the latents of each row that may reach an edge: screen, mark, list.
 
 1. One read of the products of low precision marks, a bit each, the latents that may reach the edge:
-   in float32 those whose screened score plus its proven bound does (`screen/BOUND.md`).
+   in float32 those whose screened score plus its bound does (`screen/BOUND.md`).
 2. The marked latents are listed row by row, in order, each row where the one before it ends.
 
 How many there are is known only on the device: the list has a given capacity, and what does not
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.common.launch import kernel
+from saelens_sparse.ops.common.launch import kernel, warps
 from saelens_sparse.ops.pairs import Rows
 from saelens_sparse.ops.screen import bound
 from saelens_sparse.ops.screen.float16_product import has_float32_sums
@@ -25,7 +25,6 @@ from saelens_sparse.ops.screen.gpu import (
     Screen,
     row_terms,
     score_of,
-    warps,
 )
 
 _WORD = tl.constexpr(32)

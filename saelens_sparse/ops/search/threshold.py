@@ -10,6 +10,7 @@ from saelens_sparse.measured import MAX_CPU_CANDIDATES
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.chunks import pre_act_chunks
 from saelens_sparse.ops.common.host_copy import HostCopy
+from saelens_sparse.ops.common.precision import ScreenDtype
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.operations import gather_dot
 from saelens_sparse.ops.screen import cpu as screen_cpu
@@ -28,6 +29,7 @@ def search_above_threshold(
     backend: Backend,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
+    screen_dtype: ScreenDtype = "auto",
 ) -> FoundPairs:
     """Find the latents with `x @ weight.T + bias > threshold - bandwidth / 2`.
 
@@ -50,6 +52,7 @@ def search_above_threshold(
             so does `"torch"` on a CPU that is faster at it, and else computes row chunks in full.
         buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
         rounded: a copy of `weight` in the dtype of the screen, which is then not made; or None.
+        screen_dtype: "float8" lets the kernels screen in float8, which may miss a few.
     """
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must have shape [n_rows, {weight.shape[1]}]; got {list(x.shape)}")
@@ -58,7 +61,7 @@ def search_above_threshold(
         from saelens_sparse.ops.search import mark_kernels
 
         if mark_kernels.can_screen(x):
-            return _search_by_kernels(arguments, capacity, buffer_bytes, rounded)
+            return _search_by_kernels(arguments, capacity, buffer_bytes, rounded, screen_dtype)
     pairs = None
     if screen_cpu.can_screen(x, weight):
         pairs = _find_by_cpu_screen(*arguments, buffer_bytes)
@@ -72,15 +75,20 @@ def _search_by_kernels(
     capacity: int,
     buffer_bytes: int,
     rounded: WeightCopy | None,
+    screen_dtype: ScreenDtype,
 ) -> FoundPairs:
     from saelens_sparse.ops.search import threshold_kernels
 
-    pairs, totals = threshold_kernels.find_pattern(*arguments, capacity, buffer_bytes, rounded)
+    pairs, totals = threshold_kernels.find_pattern(
+        *arguments, capacity, buffer_bytes, rounded, screen_dtype
+    )
     found = HostCopy(totals)
 
     def with_room_for_all() -> FoundPairs:
         n_pairs = int(found.values()[0])
-        return _search_by_kernels(arguments, n_pairs, buffer_bytes, rounded).complete()
+        return _search_by_kernels(
+            arguments, n_pairs, buffer_bytes, rounded, screen_dtype
+        ).complete()
 
     return FoundPairs(pairs, EnoughRoom(found, capacity), with_room_for_all, found)
 

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments
+from saelens_sparse.ops.common.precision import ScreenDtype
 from saelens_sparse.ops.pairs import ActivePairs
 from saelens_sparse.ops.rows.kernels import GATHER_DOT, gather_dot
 from saelens_sparse.ops.screen.gpu import Screen
@@ -79,6 +80,7 @@ def find_pattern(
     capacity: int,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
+    screen_dtype: ScreenDtype = "auto",
 ) -> tuple[ActivePairs, torch.Tensor]:
     """The pairs, as far as they fit, and `[2]` int64: number of pairs and of active ones.
 
@@ -86,7 +88,9 @@ def find_pattern(
     """
     device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
     x = x.contiguous()
-    screen = Screen.of(x, weight, bias, tile=GATHER_DOT.BLOCK_D, rounded=rounded)
+    screen = Screen.of(
+        x, weight, bias, tile=GATHER_DOT.BLOCK_D, rounded=rounded, screen_dtype=screen_dtype
+    )
     gate, edge = threshold_and_edge(threshold, bandwidth, screen.pre_acts_dtype)
     gate, edge = gate.float(), edge.float()
 

@@ -10,6 +10,7 @@ from saelens_sparse.measured import MAX_UNCERTAIN_ROWS
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.chunks import pre_act_chunks
 from saelens_sparse.ops.common.host_copy import HostCount
+from saelens_sparse.ops.common.precision import ScreenDtype
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.operations import gather_dot
 from saelens_sparse.ops.screen import cpu as screen_cpu
@@ -27,6 +28,7 @@ def search_topk(
     backend: Backend,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
+    screen_dtype: ScreenDtype = "auto",
 ) -> FoundPairs:
     """Find each row's k latents with the largest `(x @ weight.T + bias) * norms`.
 
@@ -45,6 +47,7 @@ def search_topk(
             so does `"torch"` on a CPU that is faster at it, and else computes row chunks in full.
         buffer_bytes: bound on the size of the `[rows, d_sae]` buffer of one chunk of rows.
         rounded: a copy of `weight` in the dtype of the screen, which is then not made; or None.
+        screen_dtype: "float8" lets the kernels screen in float8, which may miss a few.
 
     Returns:
         k pairs a row, in no particular order. They are wrong on rows for which a screen could not
@@ -61,9 +64,9 @@ def search_topk(
     if backend == "triton":
         from saelens_sparse.ops.search import topk_kernels
 
-        if topk_kernels.can_screen(x, weight, k):
+        if topk_kernels.can_screen(x, weight, k, screen_dtype):
             pairs, uncertain = topk_kernels.select_topk(
-                x, weight, bias, norms, k, buffer_bytes, rounded
+                x, weight, bias, norms, k, buffer_bytes, rounded, screen_dtype
             )
             check = NoneUncertain(HostCount(uncertain))
             return FoundPairs(pairs, check, lambda: FoundPairs(_mend(pairs, uncertain, in_full)))

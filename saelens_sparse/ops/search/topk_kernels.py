@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments
+from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments, warps
+from saelens_sparse.ops.common.precision import ScreenDtype
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.screen.float16_product import has_float32_sums
-from saelens_sparse.ops.screen.gpu import MAX_D_IN, Screen, warps
+from saelens_sparse.ops.screen.gpu import MAX_D_IN, Screen
 from saelens_sparse.ops.search.candidate_kernels import (
     RUN,
     Candidates,
@@ -54,7 +55,7 @@ LAUNCH = SelectLaunch()
 @kernel
 def _rescore_kernel(
     candidates,  # Candidates: upper bounds in, pre-activations and scores out
-    flags_ptr,  # [N]
+    flags_ptr,  # [N], or None where bounds are not proven
     x_ptr,  # [N, D]
     weight_ptr,  # [L, D]
     bias_ptr,  # [L]
@@ -77,22 +78,23 @@ def _rescore_kernel(
         acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
         for start in range(0, D, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)
-            x = tl.load(x_ptr + n * D + cols, mask=cols < D, other=0.0)
+            x = tl.load(x_ptr + n * D + cols, mask=cols < D, other=0.0).to(tl.float32)
             w = tl.load(
                 weight_ptr + latent[:, None] * D + cols[None, :],
                 mask=live[:, None] & (cols < D)[None, :],
                 other=0.0,
-            )
+            ).to(tl.float32)
             acc += w * x[None, :]
         pre_act = tl.sum(acc, axis=1) + tl.load(bias_ptr + latent, mask=live, other=0.0)
         score = pre_act
         if norms_ptr is not None:
             score = pre_act * tl.load(norms_ptr + latent, mask=live, other=0.0)
-        upper = tl.load(candidates.scores + n * CAPACITY + c, mask=live, other=0.0)
+        if flags_ptr is not None:
+            upper = tl.load(candidates.scores + n * CAPACITY + c, mask=live, other=0.0)
+            if tl.sum((live & (score > upper)).to(tl.int32), axis=0) > 0:
+                tl.store(flags_ptr + n, 1)
         tl.store(candidates.pre_acts + n * CAPACITY + c, pre_act, mask=live)
         tl.store(candidates.scores + n * CAPACITY + c, score, mask=live)
-        if tl.sum((live & (score > upper)).to(tl.int32), axis=0) > 0:
-            tl.store(flags_ptr + n, 1)
 
 
 @kernel
@@ -153,12 +155,14 @@ def _topk_values_kernel(
     tl.store(kept_ptr + n * M + m, kept.to(tl.int8), mask=m < M)
 
 
-def can_screen(x: torch.Tensor, weight: torch.Tensor, k: int) -> bool:
+def can_screen(
+    x: torch.Tensor, weight: torch.Tensor, k: int, screen_dtype: ScreenDtype = "auto"
+) -> bool:
     """Whether there are rows, of a width and with lists that one program can hold, latents enough
     per selected one for groups to be of use, and products that bounds hold for.
     """
     d_sae, d_in = weight.shape
-    fits = d_in <= MAX_D_IN and list_capacity(k) <= MAX_LISTED
+    fits = d_in <= MAX_D_IN and list_capacity(k, screen_dtype) <= MAX_LISTED
     return x.shape[0] > 0 and fits and d_sae >= 4 * k * RUN and has_float32_sums(x)
 
 
@@ -171,6 +175,7 @@ def select_topk(
     k: int,
     buffer_bytes: int,
     rounded: WeightCopy | None = None,
+    screen_dtype: ScreenDtype = "auto",
 ) -> tuple[ActivePairs, torch.Tensor]:
     """The pairs, and `[n_rows]` bool: the rows that it cannot vouch for.
 
@@ -178,10 +183,19 @@ def select_topk(
     """
     device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
     x = x.contiguous()
-    screen = Screen.of(x, weight, bias, tile=LAUNCH.RESCORE_COLS, norms=norms, rounded=rounded)
-    candidates, flags = find_candidates(screen, k, buffer_bytes)
+    screen = Screen.of(
+        x,
+        weight,
+        bias,
+        tile=LAUNCH.RESCORE_COLS,
+        norms=norms,
+        rounded=rounded,
+        screen_dtype=screen_dtype,
+    )
+    capacity = list_capacity(k, screen_dtype)
+    candidates, flags = find_candidates(screen, k, capacity, buffer_bytes)
     if not screen.exact:
-        _rescore(candidates, flags, screen, x, weight, k)
+        _rescore(candidates, flags if screen.is_proven else None, screen, x, weight, k)
     pairs = ActivePairs(
         latents=torch.empty(n_rows * k, dtype=torch.int64, device=device),
         keys=torch.empty(n_rows * k, dtype=torch.int32, device=device),
@@ -195,21 +209,21 @@ def select_topk(
         candidates=candidates,
         L=d_sae,
         k=k,
-        CAPACITY=list_capacity(k),
-        num_warps=list_warps(list_capacity(k), device),
+        CAPACITY=capacity,
+        num_warps=list_warps(capacity, device),
     )
     return pairs, flags.view(torch.bool)
 
 
 def _rescore(
     candidates: Candidates,
-    flags: torch.Tensor,
+    flags: torch.Tensor | None,
     screen: Screen,
     x: torch.Tensor,
     weight: torch.Tensor,
     k: int,
 ) -> None:
-    """Compute candidates in float32; flag rows on which one exceeds its bound."""
+    """Compute candidates in float32; flag rows on which one exceeds its bound, if it is proven."""
     # As many programs a row as have work on most rows, which have some 1.3 k candidates.
     n_programs = triton.cdiv(4 * k, 3 * LAUNCH.RESCORE_CANDIDATES)
     _rescore_kernel[(x.shape[0], n_programs)](
@@ -220,7 +234,7 @@ def _rescore(
         bias_ptr=screen.bias,
         norms_ptr=screen.norms,
         D=x.shape[1],
-        CAPACITY=list_capacity(k),
+        CAPACITY=candidates.latents.shape[1],
         BLOCK_C=LAUNCH.RESCORE_CANDIDATES,
         BLOCK_D=LAUNCH.RESCORE_COLS,
         num_warps=LAUNCH.RESCORE_WARPS,

@@ -26,7 +26,9 @@ from saelens_sparse.ops.rows.segment_kernels import (
     sum_segment,
     work_of_sums,
 )
+from saelens_sparse.ops.screen.round_kernels import reciprocal_power, settle_rows
 from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_rule
+from saelens_sparse.ops.update.rounding_kernels import round_moments
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCopy
 
@@ -52,6 +54,30 @@ class BlockRows(NamedTuple):
 
     slots: torch.Tensor | None  # [L] int32, the row of each latent in the block, or -1
     rows: torch.Tensor | None  # [width, D]
+
+
+class CopiedRows(NamedTuple):
+    """What an update writes of a weight for the next step; None of what is not wanted."""
+
+    rows: torch.Tensor | None  # [L, D], in lower precision
+    inverses: torch.Tensor | None  # [L], powers of two that undo the scale of these rows
+    squares: torch.Tensor | None  # [L, T], sums over tiles, of the scaled rows if there is a scale
+    residual_squares: torch.Tensor | None  # [L, T], of what rounding takes from scaled rows
+
+
+@triton.jit
+def _copy_row(copy, row, j, place, mask):
+    """Write what is wanted of columns of row j."""
+    if copy.inverses is not None:
+        row = row * reciprocal_power(tl.load(copy.inverses + j))
+    if copy.rows is not None:
+        rounded = row.to(copy.rows.dtype.element_ty)
+        tl.store(copy.rows + place, rounded, mask=mask)
+        if copy.residual_squares is not None:
+            residual = tl.where(mask, row - rounded.to(tl.float32), 0.0)
+            store_square_sum(copy.residual_squares, j, residual)
+    if copy.squares is not None:
+        store_square_sum(copy.squares, j, tl.where(mask, row, 0.0))
 
 
 @triton.jit
@@ -101,8 +127,7 @@ def _update_kernel(
     weight_ptr,  # [L, D], as the moments
     first_moment_ptr,
     second_moment_ptr,
-    rounded_ptr,  # [L, D] or None
-    squares_ptr,  # [L, T] or None
+    copy,  # CopiedRows
     rule,  # AdamRule
     sums,  # SegmentSums
     block,  # BlockRows
@@ -111,7 +136,7 @@ def _update_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adam on row j with its gradient / divisor; the row in lower precision, or its squares
+    """Adam on row j with its gradient / divisor; what the next step takes of the row
 
     Grid: latents, tiles of columns.
     """
@@ -124,6 +149,7 @@ def _update_kernel(
     second = tl.load(second_moment_ptr + place, mask=col_mask, other=0.0).to(tl.float32)
     gradient = _gradient_row(sums, block, j, cols, D, SPLIT, BLOCK_P, BLOCK_D)
     weight, first, second = adam_rule(rule, weight, gradient, first, second)
+    first, second = round_moments(rule, first, second, j, cols)
     # What the copy is made of is what is stored, also where that is bfloat16.
     stored = weight.to(weight_ptr.dtype.element_ty)
     tl.store(weight_ptr + place, stored, mask=col_mask)
@@ -131,10 +157,7 @@ def _update_kernel(
     tl.store(
         second_moment_ptr + place, second.to(second_moment_ptr.dtype.element_ty), mask=col_mask
     )
-    if rounded_ptr is not None:
-        tl.store(rounded_ptr + place, stored.to(rounded_ptr.dtype.element_ty), mask=col_mask)
-    if squares_ptr is not None:
-        store_square_sum(squares_ptr, j, tl.where(col_mask, stored.to(tl.float32), 0.0))
+    _copy_row(copy, stored.to(tl.float32), j, place, col_mask)
 
 
 class RowGradientSums:
@@ -190,16 +213,14 @@ class RowGradientSums:
             copy: what to write a copy to, or None.
         """
         assert all(part.is_contiguous() for part in (rows, first_moment, second_moment))
-        rounded = copy.values if copy is not None and not copy.is_norms else None
-        squares = empty_square_sums(rows) if copy is not None and copy.is_norms else None
-        launch = UPDATE if rounded is None else ROUNDING_UPDATE
+        launch = UPDATE if copy is None or copy.is_norms else ROUNDING_UPDATE
+        copied = _room_for(copy, rows, launch.BLOCK_D)
         with on_device(self._device):
             _update_kernel[(self._d_sae, triton.cdiv(self._d, launch.BLOCK_D))](
                 rows,
                 first_moment_ptr=first_moment,
                 second_moment_ptr=second_moment,
-                rounded_ptr=rounded,
-                squares_ptr=squares,
+                copy=copied,
                 rule=settings.rule(step, divisor),
                 sums=self._sums,
                 block=self._block,
@@ -207,5 +228,22 @@ class RowGradientSums:
                 SPLIT=SEGMENT_SUM.SPLIT,
                 **vars(launch),
             )
-        if copy is not None and squares is not None:
-            norms_of(squares, out=copy.values)
+        if copy is None or copied.squares is None:
+            return
+        if copied.residual_squares is None:
+            norms_of(copied.squares, out=copy.values)
+        else:
+            assert copy.errors is not None
+            settle_rows(rows, copy.values, copy.errors, copied.squares, copied.residual_squares)
+
+
+def _room_for(copy: WeightCopy | None, rows: torch.Tensor, tile: int) -> CopiedRows:
+    """Where an update by tiles of so many columns writes what is wanted of `rows`."""
+    if copy is None:
+        return CopiedRows(None, None, None, None)
+    if copy.is_norms:
+        return CopiedRows(None, None, empty_square_sums(rows, tile), None)
+    if copy.errors is None:
+        return CopiedRows(copy.values, None, None, None)
+    squares, residual_squares = (empty_square_sums(rows, tile) for _ in range(2))
+    return CopiedRows(copy.values, copy.errors[0], squares, residual_squares)

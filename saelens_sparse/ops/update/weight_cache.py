@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-WeightView = Literal["rounded", "norms"]
-"""What an update can write of a weight: its rows in the dtype that autocast multiplies them in, or
-their Euclidean norms."""
+WeightView = Literal["rounded", "scaled", "norms"]
+"""What an update can write of a weight: its rows in the dtype that autocast multiplies them in; its
+rows as `round_rows` scales and rounds them for a screen; or their Euclidean norms."""
 
 
 @dataclass
@@ -20,22 +20,36 @@ class WeightCopy:
     Attributes:
         values: `[d_sae, d]`, the rows in lower precision; or `[d_sae]`, their norms in float32.
         source: the rows, which are kept so that their memory is not given to another.
+        errors: `[3, d_sae]` float32, what undoes the scale of scaled rows, their norms, and the
+            norms of what rounding took away; None if this is another view.
         version: `source._version` when the copy was made; None if it has yet to be.
     """
 
     values: torch.Tensor
     source: torch.Tensor
+    errors: torch.Tensor | None = None
     version: int | None = None
 
     @classmethod
-    def of_rows(cls, rows: torch.Tensor, dtype: torch.dtype) -> WeightCopy:
-        """Room for `rows`, `[d_sae, d]`, in `dtype`."""
-        return cls(torch.empty_like(rows, dtype=dtype), rows.detach())
+    def of(cls, rows: torch.Tensor, view: WeightView, dtype: torch.dtype) -> WeightCopy:
+        """
+        Room for a view of a weight.
 
-    @classmethod
-    def of_norms(cls, rows: torch.Tensor) -> WeightCopy:
-        """Room for the norms of `rows`, `[d_sae, d]`."""
-        return cls(torch.empty(rows.shape[0], device=rows.device), rows.detach())
+        Args:
+            rows: `[d_sae, d]`.
+            view: which.
+            dtype: of the copied rows.
+        """
+        d_sae, device = rows.shape[0], rows.device
+        if view == "norms":
+            return cls(torch.empty(d_sae, device=device), rows.detach())
+        # A scale of one is replaced where it does not fit.
+        errors = torch.ones(3, d_sae, device=device) if view == "scaled" else None
+        return cls(torch.empty_like(rows, dtype=dtype), rows.detach(), errors)
+
+    def parts(self) -> list[torch.Tensor]:
+        """The tensors that an update writes."""
+        return [self.values] if self.errors is None else [self.values, self.errors]
 
     @property
     def is_norms(self) -> bool:
@@ -43,10 +57,10 @@ class WeightCopy:
         return self.values.ndim == 1
 
     def is_a(self, view: WeightView, dtype: torch.dtype) -> bool:
-        """Whether this is such a view of its weight, in `dtype` if that is rounded rows."""
-        if view == "norms":
-            return self.is_norms
-        return not self.is_norms and self.values.dtype == dtype
+        """Whether this is such a view of its weight, in `dtype` if that is of rows."""
+        if view == "norms" or self.is_norms:
+            return view == "norms" and self.is_norms
+        return (view == "scaled") == (self.errors is not None) and self.values.dtype == dtype
 
     @property
     def is_current(self) -> bool:
@@ -106,17 +120,17 @@ class WeightCache:
         A cache with room for what the next update is to write, in this one's memory where it fits.
 
         Args:
-            wanted: rows, what to write of them, and the dtype of rounded ones.
+            wanted: rows, what to write of them, and the dtype of copied ones.
         """
         copies: list[WeightCopy] = []
         for rows, view, dtype in wanted:
             copy = self.of(rows)
             if copy is None or not copy.is_a(view, dtype):
-                make_norms = view == "norms"
-                copy = WeightCopy.of_norms(rows) if make_norms else WeightCopy.of_rows(rows, dtype)
+                copy = WeightCopy.of(rows, view, dtype)
             copies.append(copy)
         return WeightCache(copies)
 
     def addresses(self) -> list[int]:
         """Where what is current lies in memory."""
-        return [copy.values.data_ptr() for copy in self.copies if copy.is_current]
+        parts = (part for copy in self.copies if copy.is_current for part in copy.parts())
+        return [part.data_ptr() for part in parts]
