@@ -19,6 +19,8 @@ MAX_MEASURED_DENSITY = {
 }
 # A path is left for the other only when that one is faster by this much.
 HYSTERESIS = 0.8
+# A float8 screen lists 1.3 to 1.5 times the pairs that dense products count, on normal scores.
+FLOAT8_HYSTERESIS = 0.5
 
 # Without gradient buffers pairs are summed twice, for the norm and for the update. With more pairs
 # a latent than this, buffers are faster.

@@ -17,6 +17,7 @@ from saelens_sparse.architectures.screen_recall import (
     MEASURED_STEPS,
     measure_recall,
     report_recall,
+    warns_of,
 )
 from saelens_sparse.choice.availability import Choice, choose_implementation, require_float8
 from saelens_sparse.choice.policy import PairTotals
@@ -156,7 +157,8 @@ class SparseTrainingSAEMixin(_Base):
             step: the step.
             output: its output, whose metrics may report the change; None for an encoding.
         """
-        report_recall(self, step, output)
+        if output is not None and (recall := report_recall(step, output)) is not None:
+            self.has_warned_of_recall |= warns_of(recall, step, self.has_warned_of_recall)
         if step.n_training_steps is not None:
             # With a NaN in every batch, each pass would otherwise be taken twice.
             self.asks_at_once = not step.was_complete
@@ -308,7 +310,7 @@ class SparseTrainingSAEMixin(_Base):
             found = self.search(x, norms, step)
         found, order = step.settled(found, self.cfg.d_sae)
         if step.measures_recall:
-            measure_recall(self, x, norms, found.pairs, step)
+            measure_recall(self.search_sample, x, norms, found.pairs, step, self.cfg.d_sae)
         if found.totals is not None:
             step.count_pairs(PairTotals(found.totals, x.shape[0], self.cfg.d_sae))
         dead = step.dead_latents()

@@ -31,7 +31,7 @@ from saelens_sparse.codes.dead import DeadRows, dead_rows
 from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, materialize
 from saelens_sparse.codes.step import StepContext
 from saelens_sparse.config.require import require_bool, require_choice, require_int, require_number
-from saelens_sparse.measured import MAX_MEASURED_DENSITY
+from saelens_sparse.measured import FLOAT8_HYSTERESIS, HYSTERESIS, MAX_MEASURED_DENSITY
 from saelens_sparse.ops.activation.ghost import dense_ghost_grad_loss, ghost_grad_loss
 from saelens_sparse.ops.activation.pairs import JumpReLU
 from saelens_sparse.ops.common.backend import Backend
@@ -177,7 +177,8 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         if choice.name == "dense" or self.cfg.implementation != "auto":
             return choice
         limit = self._max_density(choice.backend)
-        if self._policy.prefers_sparse(limit):
+        hysteresis = FLOAT8_HYSTERESIS if self.cfg.screen_dtype == "float8" else HYSTERESIS
+        if self._policy.prefers_sparse(limit, hysteresis):
             return choice
         density = self._policy.density
         seen = "how many latents are active is not known yet"

@@ -73,11 +73,16 @@ class DensityPolicy:
         self._read()
         return self._mean_l0
 
-    def prefers_sparse(self, limit: float) -> bool:
-        """Whether the next step computes sparsely, if that is faster up to a density of `limit`."""
+    def prefers_sparse(self, limit: float, hysteresis: float = HYSTERESIS) -> bool:
+        """Whether the next step computes sparsely, if that is faster up to a density of `limit`.
+
+        Args:
+            limit: the density.
+            hysteresis: share of it below which a training that computes densely changes.
+        """
         density = self.density
         if not self._goes_sparse:
-            limit = HYSTERESIS * limit
+            limit = hysteresis * limit
         return density is not None and density < limit
 
     def settle(self, goes_sparse: bool) -> None:

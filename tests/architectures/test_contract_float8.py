@@ -100,6 +100,49 @@ def test_recall_is_reported_at_the_first_step_and_where_steps_are_logged(subject
 
 
 @subjects(KERNELS)
+def test_recall_is_the_share_that_the_screen_has_found(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a screen that never sees the latent which is active most."""
+    exact, batches = sae_and_rows(subject)
+    sae, _ = sae_and_rows(subject, screen_dtype="float8")
+    for one in (exact, sae):
+        if hasattr(one, "bandwidth"):
+            one.bandwidth = 1e-6  # pairs are active latents, none of them near a threshold
+    is_active = exact.encode(batches[0]) > 0
+    hidden = is_active.sum(0).argmax()
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(x.float() @ weight.float().T)
+        out[:, hidden] = -6e4
+
+    monkeypatch.setattr("saelens_sparse.ops.screen.gpu.multiply_float8", multiply)
+    monkeypatch.setattr("saelens_sparse.ops.screen.gpu.DEVIATIONS", 20.0)
+    metrics: dict[str, Any] = own_trainer(sae).step(batches[0]).metrics
+    missed = is_active[:, hidden].sum() / is_active.sum()
+    assert metrics["screen_recall"] == pytest.approx(1 - missed.item())
+    whole_rows = 1 - is_active[:, hidden].float().mean()
+    assert metrics["screen_whole_rows"] == pytest.approx(whole_rows.item())
+
+
+@subjects(KERNELS)
+def test_autocast_does_not_round_what_recall_is_measured_by(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of latents in pairs that bfloat16 cannot tell apart, of which some are active alone."""
+    monkeypatch.setattr("saelens_sparse.ops.screen.gpu.DEVIATIONS", 20.0)
+    k = {} if subject.name == "jumprelu_sparse" else {"k": 1}
+    sae, batches = sae_and_rows(subject, screen_dtype="float8", **k)
+    with torch.no_grad():
+        sae.W_enc[:, 1::2] = sae.W_enc[:, ::2] * (1 + 1e-4)
+        sae.W_dec[1::2] = sae.W_dec[::2]
+        sae.b_enc.zero_()
+    metrics: dict[str, Any] = own_trainer(sae, autocast=True).step(batches[0][:3]).metrics
+    assert metrics["screen_recall"] == 1
+    assert metrics["screen_whole_rows"] == 1
+
+
+@subjects(KERNELS)
 def test_low_recall_is_warned_of_once(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:

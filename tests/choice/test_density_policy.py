@@ -10,6 +10,9 @@ from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_sparse.architectures.jumprelu import MAX_MEASURED_DENSITY, SparseJumpReLUTrainingSAE
+from saelens_sparse.choice.policy import PairTotals
+from saelens_sparse.codes.step import StepContext
+from saelens_sparse.ops.common.host_copy import HostCopy
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.support.jumprelu import make_jumprelu, sparse_jumprelu
 from tests.support.saes import forward_pass
@@ -132,3 +135,20 @@ def test_evaluations_in_between_do_not_disturb_the_training() -> None:
         sparse.encode(100 * x)
         sparse.train()
     assert sparse.implementation == before
+
+
+@pytest.mark.parametrize("share_of_limit", [0.3, 0.45, 0.6, 0.75, 0.9])
+def test_a_float8_screen_which_lists_more_does_not_make_the_choice_flip(
+    share_of_limit: float,
+) -> None:
+    sae = sparse_jumprelu(make_jumprelu(d_in=16, d_sae=208), "auto", screen_dtype="float8")
+    ran_on: list[str] = []
+    for n_steps in range(8):
+        choice = sae.implementation
+        ran_on.append(choice.name)
+        density = share_of_limit * 0.2 * (1 if choice.name == "fused" else 1.5)
+        n_pairs = torch.tensor([round(density * 1000 * 208), 0])
+        totals = PairTotals(HostCopy(n_pairs), 1000, 208)
+        sae.commit(StepContext(choice, False, n_training_steps=n_steps, pair_totals=totals))
+    assert ran_on[0] == "fused"
+    assert len(set(ran_on[1:])) == 1

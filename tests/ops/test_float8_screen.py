@@ -220,3 +220,30 @@ def test_recall_at_a_training_shape() -> None:
     assert recall.item() >= 0.9995
     assert whole_rows.item() >= 0.97
     assert found.pairs.rows_recomputed == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_chunks", [1, 2, 8])
+def test_the_candidates_of_a_batch_have_room(n_chunks: int) -> None:
+    """Of normal scores, of which a margin makes 2.4 to 2.9 times as many candidates."""
+    search = import_module("saelens_sparse.ops.search.batch_topk_kernels")
+    n_rows, d_in, d_sae, k = 512, 768, 65_536, 16
+    weight = torch.randn(d_sae, d_in, device="cuda") / d_in**0.5
+    x, bias = torch.randn(n_rows, d_in, device="cuda"), torch.zeros(d_sae, device="cuda")
+    buffer_bytes = 2 * d_sae * n_rows // n_chunks
+    _, found, capacity = search.find_largest(
+        x, weight, bias, None, k * n_rows, buffer_bytes, None, "float8"
+    )
+    n_candidates, reaches_down = found.tolist()
+    assert n_candidates <= capacity
+    assert reaches_down
+
+
+@pytest.mark.parametrize("n_chunks", [1, 2, 8, 64])
+def test_a_list_has_room_for_what_a_margin_lets_in(n_chunks: int) -> None:
+    search = import_module("saelens_sparse.ops.search.batch_topk_kernels")
+    count, margin = 2**18, 2.9
+    among_the_largest_so_far = sum(count / (1 + chunk) for chunk in range(n_chunks))
+    room = search.list_capacity(count, n_chunks, "float8")
+    assert margin * among_the_largest_so_far <= room
+    assert search.list_capacity(count, n_chunks, "auto") < room

@@ -335,7 +335,7 @@ def _run_launchers(shape: Shape) -> None:
         if low != dtype:
             copies.append(WeightCopy.of(weight, "rounded", low))
         if takes_float8:
-            copies.append(WeightCopy.of(weight, "scaled", FLOAT8))
+            copies += [WeightCopy.of(weight, "scaled", low) for low in (torch.float16, FLOAT8)]
         dead = RowBlock(empty(100, dtype=torch.int64), 128)
         for block, block_gradient in ((None, None), (dead, empty(128, d_in, dtype=dtype))):
             gradient = RowGradient(order, coefficients, batch, block, block_gradient, False)
@@ -374,8 +374,6 @@ def compile_launches(card: str, launches: list[Launch]) -> list[Usage]:
     read = _usage_on_cuda if CARDS[card].backend == "cuda" else _usage_on_hip
     usages: list[Usage] = []
     for launch in launches:
-        if launch.has_float8 and card not in MULTIPLY_FLOAT8:
-            continue
         arguments, options = launch.arguments, launch.options
         compiled = launch.kernel.run(*arguments, grid=launch.grid, warmup=True, **options)
         warps = compiled.metadata.num_warps
@@ -416,15 +414,16 @@ def distinct(launches: list[Launch]) -> list[Launch]:
 
 
 def largest(launches: list[Launch]) -> list[Launch]:
-    """One launch of each kernel, that which does most at once; and one with float8, if there is."""
+    """One launch of each kernel, that which does most at once, with float8 and without."""
     by_size = sorted(launches, key=lambda launch: launch.size)
     return list({(launch.name, launch.has_float8): launch for launch in by_size}.values())
 
 
 def for_ci(card: str, launches: list[Launch]) -> list[Launch]:
-    """All for the cards that differ most, and for each of the others some."""
+    """All for the cards that differ most, and for each of the others some, without float8."""
     if card in EVERY_KERNEL_FOR:
         return launches
+    launches = [launch for launch in launches if not launch.has_float8]
     others = [name for name in CARDS if name not in EVERY_KERNEL_FOR]
     return sorted(launches, key=lambda launch: launch.name)[others.index(card) :: len(others)]
 
@@ -433,6 +432,8 @@ def _compile_part(job: tuple[str, str, int, int]) -> list[Usage]:
     """Every `n_parts`-th launch from `part` on."""
     card, what, part, n_parts = job
     launches = record_launches(SHAPES, CARDS[card].warp_size)
+    if card not in MULTIPLY_FLOAT8:
+        launches = [launch for launch in launches if not launch.has_float8]
     launches = distinct(launches) if what == "settings" else largest(launches)
     if what == "some":
         launches = for_ci(card, launches)

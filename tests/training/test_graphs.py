@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens.config import LoggingConfig
 
+from saelens_sparse.ops.common.precision import FLOAT8_MULTIPLE, ScreenDtype
 from saelens_sparse.training.graphs import (
     STEPS_BEFORE,
     GraphedPass,
@@ -35,12 +37,14 @@ def trainer_and_batches(
     graph: bool = True,
     d_sae: int = 2048,
     architecture: str = "topk_sparse",
+    screen_dtype: ScreenDtype = "auto",
     **settings: Any,
 ) -> tuple[SparseSAETrainer, list[torch.Tensor]]:
     """A trainer of an SAE with latents enough to be screened."""
     torch.manual_seed(0)
-    stock = Subject(architecture, TARGETS["triton-cuda"]).stock(d_sae=d_sae)
-    sparse = sparse_like(stock, "triton")
+    d_in = {} if screen_dtype == "auto" else {"d_in": FLOAT8_MULTIPLE}
+    stock = Subject(architecture, TARGETS["triton-cuda"]).stock(d_sae=d_sae, **d_in)
+    sparse = sparse_like(stock, "triton", screen_dtype=screen_dtype)
     sparse.cfg.cuda_graph = graph
     torch.manual_seed(1)
     batches = [superposed_rows(stock, 64) for _ in range(n_batches)]
@@ -91,6 +95,26 @@ def test_a_change_of_moments_gives_up_a_recorded_update() -> None:
         train(trainer, batches[start : start + 5])
         dtype = torch.float32 if moments is None else torch.bfloat16
         assert trainer.optimizer.state[trainer.sae.W_dec]["exp_avg_sq"].dtype == dtype
+
+
+@recorded
+def test_float8_steps_that_measure_recall_are_not_replayed(architecture: str) -> None:
+    """And those in between are the same training bit for bit."""
+    states: list[dict[str, torch.Tensor]] = []
+    logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=12)
+    for graph in (True, False):
+        trainer, batches = trainer_and_batches(
+            20, graph=graph, architecture=architecture, screen_dtype="float8", logger=logger
+        )
+        reported: list[bool] = []
+        for batch in batches:
+            reported.append("screen_recall" in trainer.step(batch).metrics)
+            trainer.n_training_steps += 1
+        assert [step for step, was in enumerate(reported) if was] == [0, 11]
+        states.append(state_of(trainer))
+        assert (trainer._graphs.current is not None) == graph
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
 
 
 @recorded

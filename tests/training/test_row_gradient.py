@@ -9,13 +9,15 @@ import torch
 
 from saelens_sparse.codes.on_demand import code_of
 from saelens_sparse.codes.step import Offer, current_step, offer_to
+from saelens_sparse.ops.common.precision import FLOAT8
 from saelens_sparse.ops.pairs import LatentOrder, Rows
 from saelens_sparse.ops.rows.block import RowBlock
 from saelens_sparse.ops.rows.operations import row_norms
+from saelens_sparse.ops.screen.round_kernels import round_rows, settle_rows
 from saelens_sparse.ops.update.adam_kernels import AdamSettings
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, SumLaunch
-from saelens_sparse.ops.update.weight_cache import WeightCopy
+from saelens_sparse.ops.update.weight_cache import WeightCopy, WeightView
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.conftest import Target, target_parameters
 from tests.support.architectures import Subject, subjects
@@ -122,6 +124,36 @@ def test_norm_and_update_are_those_of_the_dense_gradient(
             torch.testing.assert_close(rounded.values.float(), weight, rtol=2**-7, atol=0)
         else:
             assert torch.equal(rounded.values, weight.bfloat16())
+
+
+@kernels
+@pytest.mark.usefixtures("launch")
+def test_updates_round_rows_with_the_scales_of_before(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second finds scales that fit most rows."""
+    shares: list[float] = []
+
+    def settle(*arguments: torch.Tensor) -> None:
+        norms = arguments[3].sum(1).sqrt()
+        shares.append(((norms >= 64) & (norms < 128)).float().mean().item())
+        settle_rows(*arguments)
+
+    monkeypatch.setattr("saelens_sparse.ops.update.row_gradient_kernels.settle_rows", settle)
+    gradient = make_gradient(target, 37, block=False, ragged=False)
+    weight = torch.randn(21, 37, device=target.device)
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    copy = WeightCopy.of(weight, "scaled", FLOAT8)
+    step, divisor, lr = (torch.tensor(x, device=target.device) for x in (1.0, DIVISOR, 0.3))
+    for _ in range(2):
+        sums = RowGradientSums(gradient)
+        sums.update(weight, first, second, step, divisor, AdamSettings(lr, BETA1, BETA2, EPS), copy)
+        rounded, errors = round_rows(weight, FLOAT8)
+        assert copy.errors is not None
+        assert torch.equal(copy.values.float(), rounded.float())
+        torch.testing.assert_close(copy.errors, errors, rtol=1e-5, atol=0)
+    assert shares[0] == 0
+    assert 0.5 < shares[1] < 1
 
 
 def adam_in_float64(
@@ -338,3 +370,15 @@ def test_many_pairs_a_latent_go_through_buffers(
         train(trainer, [batch])
     assert not held[0]
     assert all(held[1:])
+
+
+@pytest.mark.parametrize("view", ["norms", "scaled"])
+def test_room_for_a_copy_does_not_depend_on_the_default_dtype(view: WeightView) -> None:
+    weight, default = torch.randn(6, 4), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        copy = WeightCopy.of(weight, view, FLOAT8)
+    finally:
+        torch.set_default_dtype(default)
+    sizes = copy.values if copy.errors is None else copy.errors
+    assert sizes.dtype == torch.float32

@@ -16,7 +16,7 @@ def multiply_float8(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) ->
         weight: `[d_sae, d_in]` float8 (e4m3).
         out: `[n_rows, d_sae]` float16.
     """
-    one = torch.ones((), device=x.device)
+    one = torch.ones((), dtype=torch.float32, device=x.device)
     torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         x, weight.T, one, one, out_dtype=out.dtype, use_fast_accum=True, out=out
     )

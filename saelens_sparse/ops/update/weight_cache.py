@@ -42,9 +42,10 @@ class WeightCopy:
         """
         d_sae, device = rows.shape[0], rows.device
         if view == "norms":
-            return cls(torch.empty(d_sae, device=device), rows.detach())
-        # A scale of one is replaced where it does not fit.
-        errors = torch.ones(3, d_sae, device=device) if view == "scaled" else None
+            return cls(torch.empty(d_sae, dtype=torch.float32, device=device), rows.detach())
+        errors = None
+        if view == "scaled":  # a scale of one is replaced where it does not fit
+            errors = torch.ones(3, d_sae, dtype=torch.float32, device=device)
         return cls(torch.empty_like(rows, dtype=dtype), rows.detach(), errors)
 
     def parts(self) -> list[torch.Tensor]:
