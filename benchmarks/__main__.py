@@ -10,6 +10,7 @@ Measure registered problem sizes against stock SAELens and other libraries.
     python -m benchmarks cache          caches of activations: writing, reading, training
     python -m benchmarks run            whole runs, with language model, store, logging and evals
     python -m benchmarks several        runs of several SAEs, and what their parts take alone
+    python -m benchmarks dead_latents   AuxK, ghost gradients or neither on real activations
     python -m benchmarks report         tables from the rows measured so far
     python -m benchmarks figures        figures from the rows measured so far
 
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from benchmarks import (
     cache,
     cache_cases,
+    dead_latents,
     figures,
     kernels,
     pair,
@@ -56,9 +58,15 @@ from benchmarks.report import (
 )
 from benchmarks.rows import FIGURES, Frame, ResultsFile, frame_of, load_rows
 from benchmarks.run_cases import RUN_PRECISIONS
+from saelens_sparse.architectures import ARCHITECTURES
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import PRECISIONS, Precision
-from saelens_sparse.reports.command_line import DEFAULT_STEPS, parse_shape, whole_number
+from saelens_sparse.reports.command_line import (
+    DEFAULT_STEPS,
+    default_device,
+    parse_shape,
+    whole_number,
+)
 from saelens_sparse.reports.presentation import can_draw
 from saelens_sparse.reports.results import environment
 
@@ -97,6 +105,11 @@ def open_results(args: argparse.Namespace) -> ResultsFile:
     results = ResultsFile(args.out, environment(args.device, args.commit))
     print(f"{results.environment['device']}; rows go to {results.path}", flush=True)
     return results
+
+
+def show(results: ResultsFile, table: Callable[[Frame], Frame]) -> None:
+    """Print a table of the rows, and say where they are."""
+    print(f"\n{plain(table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
 
 
 def asked_cases(benchmark: str, args: argparse.Namespace) -> list[tuple[NamedCase, Precision]]:
@@ -165,7 +178,7 @@ def run_kernels(argv: Sequence[str]) -> int:
             results.append(row)
     except torch.OutOfMemoryError as error:
         raise UsageError(f"--shape {shape} needs more memory than there is") from error
-    print(f"\n{plain(kernel_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    show(results, kernel_table)
     if args.device == "cpu":
         print("On a CPU kernels have no stages, and caches are as the last call left them.")
     return 0
@@ -187,11 +200,7 @@ def run_pair(argv: Sequence[str]) -> int:
 def run_store(argv: Sequence[str]) -> int:
     """`python -m benchmarks store`."""
     parser = CommandParser("store", store.__doc__)
-    parser.add_argument(
-        "--cases",
-        type=names_of(store.CASES, store.GROUPS),
-        help=f"separated by commas: {', '.join(store.CASES)}; by default those of the device",
-    )
+    parser.add_cases(store.CASES, store.GROUPS)
     parser.add_argument(
         "--refills",
         type=whole_number(1),
@@ -203,18 +212,14 @@ def run_store(argv: Sequence[str]) -> int:
     results = open_results(args)
     names = args.cases or store.GROUPS[args.device]
     status = store.run(results, [store.CASES[name] for name in names], args)
-    print(f"\n{plain(store_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    show(results, store_table)
     return status
 
 
 def run_cache(argv: Sequence[str]) -> int:
     """`python -m benchmarks cache`."""
     parser = CommandParser("cache", cache.__doc__)
-    parser.add_argument(
-        "--cases",
-        type=names_of(cache_cases.CASES),
-        help=f"separated by commas: {', '.join(cache_cases.CASES)}; by default that of the device",
-    )
+    parser.add_cases(cache_cases.CASES)
     parser.add_argument(
         "--parts",
         type=names_of(cache.PARTS),
@@ -226,7 +231,7 @@ def run_cache(argv: Sequence[str]) -> int:
     names = args.cases or cache_cases.DEFAULT_CASES[args.device]
     cases = [cache_cases.CASES[name] for name in names]
     status = cache.run(results, cases, args.parts or cache.PARTS, args)
-    print(f"\n{plain(cache_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    show(results, cache_table)
     return status
 
 
@@ -234,27 +239,12 @@ def run_run(argv: Sequence[str]) -> int:
     """`python -m benchmarks run`."""
     parser = CommandParser("run", run.__doc__)
     cases, contenders = run_cases.CASES, run_cases.CONTENDERS
-    parser.add_argument(
-        "--cases",
-        type=names_of(cases),
-        help=f"separated by commas: {', '.join(cases)}; by default those of the device",
-    )
-    parser.add_argument(
-        "--precision",
-        type=names_of(RUN_PRECISIONS),
-        default=[],
-        help=f"{', '.join(RUN_PRECISIONS)}; by default each case's own",
-    )
+    parser.add_whole_run_options(precision="each case's own")
     parser.add_argument(
         "--libraries",
         type=names_of(LIBRARIES),
         default=list(LIBRARIES),
         help="of the language model, TransformerLens or transformers; by default %(default)s",
-    )
-    parser.add_argument(
-        "--tiny",
-        action="store_true",
-        help="the same cases so small that a CPU runs them in seconds",
     )
     parser.add_argument(
         "--contenders",
@@ -267,13 +257,6 @@ def run_run(argv: Sequence[str]) -> int:
         "--llm-device",
         help="of the language model, such as cuda:1 beside SAEs on cuda:0; by default the SAEs'",
     )
-    parser.add_argument(
-        "--windows",
-        type=whole_number(1),
-        default=2,
-        help="timed windows of a run; by default %(default)s",
-    )
-    parser.add_turn_options(rounds=1)
     args = parser.parse_args(argv)
     results = open_results(args)
     asked = [cases[name] for name in args.cases or run_cases.DEFAULT_CASES[args.device]]
@@ -286,26 +269,15 @@ def run_run(argv: Sequence[str]) -> int:
     ]
     entered = [one for one in contenders.values() if one.name in {"stock", *args.contenders}]
     status = run.run(results, measured, entered, args)
-    print(f"\n{plain(run_table(frame_of(results.rows)))}\n\nRows are in {results.path}.")
+    show(results, run_table)
     return status
 
 
 def run_several(argv: Sequence[str]) -> int:
     """`python -m benchmarks several`."""
     parser = CommandParser("several", several.__doc__)
-    parser.add_argument(
-        "--cases",
-        type=names_of(run_cases.CASES),
-        help=f"separated by commas: {', '.join(run_cases.CASES)}; by default those of the device",
-    )
-    parser.add_argument(
-        "--precision",
-        type=names_of(RUN_PRECISIONS),
-        default=[],
-        help=f"{', '.join(RUN_PRECISIONS)}; by default each case's first",
-    )
+    parser.add_whole_run_options(precision="each case's first")
     parser.add_argument("--library", choices=LIBRARIES, default=LIBRARIES[0])
-    parser.add_argument("--tiny", action="store_true", help="so small that a CPU takes seconds")
     parser.add_argument("--n-saes", type=whole_number(1), default=8, help="by default %(default)s")
     parser.add_argument(
         "--contenders",
@@ -313,13 +285,6 @@ def run_several(argv: Sequence[str]) -> int:
         default=list(several.CONTENDERS),
         help=f"{', '.join(several.CONTENDERS)}; by default both",
     )
-    parser.add_argument(
-        "--windows",
-        type=whole_number(1),
-        default=2,
-        help="timed windows of a run; by default %(default)s",
-    )
-    parser.add_turn_options(rounds=1)
     args = parser.parse_args(argv)
     results = open_results(args)
     measured = [
@@ -331,6 +296,36 @@ def run_several(argv: Sequence[str]) -> int:
     ]
     contenders = [name for name in several.CONTENDERS if name in args.contenders]
     status = several.run(results, measured, contenders, args)
+    print(f"\nRows are in {results.path}.")
+    return status
+
+
+def run_dead_latents(argv: Sequence[str]) -> int:
+    """`python -m benchmarks dead_latents`."""
+    parser = CommandParser("dead_latents", dead_latents.__doc__)
+    add, default = parser.add_argument, "by default %(default)s"
+    losses = dead_latents.LOSSES
+    add("--losses", type=names_of(losses), default=list(losses), help=default)
+    add("--activations", type=Path, default=dead_latents.DEFAULT_ACTIVATIONS, help=default)
+    add(
+        "--architecture",
+        choices=[name for name, one in ARCHITECTURES.items() if one.sparsity_field],
+        default="topk_sparse",
+        help=default,
+    )
+    add("--precision", choices=list(PRECISIONS), default="float32", help=default)
+    for name, value in {
+        "d-sae": 32_768, "k": 32, "batch": 4096, "steps": 600, "window": 300, "seeds": 1,
+    }.items():  # fmt: skip
+        add(f"--{name}", type=whole_number(1), default=value, help=default)
+    add("--lr", type=float, default=1e-3, help=default)
+    of_losses = "aux_loss_coefficient of either loss; by default %(default)s"
+    add("--coefficient", type=float, default=1.0, help=of_losses)
+    add("--device", choices=tuple(DEFAULT_STEPS), default=default_device(), help=default)
+    parser.add_output_options()
+    args = parser.parse_args(argv)
+    results = open_results(args)
+    status = dead_latents.run(results, args)
     print(f"\nRows are in {results.path}.")
     return status
 
@@ -379,7 +374,11 @@ def run_default(argv: Sequence[str]) -> int:
     args.precision = []
     for benchmark in (STEP, FORWARD):
         args.cases = list(groups_of(benchmark.name)["quick" if args.quick else args.device])
-        args.contenders = [one.name for one in benchmark.contenders if one.sparse or not args.quick]
+        args.contenders = [
+            one.name
+            for one in benchmark.contenders
+            if one in (SPARSE, SPARSE_RUNNER) or not args.quick
+        ]
         run_session(benchmark, results, args)
 
     rows = frame_of(load_rows([results.path]))
@@ -397,6 +396,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "cache": run_cache,
     "run": run_run,
     "several": run_several,
+    "dead_latents": run_dead_latents,
     "report": run_report,
     "figures": run_figures,
 }

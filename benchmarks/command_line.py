@@ -10,6 +10,8 @@ from benchmarks.cases import CASES, groups_of
 from benchmarks.contenders import SPARSE, SPARSE_RUNNER
 from benchmarks.harness import Benchmark
 from benchmarks.rows import RESULTS, Frame, frame_of, load_rows
+from benchmarks.run_cases import CASES as RUN_CASES
+from benchmarks.run_cases import RUN_PRECISIONS
 from saelens_sparse.config.files import UsageError
 from saelens_sparse.profile.cases import PRECISIONS
 from saelens_sparse.reports.command_line import (
@@ -70,6 +72,43 @@ class CommandParser(Parser):
             help="keeps the data sets; by default they go into a temporary folder",
         )
         self.add_output_options()
+
+    def add_cases(
+        self, cases: Iterable[str], groups: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        """Which cases, of a command that has its own."""
+        cases = [*cases]
+        self.add_argument(
+            "--cases",
+            type=names_of(cases, groups),
+            help=f"separated by commas: {', '.join(cases)}; by default those of the device",
+        )
+
+    def add_whole_run_options(self, precision: str) -> None:
+        """Those of commands that time whole runs.
+
+        Args:
+            precision: What is the default, in words.
+        """
+        self.add_cases(RUN_CASES)
+        self.add_argument(
+            "--precision",
+            type=names_of(RUN_PRECISIONS),
+            default=[],
+            help=f"{', '.join(RUN_PRECISIONS)}; by default {precision}",
+        )
+        self.add_argument(
+            "--tiny",
+            action="store_true",
+            help="the same cases so small that a CPU runs them in seconds",
+        )
+        self.add_argument(
+            "--windows",
+            type=whole_number(1),
+            default=2,
+            help="timed windows of a run; by default %(default)s",
+        )
+        self.add_turn_options(rounds=1)
 
     def add_case_options(self, benchmark: Benchmark, contenders: Iterable[str]) -> None:
         """Which cases, in which precisions, and who takes part by default."""

@@ -23,6 +23,11 @@ def compile_sae(sae: TrainingSAE[Any]) -> None:
     )
 
 
+def keep_light_moments(sae: TrainingSAE[Any]) -> None:
+    """Let the optimizer of `SparseTrainingRunner` keep Adam's moments in bfloat16."""
+    sae.cfg.moments = "bfloat16"
+
+
 @dataclass(frozen=True)
 class Contender:
     """
@@ -34,7 +39,7 @@ class Contender:
         sparse_runner: whether its steps are those of `SparseTrainingRunner`.
         precisions: names of the precisions in which it means something.
         matmul_precision: of `torch.set_float32_matmul_precision`; "high" allows TF32.
-        prepare: applied to the SAE once its trainer exists, where the runner compiles it.
+        prepare: applied to the SAE once its trainer exists, before the first step.
         peer: the other library's model.
     """
 
@@ -73,5 +78,12 @@ STOCK_TF32 = Contender("stock_tf32", precisions=("float32",), matmul_precision="
 STOCK_COMPILE = Contender("stock_compile", precisions=("autocast",), prepare=compile_sae)
 SPARSE = Contender("sparse", sparse=True)
 SPARSE_RUNNER = Contender("sparse_runner", sparse=True, sparse_runner=True)
+BFLOAT16_MOMENTS = Contender(
+    "sparse_runner_bfloat16_moments",
+    sparse=True,
+    sparse_runner=True,
+    precisions=("float32", "autocast"),
+    prepare=keep_light_moments,
+)
 SPARSIFY = Contender("sparsify", peer=Sparsify)
 DICTIONARY_LEARNING = Contender("dictionary_learning", peer=DictionaryLearning)

@@ -20,6 +20,7 @@ from benchmarks.agreement import (
 )
 from benchmarks.cases import REFERENCE_PRECISION, NamedCase
 from benchmarks.contenders import (
+    BFLOAT16_MOMENTS,
     DICTIONARY_LEARNING,
     SPARSE,
     SPARSE_RUNNER,
@@ -104,6 +105,7 @@ STEP = Benchmark(
         STOCK_COMPILE,
         SPARSE,
         SPARSE_RUNNER,
+        BFLOAT16_MOMENTS,
         replace(SPARSIFY, matmul_precision="high"),  # as its trainer has it
         DICTIONARY_LEARNING,
     ),

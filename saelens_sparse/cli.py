@@ -15,7 +15,8 @@ from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_sparse
-from saelens_sparse.config.checks import check_field, check_fields, check_training, field_hints
+from saelens_sparse.config.checks import check_training
+from saelens_sparse.config.fields import check_field, check_fields, field_hints
 from saelens_sparse.config.files import RunConfig, UsageError, load_run, usage_errors
 from saelens_sparse.config.messages import suggestion
 from saelens_sparse.language_model import OPTIONS, check_option

@@ -43,34 +43,32 @@ class ReadAhead:
     the device, from the reader's pinned memory and on a stream of its own. What a reader raises,
     `next` raises when it is that chunk's turn.
 
+    A signal may end a call of `next` anywhere. The next call gives the same chunk then.
+
     Args:
         readers: One for each thread.
         first: Number of the first chunk.
         device: Where chunks go.
+
+    Attributes:
+        at: Number of the next chunk.
     """
 
     def __init__(self, readers: Sequence[Reader], first: int, device: torch.device) -> None:
-        self.at = first
-        self._device = device
+        self.at = self._first = first
         self._threads = [
             _ReaderThread(reader, first + index, len(readers), device)
             for index, reader in enumerate(readers)
         ]
-        self._turn = 0
-        self._held: _ReaderThread | None = None
         self._finalizer = weakref.finalize(self, _stop, self._threads)
         for thread in self._threads:
             thread.start()
 
     def next(self) -> list[torch.Tensor]:
         """The next chunk's tensors, on the device. They are valid until the next call."""
-        if self._held is not None:
-            self._held.take_back()
-            self._held = None
-        thread = self._threads[self._turn % len(self._threads)]
-        chunk = thread.chunk()
-        self._held = thread
-        self._turn += 1
+        if self.at > self._first:
+            self._reader_of(self.at - 1).take_back(self.at - 1)
+        chunk = self._reader_of(self.at).chunk(self.at)
         self.at += 1
         return chunk
 
@@ -78,25 +76,34 @@ class ReadAhead:
         """Stop the threads."""
         self._finalizer()
 
+    def _reader_of(self, number: int) -> _ReaderThread:
+        return self._threads[(number - self._first) % len(self._threads)]
+
 
 def _stop(threads: Sequence[_ReaderThread]) -> None:
     for thread in threads:
-        thread.is_stopped = True
-        thread.may_read.release()
+        thread.wanted.put(None)
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(timeout=_MAX_SECONDS)
 
 
 class _ReaderThread(threading.Thread):
-    """Reads every `stride`-th chunk from a number on, each after the last one was taken back."""
+    """
+    Reads every `stride`-th chunk from a number on, each after the last one was taken back.
+
+    Attributes:
+        wanted: Numbers of chunks to read; None for the end. What was read is passed over.
+    """
 
     def __init__(self, reader: Reader, first: int, stride: int, device: torch.device) -> None:
         super().__init__(name="cache reader", daemon=True)
-        self.is_stopped = False
-        self.may_read = threading.Semaphore()
-        self._reader, self._number, self._stride, self._device = reader, first, stride, device
-        self._read: SimpleQueue[list[torch.Tensor] | BaseException] = SimpleQueue()
+        self.wanted: SimpleQueue[int | None] = SimpleQueue()
+        self.wanted.put(first)
+        self._reader, self._stride, self._device = reader, stride, device
+        # The chunk that was read last, and its number. Who waits is told that there is another.
+        self._found: tuple[int, list[torch.Tensor] | BaseException] = (first - 1, [])
+        self._news: SimpleQueue[None] = SimpleQueue()
         self._on_device: list[torch.Tensor] = []
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None
@@ -105,33 +112,34 @@ class _ReaderThread(threading.Thread):
 
     @override
     def run(self) -> None:
-        while True:
-            self.may_read.acquire()
-            if self.is_stopped:
-                return
+        while (number := self.wanted.get()) is not None:
+            if number <= self._found[0]:
+                continue
             try:
-                chunk = self._copied_to_device(self._reader(self._number))
+                found = self._copied_to_device(self._reader(number))
             except BaseException as error:
-                self._read.put(error)
+                found = error
+            self._found = number, found
+            self._news.put(None)
+            if isinstance(found, BaseException):
                 return
-            self._number += self._stride
-            self._read.put(chunk)
 
-    def chunk(self) -> list[torch.Tensor]:
+    def chunk(self, number: int) -> list[torch.Tensor]:
         """What was read, when the current stream gets there."""
-        found = self._read.get()
+        while self._found[0] != number:
+            self._news.get()
+        found = self._found[1]
         if isinstance(found, BaseException):
-            self._read.put(found)  # for whoever asks again
             raise found
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
         return found
 
-    def take_back(self) -> None:
-        """Nobody uses the chunk after what is in the current stream's queue."""
+    def take_back(self, number: int) -> None:
+        """Nobody uses that chunk after what is in the current stream's queue."""
         if self._used is not None:
             self._used.record(torch.cuda.current_stream(self._device))
-        self.may_read.release()
+        self.wanted.put(number + self._stride)
 
     def _copied_to_device(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         if self._stream is None:

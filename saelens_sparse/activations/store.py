@@ -6,7 +6,6 @@ for whoever calls them; the stream of batches takes another way to the same valu
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,35 +17,29 @@ import torch
 from datasets import Dataset
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from saelens_sparse.activations import checks
 from saelens_sparse.activations.batches import BUFFER, GENERATOR, Batches, ModelBatch
 from saelens_sparse.activations.before_loading import hooks_of
 from saelens_sparse.activations.cached import CachedActivations
-from saelens_sparse.activations.epoch import Epoch, Sequences, as_tensor, as_value, part_of
+from saelens_sparse.activations.computed import PROCESSED, ComputingStore
+from saelens_sparse.activations.epoch import as_tensor, as_value, part_of
 from saelens_sparse.activations.mixing import EMPTY, MixingBuffer
 from saelens_sparse.activations.read_ahead import Kept, not_among
-from saelens_sparse.activations.sequences import OF_SEQUENCES, new_epoch
+from saelens_sparse.activations.sequences import OF_SEQUENCES
 from saelens_sparse.activations.sharded import NEW_EPOCH, ShardedActivations
-from saelens_sparse.activations.shards.manifest import Hook, is_sharded
+from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.config.checks import check_buffer
-from saelens_sparse.language_model import Option, RunningModel
 from saelens_sparse.ops.common.host_copy import to_device
 from saelens_sparse.private_names import input_token_device
 from saelens_sparse.warn import warn_caller
 
-# Names in its state; the first is SAELens's.
-_PROCESSED, _SETTINGS, _CACHED_ROW, _TOKENS = (
-    "n_dataset_processed",
-    "settings",
-    "cached_row",
-    "tokens.",
-)
+# Names in its state.
+_SETTINGS, _CACHED_ROW = "settings", "cached_row"
 
 
-class FastActivationsStore(ActivationsStore):
+class FastActivationsStore(ComputingStore):
     """
     SAELens's `ActivationsStore`, whose batches cost little more than the language model.
 
@@ -71,12 +64,9 @@ class FastActivationsStore(ActivationsStore):
             prefetches has nothing to do then: SAELens's runners get empty iterators for it.
     """
 
-    language_model: Option = "saelens"
     saves_buffer: bool = True
     reads_ahead: bool = False
-    iterable_sequences: Epoch
     _batches: Batches | None
-    _language_model: RunningModel | None
     _buffer_state: dict[str, torch.Tensor] | None  # loaded, for batches that are yet to come
 
     @override
@@ -121,11 +111,11 @@ class FastActivationsStore(ActivationsStore):
         own._prepare()
         return own
 
+    @override
     def _prepare(self) -> None:
+        super()._prepare()
         self._lock = threading.RLock()
-        self._batches = self._buffer_state = self._language_model = None
-        excluded = self.exclude_special_tokens
-        self._excluded = None if excluded is None else excluded.cpu()
+        self._batches = self._buffer_state = None
         cached = self.cached_activation_dataset
         self._cached = None
         if cached is not None:
@@ -140,8 +130,6 @@ class FastActivationsStore(ActivationsStore):
             )
         path = self.cached_activations_path
         self._shards = ShardedActivations(path) if path and is_sharded(path) else None
-        if self.dataset is not None:
-            self.iterable_sequences = self._new_epoch()
 
     def check(self) -> None:
         """
@@ -165,12 +153,6 @@ class FastActivationsStore(ActivationsStore):
             checks.check_dataset_size(len(self.dataset), prompts, "the dataset")
 
     @property
-    def hooks(self) -> list[Hook]:
-        """Whose activations it gives, in order."""
-        names = self._hook_names or [self.hook_name]
-        return [Hook(name, self._head(name), self._width(name)) for name in names]
-
-    @property
     def reads_early(self) -> bool:
         """Whether activations for the next shuffle are taken as places become free."""
         return self.reads_ahead or self._cached is not None or self._shards is not None
@@ -192,33 +174,6 @@ class FastActivationsStore(ActivationsStore):
         return to_device(
             tokens, input_token_device(self.model) if move_to_model_device else self.device
         )
-
-    @override
-    def shuffle_input_dataset(self, seed: int, buffer_size: int = 1) -> None:
-        super().shuffle_input_dataset(seed, buffer_size)
-        if self.iterable_sequences.rows_read == 0:
-            self.iterable_sequences = self._new_epoch()
-
-    def _take(self, n: int, raises_at_end: bool) -> Sequences:
-        """The next `n` sequences of tokens.
-
-        Raises:
-            StopIteration: the epoch has ended before and `raises_at_end`, or there are none.
-        """
-        taken = self.iterable_sequences.read(n)
-        while len(taken) < n:
-            self.n_dataset_processed = self.iterable_sequences.n_processed
-            self.iterable_sequences = self._new_epoch()
-            more = self.iterable_sequences.read(0 if raises_at_end else n - len(taken))
-            if not len(more):
-                n = self.n_dataset_processed
-                raise StopIteration(f"Ran out of tokens in dataset after {n} samples.")
-            taken = taken.joined(more)
-        self.n_dataset_processed = self.iterable_sequences.n_processed
-        return taken
-
-    def _new_epoch(self) -> Epoch:
-        return new_epoch(self, self.n_dataset_processed)
 
     # Activations
 
@@ -284,7 +239,7 @@ class FastActivationsStore(ActivationsStore):
         """
         if self._shards is not None:
             return self._shards.model_batch()
-        next_batch = self._cached_batch if self._cached is not None else self._computed_batch
+        next_batch = self._cached_batch if self._cached is not None else self.computed_batch
         epoch = None if self.dataset is None else self.iterable_sequences
         try:
             return next_batch(True)
@@ -306,14 +261,7 @@ class FastActivationsStore(ActivationsStore):
         if self._cached is not None:
             ends = self.current_row_idx > len(self._cached) - self.store_batch_size_prompts
             return None if ends else self._cached_batch(False)
-        rows_read = self.iterable_sequences.rows_read
-        taken = self.iterable_sequences.read(self.store_batch_size_prompts)
-        batch = ModelBatch([], taken, rows_read)
-        if len(taken) < self.store_batch_size_prompts:
-            self.put_back(batch)
-            return None
-        self.n_dataset_processed = self.iterable_sequences.n_processed
-        return batch._replace(parts=self._activations(taken.tokens))
+        return self.computed_batch_of_epoch()
 
     def put_back(self, batch: ModelBatch) -> None:
         """Take back the tokens, or the cache's rows, of what was given last."""
@@ -323,67 +271,7 @@ class FastActivationsStore(ActivationsStore):
         if batch.sequences is None:
             self.current_row_idx = batch.rows_read
             return
-        self.iterable_sequences.put_back(batch.sequences, batch.rows_read)
-        self.n_dataset_processed = self.iterable_sequences.n_processed
-
-    def _computed_batch(self, raises_at_end: bool) -> ModelBatch:
-        rows_read = self.iterable_sequences.rows_read
-        taken = self._take(self.store_batch_size_prompts, raises_at_end)
-        return ModelBatch(self._activations(taken.tokens), taken, rows_read)
-
-    @torch.no_grad()
-    def _activations(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Activations at each hook, `[n, width]`, without those of excluded tokens.
-
-        Args:
-            tokens: `[prompts, context_size]`, on the host.
-        """
-        parts = [part.flatten(0, 1) for part in self._run_model(tokens)]
-        kept = self._kept(tokens[:, slice(*self.seqpos_slice)])
-        if kept is not None:
-            parts = [part.index_select(0, to_device(kept, part.device)) for part in parts]
-        dtypes = [part.dtype for part in parts]
-        if len(set(dtypes)) > 1:
-            widest = functools.reduce(torch.promote_types, dtypes)
-            parts = [part.to(widest) for part in parts]
-        return parts
-
-    def _run_model(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Activations at each hook, `[prompts, positions, width]`, of tokens on the host."""
-        names = self._hook_names or [self.hook_name]
-        if self._language_model is None:
-            self._language_model = RunningModel(
-                self.model,
-                names,
-                self.language_model,
-                autocast=self.autocast_lm,
-                model_kwargs=self.model_kwargs,
-                n_positions=self.context_size,
-                training_tokens=self.total_training_tokens,
-            )
-        found = self._language_model.activations(tokens)
-        parts: list[torch.Tensor] = []
-        for name in names:
-            part = found[name][:, slice(*self.seqpos_slice)]
-            head = self._head(name)
-            part = part.flatten(2) if head is None else part[:, :, head]
-            checks.check_width(name, part.shape[-1], self._width(name))
-            parts.append(part)
-        return parts
-
-    def _head(self, hook_name: str) -> int | None:
-        is_single = self._hook_names is None
-        return self.hook_head_index if is_single else self._hook_head_indices.get(hook_name)
-
-    def _width(self, hook_name: str) -> int:
-        return self.d_in if self._hook_d_ins is None else self._hook_d_ins[hook_name]
-
-    def _kept(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Indices of tokens that are not excluded, counted row by row; None if none is."""
-        if self._excluded is None:
-            return None
-        is_kept = torch.isin(tokens.reshape(-1), self._excluded, invert=True)
-        return None if is_kept.all() else is_kept.nonzero().squeeze(1)
+        self.put_tokens_back(batch.sequences, batch.rows_read)
 
     def _kept_of_cache(self) -> Kept | None:
         return None if self._excluded is None else partial(not_among, self._excluded)
@@ -422,28 +310,22 @@ class FastActivationsStore(ActivationsStore):
                 state |= {BUFFER + name: part for name, part in buffer.items()}
             return state | self.position() | {GENERATOR: torch.get_rng_state()}
 
+    @override
     def position(self) -> dict[str, torch.Tensor]:
-        """Where it stands in the dataset, in a form that can be saved."""
-        state = super().state_dict()
+        state = super().position()
         if self._cached is not None:
             state[_CACHED_ROW] = torch.tensor(self.current_row_idx)
         if self._shards is not None:
             state |= self._shards.position()
-        if self.dataset is not None:
-            epoch = self.iterable_sequences.state()
-            state |= {_TOKENS + name: part.clone() for name, part in epoch.items()}
         return state
 
+    @override
     def go_to(self, position: Mapping[str, torch.Tensor]) -> None:
-        """Stand where it stood."""
-        self.n_dataset_processed = int(position[_PROCESSED])
+        super().go_to(position)
         if self._cached is not None and _CACHED_ROW in position:
             self.current_row_idx = int(position[_CACHED_ROW])
         if self._shards is not None:
             self._shards.go_to(position)
-        if self.dataset is not None:
-            self.iterable_sequences = self._new_epoch()
-            self.iterable_sequences.load(part_of(position, _TOKENS))
 
     @override
     def load(self, file_path: str) -> None:
@@ -463,21 +345,8 @@ class FastActivationsStore(ActivationsStore):
             if settings.get("position") == self._settings()["position"]:
                 self.go_to(state)
             elif self.dataset is not None:
-                self._fast_forward(int(state.get(_PROCESSED, torch.tensor(0))))
+                self._fast_forward(int(state.get(PROCESSED, torch.tensor(0))))
             self._load_buffer(part_of(state, BUFFER), settings)
-
-    def _fast_forward(self, n_processed: int) -> None:
-        """Read and drop sequences, as SAELens does, until so many rows count as processed."""
-        done = self.n_dataset_processed
-        title = "Fast-forwarding through dataset"
-        with tqdm(desc=title, initial=done, total=n_processed, leave=False) as bar:
-            while self.n_dataset_processed < n_processed:
-                before = self.n_dataset_processed
-                self.iterable_sequences.pass_over(n_processed)
-                self.n_dataset_processed = self.iterable_sequences.n_processed
-                if self.iterable_sequences.has_ended:
-                    self.iterable_sequences = self._new_epoch()
-                bar.update(self.n_dataset_processed - before)
 
     def _load_buffer(self, buffer: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
         own = self._settings()["buffer"]

@@ -6,6 +6,7 @@ from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.training.activations_store import ActivationsStore
 
+from saelens_sparse.activations.shards.match import check_shards
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.language_model import Option, check_option
 
@@ -37,9 +38,24 @@ def use_fast_activations_store(
 
     Raises:
         TypeError: its store is of another class than SAELens's.
-        ValueError: its store has been read from, its settings cannot work, or `language_model` is
-            neither "auto" nor "saelens".
+        ValueError: its store has been read from, its settings cannot work, `language_model` is
+            neither "auto" nor "saelens", or the cache is not whole or not of this run's.
     """
+    if shards is not None:
+        check_shards(runner.cfg, shards)
+    return replace_store(
+        runner, save_buffer=save_buffer, language_model=language_model, shards=shards
+    )
+
+
+def replace_store(
+    runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner,
+    *,
+    save_buffer: bool,
+    language_model: Option,
+    shards: str | None = None,
+) -> FastActivationsStore:
+    """`use_fast_activations_store` for a cache that has been checked."""
     check_option(language_model, "language_model")
     store = runner.activations_store
     if type(store) not in (ActivationsStore, FastActivationsStore):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -13,7 +12,13 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_sparse.architectures.hooks import has_hooks
-from saelens_sparse.architectures.parameters import mark_parameter
+from saelens_sparse.architectures.parameters import SALTS, mark_parameter
+from saelens_sparse.architectures.screen_recall import (
+    MEASURED_STEPS,
+    measure_recall,
+    report_recall,
+    warns_of,
+)
 from saelens_sparse.choice.availability import Choice, choose_implementation, require_float8
 from saelens_sparse.choice.policy import PairTotals
 from saelens_sparse.codes.code import Code, PairCode, version_of
@@ -24,11 +29,10 @@ from saelens_sparse.ops.common.host_copy import HostCount
 from saelens_sparse.ops.common.precision import matmul_dtype
 from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.encode import encode_pairs
-from saelens_sparse.ops.pairs import ActivePairs, LatentOrder
+from saelens_sparse.ops.pairs import LatentOrder
 from saelens_sparse.ops.rows.block import RowBlock
 from saelens_sparse.ops.rows.operations import row_norms
 from saelens_sparse.ops.search.found import FoundPairs
-from saelens_sparse.ops.search.recall import RowSample
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCopy, WeightView
 from saelens_sparse.private_names import TENSOR_HOOKS
@@ -40,14 +44,6 @@ if TYPE_CHECKING:
     _Base = TrainingSAE[Any]
 else:
     _Base = object
-
-# A step in so many measures how much a float8 screen has found, on so many rows; so does each step
-# that is logged. It takes one read of W_enc, and waits for the device.
-RECALL_STEPS = 500
-RECALL_ROWS = 32
-# Rounding to bfloat16 under autocast alone costs up to a hundredth of a row's top k.
-MIN_RECALL = 0.99
-_RECALL = "screen_recall"  # of `StepContext.seen`: recall and share of whole rows
 
 DENSE_HOOKS = ("hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 
@@ -161,8 +157,8 @@ class SparseTrainingSAEMixin(_Base):
             step: the step.
             output: its output, whose metrics may report the change; None for an encoding.
         """
-        if output is not None and _RECALL in step.seen:
-            self._report_recall(step, output)
+        if output is not None and (recall := report_recall(step, output)) is not None:
+            self.has_warned_of_recall |= warns_of(recall, step, self.has_warned_of_recall)
         if step.n_training_steps is not None:
             # With a NaN in every batch, each pass would otherwise be taken twice.
             self.asks_at_once = not step.was_complete
@@ -187,6 +183,8 @@ class SparseTrainingSAEMixin(_Base):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self.implementation.name == "dense":
+            if self.cfg.moments is not None:
+                self.mark_parameters()
             return super().training_forward_pass(step_input)
         return self._sparse_training_forward_pass(step_input)
 
@@ -227,7 +225,7 @@ class SparseTrainingSAEMixin(_Base):
 
     def measures_recall(self, n_training_steps: int, is_logging_step: bool) -> bool:
         """Whether a step compares what its search has found with what there is."""
-        is_due = n_training_steps % RECALL_STEPS == 0 or is_logging_step
+        is_due = n_training_steps % MEASURED_STEPS == 0 or is_logging_step
         return self.cfg.screen_dtype == "float8" and is_due
 
     def propose(self, step_input: TrainStepInput, step: StepContext) -> TrainStepOutput:
@@ -312,7 +310,7 @@ class SparseTrainingSAEMixin(_Base):
             found = self.search(x, norms, step)
         found, order = step.settled(found, self.cfg.d_sae)
         if step.measures_recall:
-            self._measure_recall(x, norms, found.pairs, step)
+            measure_recall(self.search_sample, x, norms, found.pairs, step, self.cfg.d_sae)
         if found.totals is not None:
             step.count_pairs(PairTotals(found.totals, x.shape[0], self.cfg.d_sae))
         dead = step.dead_latents()
@@ -361,24 +359,6 @@ class SparseTrainingSAEMixin(_Base):
             n_found: how many pairs of these rows were found before.
         """
         return self.search(x, norms, step)
-
-    @torch.no_grad()
-    def _measure_recall(
-        self, x: torch.Tensor, norms: torch.Tensor | None, pairs: ActivePairs, step: StepContext
-    ) -> None:
-        """Note what a search in full precision finds on some rows beside what was found."""
-        sample = RowSample.of(pairs, self.cfg.d_sae, RECALL_ROWS)
-        # Without kernels, which would round all of W_enc anew.
-        own_step = StepContext(replace(step.choice, backend="torch"), asks_at_once=True)
-        with torch.autocast(x.device.type, enabled=False):
-            exact = self.search_sample(x[sample.rows], norms, own_step, int(sample.found.sum()))
-        step.seen[_RECALL] = torch.stack(sample.recall(exact.complete().pairs))
-
-    def _report_recall(self, step: StepContext, output: TrainStepOutput) -> None:
-        recall, whole_rows = step.seen[_RECALL].tolist()
-        output.metrics |= {"screen_recall": recall, "screen_whole_rows": whole_rows}
-        if recall < MIN_RECALL:
-            _warn_of_recall(self, recall, step.n_training_steps)
 
     def _sae_in_and_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`process_sae_in(x)`, and `b_dec` if that was subtracted outside of the graph.
@@ -478,8 +458,14 @@ class SparseTrainingSAEMixin(_Base):
                 "DistributedDataParallel, shared memory, views. Set weights in place or by "
                 "load_state_dict."
             )
-        for parameter in self.parameters():
-            mark_parameter(parameter, self.cfg.fused_adam)
+        self.mark_parameters()
+
+    @_not_compiled
+    def mark_parameters(self) -> None:
+        """Say to the optimizer whose parameters these are, and how they are to be updated."""
+        salts = {} if self.cfg.moments is None else SALTS
+        for name, parameter in self.named_parameters():
+            mark_parameter(parameter, self.cfg.fused_adam, salts.get(name))
 
     def check_input(self, x: torch.Tensor) -> None:
         """Raise a named error for an input that the SAE cannot encode."""
@@ -495,18 +481,6 @@ class SparseTrainingSAEMixin(_Base):
             raise ValueError(
                 f"x must have d_in={self.cfg.d_in} as its width; got shape {list(x.shape)}"
             )
-
-
-def _warn_of_recall(sae: SparseTrainingSAEMixin, recall: float, n_steps: int | None) -> None:
-    """Warn once an SAE."""
-    if not sae.has_warned_of_recall:
-        sae.has_warned_of_recall = True
-        warn_caller(
-            f"the float8 screen found {recall:.2%} of the active latents of some rows in "
-            f"training step {n_steps}; rounding to bfloat16 finds 99% or more. Columns of large "
-            "activations that meet large encoder weights are the usual reason. "
-            "screen_dtype='auto' finds all."
-        )
 
 
 def _latent_major(weight: torch.Tensor, name: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from sae_lens.saes.batchtopk_sae import (
@@ -18,13 +19,14 @@ from sae_lens.saes.sae import SAEConfig, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
+from saelens_sparse.architectures.dead_losses import DEAD_LATENT_LOSSES, require_ghosts_work
 from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.architectures.topk import SparseTopKTrainingSAE
 from saelens_sparse.codes.code import PairCode
 from saelens_sparse.codes.on_demand import SparseFeatureActs, materialize
 from saelens_sparse.codes.step import StepContext, current_step
-from saelens_sparse.config.require import require_bool, require_int, require_number
+from saelens_sparse.config.require import require_bool, require_choice, require_int, require_number
 from saelens_sparse.ops.search.batch_topk import search_batch_topk
 from saelens_sparse.ops.search.found import FoundPairs
 
@@ -57,13 +59,19 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         k (float): Number of latents that are active on a row, on average over the batch. Inherited
             from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Share by which the smallest activation of a batch moves the
             threshold that the saved SAE has. Inherited from BatchTopKTrainingSAEConfig.
         use_sparse_activations (bool): Has no effect, as in SAELens's BatchTopK.
-        aux_loss_coefficient (float): Coefficient for the auxiliary loss (AuxK) that revives
-            dead latents. Inherited from TopKTrainingSAEConfig.
+        dead_latent_loss (Literal["auxk", "ghost"]): What trains dead latents. "auxk" is SAELens's
+            AuxK. "ghost" are ghost gradients, reported as `ghost_grad_loss`.
+        aux_loss_coefficient (float): Coefficient for the auxiliary loss that revives dead latents,
+            AuxK or ghost gradients. Inherited from TopKTrainingSAEConfig.
         rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
             Inherited from TopKTrainingSAEConfig.
         decoder_init_norm (float | None): Norm to initialize decoder weights to.
@@ -80,6 +88,8 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             Inherited from SAEConfig.
         metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
     """  # noqa: E501
+
+    dead_latent_loss: Literal["auxk", "ghost"] = "auxk"
 
     @override
     @classmethod
@@ -101,6 +111,8 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             raise ValueError(f"topk_threshold_lr must be in [0, 1]; got {self.topk_threshold_lr}")
         require_number("aux_loss_coefficient", self.aux_loss_coefficient)
         require_bool("rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm)
+        require_choice("dead_latent_loss", self.dead_latent_loss, DEAD_LATENT_LOSSES)
+        require_ghosts_work(self.dead_latent_loss, self.normalize_activations)
         super().__post_init__()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from sae_lens.util import str_to_dtype
@@ -35,6 +35,7 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
     fused_adam: bool = True
     gradient_buffers: bool = False
     cuda_graph: bool = True
+    moments: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         require_int("d_in", self.d_in, 1)
@@ -56,6 +57,7 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
         require_choice("screen_dtype", self.screen_dtype, SCREEN_DTYPES)
         if self.screen_dtype == "float8":
             self._check_float8()
+        self._check_moments()
         super().__post_init__()
 
     def _check_float8(self) -> None:
@@ -75,3 +77,28 @@ class SparseTrainingSAEConfigMixin(_ConfigBase):
                 "implementation must be 'auto' or 'triton' with screen_dtype='float8'; "
                 f"got {self.implementation!r}"
             )
+
+    def _check_moments(self) -> None:
+        if self.moments is None:
+            return
+        if self.moments != "bfloat16":
+            raise ValueError(f"moments must be 'bfloat16' or None; got {self.moments!r}")
+        dtype = str_to_dtype(self.dtype)
+        if dtype != torch.float32:
+            raise ValueError(moments_need_float32(dtype))
+        if not self.fused_adam:
+            raise ValueError(
+                "moments='bfloat16' needs fused_adam=True: the update that rounds moments "
+                "stochastically is a fused one; got fused_adam=False"
+            )
+
+
+def moments_need_float32(dtype: torch.dtype) -> str:
+    """Why the moments of an SAE in another dtype are not rounded stochastically."""
+    reason = (
+        "Moments of a bfloat16 SAE are bfloat16 already, rounded to nearest"
+        if dtype == torch.bfloat16
+        else "Moments of other SAEs have the dtype of their weights"
+    )
+    name = str(dtype).removeprefix("torch.")
+    return f"moments='bfloat16' needs an SAE in float32; its dtype is {name}. {reason}."

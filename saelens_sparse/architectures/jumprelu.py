@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from sae_lens.saes.jumprelu_sae import (
@@ -20,15 +21,18 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from saelens_sparse.architectures.base import SparseTrainingSAEMixin
+from saelens_sparse.architectures.dead_losses import GHOST_LOSS, require_ghosts_work
 from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.choice.availability import Choice
 from saelens_sparse.choice.policy import STATE_FILENAME, DensityPolicy, PairTotals
 from saelens_sparse.codes.code import Code, DenseCode, PairCode, version_of
+from saelens_sparse.codes.dead import DeadRows, dead_rows
 from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, materialize
 from saelens_sparse.codes.step import StepContext
 from saelens_sparse.config.require import require_bool, require_choice, require_int, require_number
 from saelens_sparse.measured import FLOAT8_HYSTERESIS, HYSTERESIS, MAX_MEASURED_DENSITY
+from saelens_sparse.ops.activation.ghost import dense_ghost_grad_loss, ghost_grad_loss
 from saelens_sparse.ops.activation.pairs import JumpReLU
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.host_copy import HostCopy
@@ -74,6 +78,15 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        dead_latent_loss (Literal["ghost"] | None): "ghost" trains dead latents by ghost gradients,
+            reported as `ghost_grad_loss` beside the other losses. SAELens's JumpReLU has no such
+            loss.
+        aux_loss_coefficient (float): Coefficient of ghost gradients. SAELens's JumpReLU has no such
+            field.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases and thresholds stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         jumprelu_init_threshold (float): Initial threshold for the JumpReLU activation.
             Inherited from JumpReLUTrainingSAEConfig, as all that follow.
         jumprelu_bandwidth (float): Width of the window in which a threshold gets a gradient.
@@ -88,6 +101,9 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             pre-activations.
         target_l0 (float | None): Target of the quadratic sparsity loss.
     """
+
+    dead_latent_loss: Literal["ghost"] | None = None
+    aux_loss_coefficient: float = 1.0
 
     @override
     @classmethod
@@ -106,6 +122,7 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             "jumprelu_bandwidth",
             "l0_coefficient",
             "jumprelu_tanh_scale",
+            "aux_loss_coefficient",
         ):
             require_number(name, getattr(self, name))
         for name in ("pre_act_loss_coefficient", "target_l0"):
@@ -115,6 +132,11 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             raise ValueError(f"jumprelu_bandwidth must be positive; got {self.jumprelu_bandwidth}")
         require_int("l0_warm_up_steps", self.l0_warm_up_steps, 0)
         require_bool("jumprelu_ste_to_input", self.jumprelu_ste_to_input)
+        if self.dead_latent_loss not in ("ghost", None):
+            raise ValueError(
+                f"dead_latent_loss must be 'ghost' or None; got {self.dead_latent_loss!r}"
+            )
+        require_ghosts_work(self.dead_latent_loss, self.normalize_activations)
         super().__post_init__()
         if self.jumprelu_sparsity_loss_mode == "quadratic":
             target_l0 = self.target_l0
@@ -193,7 +215,11 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
     @property
     @override
     def uses_dead_latents(self) -> bool:
-        return self.cfg.pre_act_loss_coefficient is not None
+        return self.cfg.pre_act_loss_coefficient is not None or self._trains_ghosts
+
+    @property
+    def _trains_ghosts(self) -> bool:
+        return self.cfg.dead_latent_loss == "ghost"
 
     @override
     def commit(self, step: StepContext, output: TrainStepOutput | None = None) -> None:
@@ -286,9 +312,12 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """SAELens's sparsity and pre-activation losses, from what is active and what is dead."""
+        """SAELens's sparsity and pre-activation losses and ghost gradients, from what is active and
+        what is dead.
+        """
         code = code_of(hidden_pre)
         mode, target_l0 = self.cfg.jumprelu_sparsity_loss_mode, self.cfg.target_l0
+        rows = dead_rows(None if code is None else code.dead, step_input.dead_neuron_mask)
         if (
             code is None
             or code.l0 is None
@@ -296,13 +325,16 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
             or not feature_acts.is_untouched
             # Made without a graph, L0 has none of the thresholds.
             or (torch.is_grad_enabled() and not code.has_graph)
-            or not self._has_dead_latents(code, step_input.dead_neuron_mask)
+            or (self.uses_dead_latents and rows is None)
             or mode not in LOSS_MODES
             or (mode == "quadratic" and target_l0 is None)
         ):
             # SAELens's autograd functions do not see through tensors that are made on demand.
             feature_acts, hidden_pre = materialize(feature_acts), materialize(hidden_pre)
-            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            if self._trains_ghosts:
+                losses[GHOST_LOSS] = self._dense_ghost_loss(step_input, hidden_pre, sae_out)
+            return losses
         if mode == "tanh":
             mean = self._mean_tanh(code)
         elif mode == "quadratic" and target_l0 is not None:
@@ -310,20 +342,34 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         else:
             mean = code.l0.mean()
         losses = {"l0_loss": step_input.coefficients["l0"] * mean}
+        dead = rows[0] if rows else None
         if self.cfg.pre_act_loss_coefficient is not None:
-            losses["pre_act_loss"] = self._pre_act_loss(code)
+            losses["pre_act_loss"] = self._pre_act_loss(code, dead)
+        if self._trains_ghosts:
+            residual = (step_input.sae_in - sae_out).detach()
+            losses[GHOST_LOSS] = self._ghost_loss(code, dead, residual)
         return losses
 
-    def _has_dead_latents(self, code: Code, mask: torch.Tensor | None) -> bool:
-        """Whether the code has what the pre-activation loss, if it is on, needs of these."""
-        if mask is None or self.cfg.pre_act_loss_coefficient is None:
-            return True
-        dead = code.dead
-        return (
-            dead is not None
-            and dead.mask is mask
-            and (dead.block is None or dead.W_dec is not None)
-        )
+    def _ghost_loss(
+        self, code: Code, dead: DeadRows | None, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """Loss of ghost gradients, on the dead latents' rows of the weights alone."""
+        if dead is None:
+            return residual.new_zeros(())
+        products, bias = self.dead_products(code, dead.block, dead.W_enc)
+        loss = ghost_grad_loss(products, bias, dead.W_dec, residual, code.backend)
+        return self.cfg.aux_loss_coefficient * loss
+
+    def _dense_ghost_loss(
+        self, step_input: TrainStepInput, hidden_pre: torch.Tensor, sae_out: torch.Tensor
+    ) -> torch.Tensor:
+        """Loss of ghost gradients, from the pre-activations `[..., d_sae]` of all latents."""
+        mask = step_input.dead_neuron_mask
+        if mask is None:
+            return sae_out.new_zeros(())
+        residual = (step_input.sae_in - sae_out).detach()
+        loss = dense_ghost_grad_loss(hidden_pre, mask, self.W_dec, residual, is_rescaled=False)
+        return self.cfg.aux_loss_coefficient * loss
 
     def _mean_tanh(self, code: Code) -> torch.Tensor:
         """Mean over rows of the sum over latents of `tanh(scale * acts * norms)`."""
@@ -335,16 +381,15 @@ class SparseJumpReLUTrainingSAE(SparseTrainingSAEMixin, JumpReLUTrainingSAE):
         sum_dtype = torch.promote_types(values.dtype, torch.float32)
         return (values.sum(dtype=sum_dtype) / code.pairs.rows.n_rows).to(values.dtype)
 
-    def _pre_act_loss(self, code: Code) -> torch.Tensor:
+    def _pre_act_loss(self, code: Code, dead: DeadRows | None) -> torch.Tensor:
         """
         Anthropic's pre-activation loss of the dead latents, on their rows of the weights alone.
 
         Formula: Conerly et al. 2025 (transformer-circuits.pub/2025/january-update), as in SAELens.
         """
-        coefficient, dead = self.cfg.pre_act_loss_coefficient, code.dead
-        if coefficient is None or dead is None or dead.block is None:
+        coefficient = self.cfg.pre_act_loss_coefficient
+        if coefficient is None or dead is None:
             return code.acts.new_zeros((), dtype=code.reported_dtype)
-        assert dead.W_enc is not None and dead.W_dec is not None
         n_dead = dead.block.latents.numel()
         products, bias = self.dead_products(code, dead.block, dead.W_enc)
         hidden_pre = products[:, :n_dead] + bias

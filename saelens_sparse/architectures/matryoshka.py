@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -24,6 +23,7 @@ from saelens_sparse.architectures.batchtopk import (
 )
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.codes.code import Code, PairCode
+from saelens_sparse.codes.dead import DeadRows, dead_rows
 from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, materialize
 from saelens_sparse.codes.step import StepContext
 from saelens_sparse.config.require import require_bool, require_ints
@@ -55,9 +55,15 @@ class SparseMatryoshkaBatchTopKTrainingSAEConfig(
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
             SparseTrainingRunner too.
         cuda_graph (bool): Let SparseTrainingRunner replay steps of small SAEs as CUDA graphs.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         k (float): Number of latents that are active on a row, on average over the batch.
         topk_threshold_lr (float): Share by which the smallest activation of a batch moves the
             threshold that the saved SAE has.
+        dead_latent_loss (Literal["auxk", "ghost"]): What trains dead latents, SAELens's AuxK or
+            ghost gradients; for each level with use_matryoshka_aux_loss.
         aux_loss_coefficient (float): Coefficient for the auxiliary loss that revives dead latents.
         rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
 
@@ -77,14 +83,6 @@ class SparseMatryoshkaBatchTopKTrainingSAEConfig(
         require_ints("matryoshka_widths", self.matryoshka_widths)
         require_bool("use_matryoshka_aux_loss", self.use_matryoshka_aux_loss)
         super().__post_init__()
-
-
-class DeadLevel(NamedTuple):
-    """The dead latents of a level, and their rows `[n_dead, d_in]` of the weights."""
-
-    latents: torch.Tensor
-    W_enc: torch.Tensor
-    W_dec: torch.Tensor
 
 
 @dataclass(kw_only=True)
@@ -121,17 +119,16 @@ class LeveledCode(PairCode):
             self.recons.append(recons)
         return recons, dead_W_dec
 
-    def dead_levels(self, mask: torch.Tensor) -> list[DeadLevel] | None:
+    def dead_levels(self, mask: torch.Tensor | None) -> list[DeadRows] | None:
         """The dead latents of `mask` by level, no level if there are none; None if the step has not
         made what they need. Waits for their numbers.
         """
-        dead = self.dead
-        if dead is None or dead.mask is not mask:
+        rows = dead_rows(self.dead, mask)
+        if not rows:
+            return rows
+        if self.dead_before is None:
             return None
-        if dead.block is None:
-            return []
-        if dead.W_enc is None or dead.W_dec is None or self.dead_before is None:
-            return None
+        (dead,) = rows
         before = [0, *self.dead_before.values().tolist()]
         sizes = [end - first for first, end in pairwise(before)]
         padding = dead.block.width - before[-1]
@@ -141,7 +138,10 @@ class LeveledCode(PairCode):
             dead.W_dec.split([*sizes, padding])[:-1],
             strict=True,
         )
-        return [DeadLevel(*part) for part in parts]
+        return [
+            DeadRows(RowBlock(latents, latents.numel()), W_enc, W_dec)
+            for latents, W_enc, W_dec in parts
+        ]
 
 
 def rows_by_level(pairs: ActivePairs, widths: Sequence[int]) -> Rows:
@@ -234,35 +234,39 @@ class SparseMatryoshkaBatchTopKTrainingSAE(
         dead_neuron_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        AuxK loss of each level's dead latents for the error of that level, computed on their rows
-        of the weights alone. Formula: as SAELens's.
+        Loss of each level's dead latents for the error of that level, computed on their rows of the
+        weights alone: AuxK's as SAELens's, or that of ghost gradients.
         """
-        if dead_neuron_mask is None:
-            return sae_out.new_zeros(())
         code = code_of(hidden_pre)
         levels = code.dead_levels(dead_neuron_mask) if isinstance(code, LeveledCode) else None
-        if not isinstance(code, LeveledCode) or levels is None:
+        if dead_neuron_mask is None or levels == []:
+            return sae_out.new_zeros(())
+        if levels is None and not self.trains_ghosts:
             return super().calculate_matryoshka_aux_loss(
                 sae_in, sae_out, feature_acts, hidden_pre, dead_neuron_mask
             )
-        if not levels:
-            return sae_out.new_zeros(())
         recons = self._iterable_decode(feature_acts, include_outer_loss=True)
+        if not isinstance(code, LeveledCode) or levels is None:
+            masks = self._by_level(dead_neuron_mask)
+            losses = [
+                self.dense_ghost_loss(hidden_pre, dead, (sae_in - of_level).detach())
+                for dead, (_, of_level) in zip(masks, recons, strict=True)
+            ]
+            return torch.stack(losses).sum()
         losses = [
-            self._dead_level_loss(code, dead, (sae_in - of_level).detach())
+            self.dead_latent_loss(code, dead, (sae_in - of_level).detach())
             for dead, (_, of_level) in zip(levels, recons, strict=True)
-            if dead.latents.numel() > 0
+            if dead.block.latents.numel() > 0
         ]
         return self.cfg.aux_loss_coefficient * torch.stack(losses).sum()
 
-    def _dead_level_loss(
-        self, code: LeveledCode, dead: DeadLevel, residual: torch.Tensor
-    ) -> torch.Tensor:
-        """How far dead latents are from the error of their level, `[..., d_in]`."""
-        n_dead, k_aux = dead.latents.numel(), residual.shape[-1] // 2
-        values = self._dead_acts(code, RowBlock(dead.latents, n_dead), dead.W_enc, k_aux)
-        error = (values @ dead.W_dec).view_as(residual) - residual
-        return min(n_dead / k_aux, 1.0) * error.pow(2).sum(dim=-1).mean()
+    def _by_level(self, mask: torch.Tensor) -> list[torch.Tensor]:
+        """A mask of latents `[d_sae]` for each level: those of the level alone."""
+        latents = torch.arange(mask.numel(), device=mask.device)
+        return [
+            mask & (latents >= first) & (latents < width)
+            for first, width in pairwise([0, *self.cfg.matryoshka_widths])
+        ]
 
 
 def _four_levels(d_sae: int) -> dict[str, list[int]]:

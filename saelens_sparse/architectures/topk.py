@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainStepInput
 from sae_lens.saes.topk_sae import (
     TopK,
     TopKSAE,
@@ -21,14 +21,21 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_sparse.architectures.base import SparseTrainingSAEMixin
+from saelens_sparse.architectures.dead_losses import (
+    DEAD_LATENT_LOSSES,
+    GHOST_LOSS,
+    require_ghosts_work,
+)
 from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.hooks import has_hooks
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.choice.availability import Choice
 from saelens_sparse.codes.code import Code, PairCode
-from saelens_sparse.codes.on_demand import code_of
+from saelens_sparse.codes.dead import DeadRows, dead_rows
+from saelens_sparse.codes.on_demand import code_of, materialize
 from saelens_sparse.codes.step import StepContext
-from saelens_sparse.config.require import require_int, require_number
+from saelens_sparse.config.require import require_choice, require_int, require_number
+from saelens_sparse.ops.activation.ghost import dense_ghost_grad_loss, ghost_grad_loss
 from saelens_sparse.ops.activation.pairs import ReLU
 from saelens_sparse.ops.activation.topk import keep_topk
 from saelens_sparse.ops.rows.block import RowBlock
@@ -63,11 +70,17 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
             latents are active that buffers are faster.
         cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
             SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
+            moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
+            the weights. Moments of biases stay in float32. With "bfloat16", the SAE
+            must be in float32, and SAELens's own trainers refuse it.
         use_sparse_activations (bool): Accepted for compatibility. The plugin never holds dense
             activations, so that there is nothing left for it to do.
         k (int): Number of top latents to keep active. Inherited from TopKTrainingSAEConfig.
-        aux_loss_coefficient (float): Coefficient for the auxiliary loss (AuxK) that revives
-            dead latents. Inherited from TopKTrainingSAEConfig.
+        dead_latent_loss (Literal["auxk", "ghost"]): What trains dead latents. "auxk" is SAELens's
+            AuxK. "ghost" are ghost gradients, reported as `ghost_grad_loss`.
+        aux_loss_coefficient (float): Coefficient for the auxiliary loss that revives dead latents,
+            AuxK or ghost gradients. Inherited from TopKTrainingSAEConfig.
         rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already normalized.
             Inherited from TopKTrainingSAEConfig.
         decoder_init_norm (float | None): Norm to initialize decoder weights to.
@@ -85,6 +98,8 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
         metadata (SAEMetadata): Metadata about the SAE training. Inherited from SAEConfig.
     """  # noqa: E501
 
+    dead_latent_loss: Literal["auxk", "ghost"] = "auxk"
+
     @override
     @classmethod
     def architecture(cls) -> str:
@@ -101,6 +116,8 @@ class SparseTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, TopKTrainingSAEC
         if self.k > self.d_sae:
             raise ValueError(f"k must be at most d_sae={self.d_sae}; got {self.k}")
         require_number("aux_loss_coefficient", self.aux_loss_coefficient)
+        require_choice("dead_latent_loss", self.dead_latent_loss, DEAD_LATENT_LOSSES)
+        require_ghosts_work(self.dead_latent_loss, self.normalize_activations)
         if self.use_sparse_activations:
             _say_sparse_activations_are_moot()
         super().__post_init__()
@@ -110,7 +127,8 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
     """
     Top-K SAE that trains the same model as SAELens's TopKTrainingSAE, computing only what is
     active: the top k are selected from a screen instead of a dense hidden state, decode and
-    every gradient touch the active latents alone, and AuxK costs what the dead latents cost.
+    every gradient touch the active latents alone, and AuxK or ghost gradients cost what the dead
+    latents cost.
     """
 
     cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -173,7 +191,24 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
 
     @override
     def graph_key(self) -> object | None:
-        return None if self._k is None else (self._k, self.cfg.rescale_acts_by_decoder_norm)
+        cfg = self.cfg
+        settings = (cfg.rescale_acts_by_decoder_norm, cfg.dead_latent_loss)
+        return None if self._k is None else (self._k, *settings)
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The loss of the dead latents, under the name of its kind."""
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        if not self.trains_ghosts:
+            return losses
+        (loss,) = losses.values()
+        return {GHOST_LOSS: loss}
 
     @override
     def calculate_topk_aux_loss(
@@ -184,42 +219,65 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
         dead_neuron_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        AuxK loss of the dead latents, computed on their rows of the weights alone.
+        Loss of the dead latents for the error of the SAE, computed on their rows of the weights
+        alone: AuxK's, or that of ghost gradients.
 
-        Formula: Gao et al. 2024 (arXiv:2406.04093), appendix A.2 and B.1, as in SAELens.
+        Formula of AuxK: Gao et al. 2024 (arXiv:2406.04093), appendix A.2 and B.1, as in SAELens.
         """
-        if dead_neuron_mask is None:
-            return sae_out.new_zeros(())
         code = code_of(hidden_pre)
-        if (
-            not isinstance(code, PairCode)
-            or code.dead is None
-            or code.dead.mask is not dead_neuron_mask
-        ):
-            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
-        dead = code.dead
-        if dead.block is None:
+        rows = dead_rows(None if code is None else code.dead, dead_neuron_mask)
+        if dead_neuron_mask is None or rows == []:
             return sae_out.new_zeros(())
-        if (
-            dead.W_enc is None
-            or dead.W_dec is None
-            or self.cfg.normalize_activations
-            in (
-                "constant_norm_rescale",
-                "layer_norm",
-            )
-        ):
-            # Not decoded sparsely; or refused by stock, in its own words.
-            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
-
-        n_dead = dead.block.latents.numel()
-        k_aux = sae_in.shape[-1] // 2
-        scale = min(n_dead / k_aux, 1.0)
-        values = self._dead_acts(code, dead.block, dead.W_enc, k_aux)
         residual = (sae_in - sae_out).detach()
-        recons = self.reshape_fn_out((values @ dead.W_dec).view_as(residual), self.d_head)
-        auxk_loss = (recons - residual).pow(2).sum(dim=-1).mean()
-        return self.cfg.aux_loss_coefficient * scale * auxk_loss
+        is_normalized = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
+        if isinstance(code, PairCode) and rows is not None and not is_normalized:
+            return self.cfg.aux_loss_coefficient * self.dead_latent_loss(code, rows[0], residual)
+        # Not decoded sparsely; or refused by stock, in its own words.
+        if self.trains_ghosts:
+            return self.dense_ghost_loss(hidden_pre, dead_neuron_mask, residual)
+        return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+
+    def dead_latent_loss(
+        self, code: PairCode, dead: DeadRows, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        How far dead latents are from a residual, by the configured loss, without its coefficient.
+
+        Args:
+            code: of the batch.
+            dead: the latents.
+            residual: `[..., d_in]`, or `[..., n_heads, d_head]`; without a graph.
+        """
+        if self.trains_ghosts:
+            products, bias = self.dead_products(code, dead.block, dead.W_enc)
+            return ghost_grad_loss(products, bias, dead.W_dec, residual, code.backend)
+        n_dead, k_aux = dead.block.latents.numel(), residual.shape[-1] // 2
+        values = self._dead_acts(code, dead.block, dead.W_enc, k_aux)
+        error = (values @ dead.W_dec).view_as(residual) - residual
+        return min(n_dead / k_aux, 1.0) * error.pow(2).sum(dim=-1).mean()
+
+    def dense_ghost_loss(
+        self, hidden_pre: torch.Tensor, dead: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """Loss of ghost gradients from pre-activations `[..., d_sae]` of all latents.
+
+        Args:
+            hidden_pre: the pre-activations as SAELens reports them.
+            dead: `[d_sae]` bool, the dead latents.
+            residual: as for `dead_latent_loss`.
+        """
+        return self.cfg.aux_loss_coefficient * dense_ghost_grad_loss(
+            materialize(hidden_pre),
+            dead,
+            self.W_dec,
+            residual,
+            is_rescaled=self.cfg.rescale_acts_by_decoder_norm,
+        )
+
+    @property
+    def trains_ghosts(self) -> bool:
+        """Whether ghost gradients train the dead latents, instead of AuxK."""
+        return self.cfg.dead_latent_loss == "ghost"
 
     def _dead_acts(
         self, code: PairCode, block: RowBlock, W_enc: torch.Tensor, k_aux: int

@@ -31,10 +31,11 @@ from saelens_sparse.activations.shards.match import (
     hooks_of_config,
     settings_of,
 )
-from saelens_sparse.activations.shards.writer import ShardWriter
+from saelens_sparse.activations.shards.writer import ShardWriter, unlisted_files
 from saelens_sparse.activations.store import FastActivationsStore
 from saelens_sparse.config.messages import shown
 from saelens_sparse.config.outputs import check_writable
+from saelens_sparse.config.several import SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.language_model import Option, check_option
 from saelens_sparse.reports.files import enter_output_folder
 from saelens_sparse.training.interruption import StopSignals
@@ -96,8 +97,8 @@ class CacheRunner:
         self._dataset, self._model = override_dataset, override_model
         self._cfg = copy.copy(cfg)
         self._cfg.exclude_special_tokens = False
-        if isinstance(self._cfg, LanguageModelSAERunnerConfig):
-            self._cfg.use_cached_activations = False
+        if isinstance(self._cfg, LanguageModelSAERunnerConfig | SparseMultiSAETrainingRunnerConfig):
+            self._cfg.use_cached_activations = False  # they are what is to be made
         self._positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         self._batch_rows = cfg.store_batch_size_prompts * self._positions
         self._cfg.training_tokens = self._whole_batches(tokens or cfg.training_tokens)
@@ -121,6 +122,7 @@ class CacheRunner:
             The manifest of the whole cache. It has fewer tokens if the dataset has ended.
 
         Raises:
+            UsageError: another process writes to the folder, or it holds other files.
             OSError: the disk is full, or cannot be written to. What was whole stays.
             ValueError: float16 cannot hold an activation.
             KeyboardInterrupt: by SIGINT or SIGTERM. What was whole stays.
@@ -129,22 +131,28 @@ class CacheRunner:
             logger.info("%s is complete: %s tokens", self.folder, f"{self.manifest.rows:,}")
             return self.manifest
         with enter_output_folder(self.folder, MANIFEST), StopSignals() as signals:
-            self.manifest.write(self.folder)
-            check_files(self.folder, self.manifest)
-            store = self.new_store()
-            if self.manifest.resume:
-                store.go_to(load(b64decode(self.manifest.resume)))
-            writer = ShardWriter(self.folder, self.manifest)
-            try:
-                self._write(writer, store, signals)
-                with signals.held():
-                    self.manifest = writer.complete()
-            except BaseException as error:
-                with signals.held():
-                    self.manifest = writer.abandon()
-                self._say_what_is_left(error)
-                raise
+            if is_sharded(self.folder):  # another runner may have written there since
+                self.manifest = self._found(self.manifest, None)
+            if not self.manifest.is_complete:
+                self._write_missing(signals)
         return self.manifest
+
+    def _write_missing(self, signals: StopSignals) -> None:
+        self.manifest.write(self.folder)
+        check_files(self.folder, self.manifest)
+        store = self.new_store()
+        if self.manifest.resume:
+            store.go_to(load(b64decode(self.manifest.resume)))
+        writer = ShardWriter(self.folder, self.manifest)
+        try:
+            self._write(writer, store, signals)
+            with signals.held():
+                self.manifest = writer.complete()
+        except BaseException as error:
+            with signals.held():
+                self.manifest = writer.abandon()
+            self._say_what_is_left(error)
+            raise
 
     def _write(
         self, writer: ShardWriter, store: FastActivationsStore, signals: StopSignals
@@ -224,6 +232,7 @@ class CacheRunner:
         while not folder.exists():
             folder = folder.parent
         free, missing = shutil.disk_usage(folder).free, self.missing_bytes
+        free += sum(path.stat().st_size for path in unlisted_files(self.folder, self.manifest))
         if free < missing:
             raise ValueError(
                 f"cached_activations_path: {shown(str(self.folder))} has room for "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from saelens_sparse.compare.steps import AUX_LOSS, LOSS, MSE, l0_varies
+from saelens_sparse.compare.steps import AUX_LOSSES, LOSS, MSE, l0_varies, trains_dead_latents
 from saelens_sparse.reports.presentation import (
     NOTE_COLOR,
     SPARSE_COLOR,
@@ -30,7 +30,8 @@ STYLES: tuple[dict[str, Any], ...] = (
 )
 LABELS = {
     MSE: "MSE (squared error per token)",
-    AUX_LOSS: "AuxK loss (per token)",
+    AUX_LOSSES[0]: "AuxK loss (per token)",
+    AUX_LOSSES[1]: "ghost gradients' loss (per token)",
     "loss": "loss (sum of its terms)",
     "seconds": "time of an SAE step (s)",
     "l0": "L0 (active latents per token)",
@@ -102,14 +103,9 @@ def _curves(axes: Axes, sides: Sides, column: str, timed: bool = False) -> None:
 
 def _changes(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, int]:
     """From which step dead latents are trained, and the second side is sparse."""
-    with_aux = [
-        s
-        for steps in (first, second)
-        if AUX_LOSS in steps
-        for s in steps.step[steps[AUX_LOSS] != 0]
-    ]
+    with_aux = [s for steps in (first, second) for s in steps.step[trains_dead_latents(steps)]]
     sparse = second.step[second.implementation != "fused"].tolist()
-    found = {"only active latents computed": sparse, "dead latents trained (AuxK)": with_aux}
+    found = {"only active latents computed": sparse, "dead latents trained": with_aux}
     return {text: min(steps) for text, steps in found.items() if steps and min(steps) > 1}
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.architectures.registry import ARCHITECTURES
 from saelens_sparse.compare.comparison import CHECKPOINTS, SAE, Comparison, Settings
 from saelens_sparse.compare.embedded_inputs import INPUT_FIELDS
 from saelens_sparse.config import files
-from saelens_sparse.config.checks import check_fields, check_training
+from saelens_sparse.config.checks import check_training
+from saelens_sparse.config.fields import check_fields
 from saelens_sparse.config.files import UsageError, usage_errors
 from saelens_sparse.config.messages import shown
 from saelens_sparse.config.outputs import check_runner_outputs, check_writable
@@ -73,6 +75,12 @@ def parse_comparison(args: Sequence[str]) -> Comparison:
         notes.append(
             "prefetch_llm_batches is off on both sides: one would fetch its batches during the "
             "other's step. A run that prefetches hides a part of the language model's time."
+        )
+    ghostly = [side for side in sides if configs[side]["sae"].get("dead_latent_loss") == "ghost"]
+    if len(ghostly) == 1:
+        notes.append(
+            f"{ghostly[0]} trains its dead latents by ghost gradients, the other side does not: "
+            "they are not to train the same model."
         )
     a, b = ({f"sae.{field}" for field in side["sae"]} for side in configs.values())
     for side, alone in zip(sides, (a - b, b - a), strict=True):
@@ -236,4 +244,11 @@ def _config_of_side(
     with usage_errors():
         check_training(cfg)
         check_runner_outputs(cfg)
+        path = str(side.get("cached_activations_path"))
+        if cfg.use_cached_activations and is_sharded(path):
+            raise ValueError(
+                f"cached_activations_path: {shown(path)} is a cache of `saelens-sparse cache`, "
+                "which the stock side cannot read; allowed: one in SAELens's format, or --set "
+                "use_cached_activations=false"
+            )
     return whole

@@ -11,9 +11,13 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from saelens_sparse.architectures.dead_losses import GHOST_LOSS
+
 LOSS = "losses."
 """Before SAELens's name of a term of the loss, in the columns of a table of steps."""
-MSE, AUX_LOSS = LOSS + "mse_loss", LOSS + "auxiliary_reconstruction_loss"
+MSE = LOSS + "mse_loss"
+AUX_LOSSES = (LOSS + "auxiliary_reconstruction_loss", LOSS + GHOST_LOSS)
+"""Those that train dead latents: AuxK, ghost gradients."""
 WARM_UP_STEPS = 5
 """The first steps allocate and compile; they are left out of medians of time."""
 
@@ -71,11 +75,12 @@ def summarize(architecture: str, steps: pd.DataFrame, batch_size: int) -> dict[s
 
     What is called final is a mean over the last tenth of the steps. Times are medians or sums,
     memory is the most of all steps; None stands for what was not measured. `ms_per_step` is of the
-    steps without AuxK if there are any, `ms_per_final_step` of the last tenth, where L0 varies.
+    steps in which no dead latents are trained, if there are any, `ms_per_final_step` of the last
+    tenth, where L0 varies.
     """
     final = last_tenth(steps)
     timed = steps.iloc[min(WARM_UP_STEPS, len(steps) // 2) :]
-    with_aux = timed[timed[AUX_LOSS] != 0] if AUX_LOSS in timed else timed[:0]
+    with_aux = timed[trains_dead_latents(timed)]
     plain = timed.drop(with_aux.index)
     means, sums = (
         of.to_dict()
@@ -105,6 +110,12 @@ def summarize(architecture: str, steps: pd.DataFrame, batch_size: int) -> dict[s
         "added_memory_mib": _mib(most.get("added_memory_bytes")),
         "peak_memory_mib": _mib(most.get("peak_memory_bytes")),
     }
+
+
+def trains_dead_latents(steps: pd.DataFrame) -> Any:
+    """Which steps have a loss of dead latents: a Series of bool."""
+    losses = steps[[name for name in AUX_LOSSES if name in steps]]
+    return (losses != 0).any(axis=1)
 
 
 def last_tenth(steps: pd.DataFrame) -> pd.DataFrame:

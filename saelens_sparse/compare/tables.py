@@ -25,7 +25,7 @@ MAIN = (
     ("dead latents", "dead_latents", "{:,}", "{:+,}"),
     ("CE loss recovered", "ce_loss_score", "{:.4f}", "{:+.4f}"),
     ("ms per SAE step (median)", "ms_per_step", "{:.1f}", "time"),
-    ("  with dead latents (AuxK)", "ms_per_step_with_aux_loss", "{:.1f}", "time"),
+    ("  with dead latents trained", "ms_per_step_with_aux_loss", "{:.1f}", "time"),
     ("  at the final L0", "ms_per_final_step", "{:.1f}", "time"),
     ("all SAE steps, s", "step_seconds", "{:.1f}", "time"),
     ("waiting for batches, s", "data_seconds", "{:.1f}", ""),

@@ -12,8 +12,8 @@ from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
 
-from saelens_sparse.config.checks import check_fields, check_groups, named_values
-from saelens_sparse.config.messages import one_line, shown
+from saelens_sparse.config.fields import check_fields, check_groups
+from saelens_sparse.config.messages import named_values, one_line, shown
 from saelens_sparse.config.several import (
     SparseMultiSAETrainingRunnerConfig,
     check_multi_fields,
@@ -99,8 +99,14 @@ def _set(values: dict[str, Any], settings: Iterable[str]) -> None:
             value = text
         group, _, rest = name.partition(".")
         saes: Mapping[str, dict[str, Any]] = values.get("saes", {})
+        if name == "sae":
+            raise UsageError("--set sae: name one field, such as sae.k=64")
         if group == "saes":
             sae, _, field = rest.rpartition(".")
+            if not saes:
+                raise UsageError(f"--set {name}: the config is of one SAE; name sae.k, for example")
+            if not sae or not field:
+                raise UsageError(f"--set {name}: name an SAE and one field, such as saes.NAME.k=64")
             if sae not in saes:
                 raise UsageError(f"--set {name}: there is no SAE {shown(sae)}; there are {[*saes]}")
             changed, key = [saes[sae]], field

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -41,3 +42,23 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
     close = get_close_matches(name, same_leaf, 1, cutoff=0) or get_close_matches(name, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+@contextmanager
+def named_sae(name: str) -> Generator[None]:
+    """Within, messages that speak of `sae` speak of one of several by its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"\bsae(?=[.:])", lambda _: f"saes.{name}", str(error))) from error
+
+
+def named_values(error: Exception, values: Mapping[str, Any]) -> str:
+    """The values of the settings that an error speaks of and does not show, in parentheses."""
+    words = set(re.findall(r"[\w.]+", str(error)))
+    named = [
+        f"{name}: {shown(value)}"
+        for name, value in values.items()
+        if not words.isdisjoint({name, f"cfg.{name}"}) and shown(value) not in words
+    ]
+    return f" ({', '.join(named)})" if named else ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from saelens_sparse.config.messages import shown
+
 
 def require_number(name: str, value: object) -> None:
     """Raise unless a configuration value is a finite number."""
@@ -40,3 +42,9 @@ def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise unless a configuration value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def require_allowed(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise unless a condition holds; the message says what would be allowed."""
+    if not condition:
+        raise ValueError(f"{name}: {shown(value)} cannot be used; allowed: {allowed}")

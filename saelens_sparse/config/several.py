@@ -13,15 +13,14 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from sae_lens.saes.sae import TrainingSAEConfig
 from typing_extensions import override
 
-from saelens_sparse.config.checks import (
+from saelens_sparse.config.fields import (
     check_architecture,
     check_group,
     check_run_fields,
     check_sae_fields,
     field_hints,
-    named_sae,
 )
-from saelens_sparse.config.messages import shown
+from saelens_sparse.config.messages import named_sae, shown
 
 
 @dataclass

@@ -56,7 +56,7 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, AttributeError) as error:  # the latter of a value not of its tag
+    except (yaml.YAMLError, AttributeError, LookupError) as error:  # of a value not of its tag
         raise ValueError(str(error)) from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

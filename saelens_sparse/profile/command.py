@@ -226,6 +226,8 @@ def case_of(options: argparse.Namespace) -> Case:
             raise UsageError(f"sae.dtype: {dtype!r} is not measured; allowed: {allowed}")
         values = cfg.sae.to_dict()
         stock = {part.name for part in dataclasses.fields(found.stock_config)}
+        if values.get("dead_latent_loss") == "ghost":
+            stock |= {"dead_latent_loss", "aux_loss_coefficient"}  # SAELens passes them over
         given = {n: v for n, v in values.items() if n in stock - {*_NOT_OPTIONS, field}}
         d_in, d_sae, batch = cfg.sae.d_in, cfg.sae.d_sae, cfg.train_batch_size_tokens
         sparsity = values.get(field or "target_l0") or DEFAULT_L0

@@ -9,7 +9,8 @@ all optimizers; for parameter groups of sparse SAEs it
 
 What `state_dict()` returns stays what stock writes: stock's options, contiguous moments.
 
-`ClippingAdam` is that Adam with the clipping that SAELens's trainer does before it.
+`ClippingAdam` is that Adam with the clipping that SAELens's trainer does before it. It alone can
+hold moments in bfloat16. For parameters that are to have them, the hook refuses all others.
 """
 
 from __future__ import annotations
@@ -27,12 +28,20 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
-from saelens_sparse.architectures.parameters import FUSED_ADAM
+from saelens_sparse.architectures.parameters import FUSED_ADAM, moments_salt
 from saelens_sparse.choice.availability import triton_problem
 from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.update.adam import adam_update_by_blocks
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCache, WeightView
 from saelens_sparse.private_names import OPTIMIZER_HOOKS
+from saelens_sparse.training.moments import (
+    MOMENTS,
+    convert_moments,
+    moments_dtype,
+    require_own_update,
+    set_moments_apart,
+)
 
 if TYPE_CHECKING:
     from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
@@ -52,6 +61,8 @@ def _prepare(optimizer: Optimizer, *_: Any) -> None:
         parameters: list[torch.nn.Parameter] = group["params"]
         if not any(hasattr(parameter, FUSED_ADAM) for parameter in parameters):
             continue
+        if any(moments_salt(parameter) is not None for parameter in parameters):
+            require_own_update(optimizer, group, type(optimizer) is ClippingAdam)
         if optimizer not in _followed:
             optimizer.register_state_dict_post_hook(_write_as_stock)
             optimizer.register_step_post_hook(_count_changes)
@@ -82,7 +93,7 @@ def _align(parameter: torch.nn.Parameter, state: dict[str, Any], *, fused: bool)
     if gradient is not None and gradient.stride() != parameter.stride():
         parameter.grad = torch.empty_like(parameter).copy_(gradient)
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
+        if type(value) is not torch.Tensor:  # quantized states are of a class of their own
             continue
         if value.shape == parameter.shape and value.stride() != parameter.stride():
             state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -186,10 +197,11 @@ class ClippingAdam(Adam):
             return True
         # As clip_grad_norm_: gradients / divisor = gradients * min(1, max_norm / (norm + 1e-6)).
         divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
+        has_salt = any(moments_salt(parameter) is not None for parameter in parameters)
         if sums or (self._is_plain() and all(_runs_kernels(part) for part in gradients)):
             self._step_by_kernel(divisor, row_gradients, sums)
-        elif divisor.device.type == "cpu" and self._is_plain():
-            self._step_on_cpu(divisor)
+        elif has_salt or (divisor.device.type == "cpu" and self._is_plain()):
+            self._step_by_parameter(divisor)
         else:
             self.grad_scale = divisor.float()  # what PyTorch's fused Adam divides gradients by
             try:
@@ -258,6 +270,17 @@ class ClippingAdam(Adam):
             for group in self.param_groups
         )
 
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of `Adam`. Moments that are to be in bfloat16 go there from whatever dtype they have.
+
+        PyTorch converts all to the dtype of their parameter.
+        """
+        rest, apart = set_moments_apart(state_dict, self.param_groups)
+        super().load_state_dict(rest)
+        for parameter, moments in apart.items():
+            self.state[parameter].update(moments)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_norm": self.max_norm}
 
@@ -266,16 +289,20 @@ class ClippingAdam(Adam):
         self.weights, self._learning_rates = WeightCache(), {}
 
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """Step and moments, as `Adam` would make them."""
+        """Step and moments, as `Adam` would make them but for the dtype of those in bfloat16."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(parameter, dtype=moments_dtype(parameter))
+        convert_moments(parameter, state)
         return state
 
-    def _step_on_cpu(self, divisor: torch.Tensor) -> None:
-        """PyTorch's fused Adam on contiguous rows: of a gradient that is not, it makes a copy."""
+    def _step_by_parameter(self, divisor: torch.Tensor) -> None:
+        """PyTorch's fused Adam on contiguous rows: of a gradient that is not, it makes a copy.
+
+        Where moments are in bfloat16, an update of the same formula block by block.
+        """
         # It takes longer if it divides.
         grad_scale = None if divisor == 1 else divisor.float()
         for group in self.param_groups:
@@ -284,10 +311,17 @@ class ClippingAdam(Adam):
                 if parameter.grad is None:
                     continue
                 state = self._state_of(parameter)
-                weight, gradient, first, second = (
-                    tensor if parameter.is_contiguous() else tensor.T
-                    for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                weight, gradient, first, second = _rows_in_memory(
+                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
                 )
+                salt = moments_salt(parameter)
+                if salt is not None:
+                    state["step"] += 1
+                    adam_update_by_blocks(
+                        weight, gradient, first, second, state["step"], divisor,
+                        lr=float(group["lr"]), betas=(beta1, beta2), eps=group["eps"], salt=salt,
+                    )  # fmt: skip
+                    continue
                 adam(
                     [weight], [gradient], [first], [second], [], [state["step"]],
                     fused=True, grad_scale=grad_scale, lr=group["lr"], beta1=beta1, beta2=beta2,
@@ -308,7 +342,8 @@ class ClippingAdam(Adam):
                 if parameter.grad is None and parameter not in sums:
                     continue
                 lr = self._learning_rate(group, parameter.device)
-                settings = AdamSettings(lr, beta1, beta2, group["eps"])
+                salt = moments_salt(parameter)
+                settings = AdamSettings(lr, beta1, beta2, group["eps"], salt)
                 state = self._state_of(parameter)
                 state["step"] += 1
                 moments = state["exp_avg"], state["exp_avg_sq"]
@@ -320,9 +355,16 @@ class ClippingAdam(Adam):
                         state["step"], divisor, settings, copy,
                     )  # fmt: skip
                 elif parameter.grad is not None:
-                    adam_update(
-                        parameter, parameter.grad, *moments, state["step"], divisor, settings
+                    weight, gradient, first, second = _rows_in_memory(
+                        parameter, parameter.grad, *moments
                     )
+                    adam_update(weight, gradient, first, second, state["step"], divisor, settings)
+
+
+def _rows_in_memory(weight: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A weight and tensors with its strides, transposed if that makes them contiguous."""
+    tensors = (weight, *others)
+    return tensors if weight.is_contiguous() else tuple(tensor.T for tensor in tensors)
 
 
 def _runs_kernels(tensor: torch.Tensor) -> bool:

@@ -38,7 +38,7 @@ from typing_extensions import override
 from saelens_sparse.activations.before_loading import check_activations
 from saelens_sparse.activations.shards.manifest import is_sharded
 from saelens_sparse.activations.store import FastActivationsStore
-from saelens_sparse.activations.swap import use_fast_activations_store
+from saelens_sparse.activations.swap import replace_store
 from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.choice.availability import require_float8
 from saelens_sparse.config.outputs import check_multi_runner_outputs, check_runner_outputs
@@ -48,6 +48,7 @@ from saelens_sparse.training.checkpoints import whole_checkpoint
 from saelens_sparse.training.interruption import StopSignals
 from saelens_sparse.training.multi_trainer import SparseMultiSAETrainer
 from saelens_sparse.training.pretrained import check_pretrained, concerns_sparse, load_pretrained
+from saelens_sparse.training.resuming import LaterResume
 from saelens_sparse.training.trainer import SparseSAETrainer
 from saelens_sparse.training.whole_folders import save_somewhere
 
@@ -120,6 +121,7 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
         else:
             super().__init__(cfg, override_dataset, override_model, override_sae)
         self._stop_signals = StopSignals()
+        self._resume = LaterResume(self)
         self.prepare_store()
 
     def prepare_store(self) -> None:
@@ -128,12 +130,17 @@ class SparseTrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        with StopSignals() as self._stop_signals, _reading_ahead(self):
+        with (
+            StopSignals() as self._stop_signals,
+            _reading_ahead(self),
+            LaterResume(self) as self._resume,
+        ):
             return super().run()
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         self.trainer = SparseSAETrainer.taking_over(trainer)
+        self._resume.load(self.trainer)
         store = self.activations_store
         if isinstance(store, FastActivationsStore) and store.reads_ahead:
             self.trainer.data_provider = store
@@ -207,6 +214,7 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
             store.cached_activations_path = path
             store.cached_activation_dataset = store.load_cached_activation_dataset()
         self._stop_signals = StopSignals()
+        self._resume = LaterResume(self)
         self.prepare_store()
 
     def prepare_store(self) -> None:
@@ -215,7 +223,11 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
-        with StopSignals() as self._stop_signals, _reading_ahead(self):
+        with (
+            StopSignals() as self._stop_signals,
+            _reading_ahead(self),
+            LaterResume(self) as self._resume,
+        ):
             return super().run()
 
     @override
@@ -223,6 +235,7 @@ class SparseMultiSAETrainingRunner(MultiSAETrainingRunner):
         self, trainer: MultiSAETrainer
     ) -> dict[str, TrainingSAE[Any]]:
         self.trainer = SparseMultiSAETrainer.taking_over(trainer, self._stop_signals)
+        self._resume.load(self.trainer)
         store = self.activations_store
         if isinstance(store, FastActivationsStore) and store.reads_ahead:
             self.trainer.data_provider = store.hook_batches()
@@ -261,7 +274,7 @@ def _use_fast_store(
 ) -> None:
     """Give a runner a `FastActivationsStore`, unless somebody has given it another one."""
     if type(runner.activations_store) is ActivationsStore:
-        use_fast_activations_store(runner, **options)
+        replace_store(runner, **options)
 
 
 @contextmanager

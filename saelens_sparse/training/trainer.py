@@ -95,6 +95,8 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         cfg = self.cfg
         assert cfg.lr_end is not None  # set by SAELens's config
         plain, schedule = self.optimizer, self.lr_scheduler
+        if self.sae.cfg.moments is not None:
+            self.sae.mark_parameters()  # what the optimizer makes of the plain one's state
         self.optimizer = ClippingAdam(
             self.sae.parameters(),
             max_norm=MAX_GRADIENT_NORM,
@@ -291,7 +293,9 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         rates = optimizer.send_learning_rates()
         addresses = [part.data_ptr() for part in itertools.chain(counts, *state, rates)]
         groups = [(g["betas"], g["eps"], g["fused"]) for g in optimizer.param_groups]
-        return addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window
+        return (
+            addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window, sae.cfg.moments
+        )  # fmt: skip
 
     def _replay_followups(self, sae: SparseTrainingSAEMixin, taken: TakenPass) -> None:
         """Count firings and update the weights, as CUDA graphs."""

@@ -23,7 +23,8 @@ class RunRecord(BaseModel):
         runner: what trains it.
         batch: tokens of a training step.
         steps: how many were timed.
-        parts_ms: by part, for all of `PARTS`. Evals are spread over the steps between two of them.
+        parts_ms: by part, for all of `PARTS`. Evals and logs are spread over the steps between two
+            of them.
         ms_min: of the fastest window, evals and logs included.
         ms_max: of the slowest.
         eval_seconds: of one eval; None if the run has none, or it failed.
@@ -98,15 +99,18 @@ def record_of(
     batch, logger = cfg["train_batch_size_tokens"], cfg["logger"]
     scale = PER_TOKENS / batch
     between = logger["wandb_log_frequency"] * logger["eval_every_n_wandb_logs"]
-    extra = {EVALS: 0.0, LOGGING: scale * logging_ms}
-    if eval_seconds is not None:
-        extra[EVALS] = scale * 1e3 * eval_seconds / between
     n_steps = sum(steps for _, steps in windows.times)
     sums = {part: sum(ms.get(part, 0.0) for ms, _ in windows.times) for part in PARTS}
-    parts = {part: scale * ms / n_steps + extra.get(part, 0.0) for part, ms in sums.items()}
-    parts[EVALS] = extra[EVALS]  # those that fell into a window are there too
+    # How many evals and logs fell into the windows is chance.
+    spread = {EVALS: 0.0, LOGGING: scale * logging_ms}
+    if eval_seconds is not None:
+        spread[EVALS] = scale * 1e3 * eval_seconds / between
+    if windows.logs:
+        spread[LOGGING] = scale * sums[LOGGING] / windows.logs / logger["wandb_log_frequency"]
+    parts = {part: scale * ms / n_steps for part, ms in sums.items()} | spread
     by_window = [
-        scale * sum(ms for part, ms in of.items() if part != EVALS) / steps + sum(extra.values())
+        scale * sum(ms for part, ms in of.items() if part not in spread) / steps
+        + sum(spread.values())
         for of, steps in windows.times
     ]
     busy = windows.busy_ms

@@ -16,10 +16,22 @@ from saelens_sparse.whole_run.clock import PER_TOKENS, now
 from saelens_sparse.whole_run.windows import MODEL, STORE, Windows
 
 
-class TimedStore(ActivationsStore):
-    """SAELens's store. `windows` must be set before the first batch."""
+class _TimedBatches(ActivationsStore):
+    """A store whose batches are timed. `windows` must be set before the first batch."""
 
     windows: Windows
+
+    @override
+    def __next__(self) -> torch.Tensor:
+        with self.windows.clock.part(STORE):
+            self.windows.before_batch()
+            batch = super().__next__()
+            self.windows.after_batch(batch)
+            return batch
+
+
+class TimedStore(_TimedBatches):
+    """SAELens's store."""
 
     @override
     def get_activations(self, batch_tokens: torch.Tensor) -> torch.Tensor:
@@ -31,19 +43,9 @@ class TimedStore(ActivationsStore):
         self.windows.before_source_batch()
         return super().get_filtered_llm_batch(*args, **kwargs)
 
-    @override
-    def __next__(self) -> torch.Tensor:
-        with self.windows.clock.part(STORE):
-            self.windows.before_batch()
-            batch = super().__next__()
-            self.windows.after_batch(batch)
-            return batch
 
-
-class TimedFastStore(FastActivationsStore):
-    """This package's store. `windows` must be set before the first batch."""
-
-    windows: Windows
+class TimedFastStore(_TimedBatches, FastActivationsStore):
+    """This package's store."""
 
     @property
     def model_choice(self) -> PathChoice | None:
@@ -86,11 +88,3 @@ class TimedFastStore(FastActivationsStore):
     def _run_model(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         with self.windows.clock.part(MODEL):
             return super()._run_model(tokens)
-
-    @override
-    def __next__(self) -> torch.Tensor:
-        with self.windows.clock.part(STORE):
-            self.windows.before_batch()
-            batch = super().__next__()
-            self.windows.after_batch(batch)
-            return batch

@@ -40,6 +40,7 @@ class Windows:
         count: how many windows are timed.
         between: called before each window. The clock stands still.
         times: milliseconds of each part, and the number of steps, by window.
+        logs: how many logs the timed windows hold.
         busy_ms: milliseconds of a step in which this device is busy; None on a CPU.
         whole_fillings: whether every window ended where it should.
         sample: first rows `[SAMPLE_ROWS, d_in]` of the first batch, float32 on the host.
@@ -52,6 +53,7 @@ class Windows:
     times: list[tuple[dict[str, float], int]] = field(
         default_factory=list[tuple[dict[str, float], int]]
     )
+    logs: int = 0
     busy_ms: float | None = None
     whole_fillings: bool = True
     sample: torch.Tensor | None = None
@@ -76,6 +78,7 @@ class Windows:
 
         def timed_log(*args: Any, **kwargs: Any) -> dict[str, Any]:
             self.clock.rest_is(LOGGING)  # until the next batch is asked for
+            self.logs += self._is_open and self._profile is None
             return log(*args, **kwargs)
 
         def timed_evaluator(*args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 
 import saelens_sparse
 from saelens_sparse.architectures import ARCHITECTURES, Architecture
-from tests.support.architectures import ON_CPU, Subject, subjects
+from tests.support.architectures import ON_CPU, SUBJECTS, Subject, subjects
 from tests.support.runs import runner_config
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -24,6 +24,7 @@ NEW_FIELDS = {
     "fused_adam": True,
     "gradient_buffers": False,
     "cuda_graph": True,
+    "moments": None,
 }
 
 
@@ -35,7 +36,8 @@ def test_fields_and_defaults_of_stock(architecture: Architecture) -> None:
         if field.name != "metadata":
             assert getattr(sparse, field.name) == getattr(stock, field.name), field.name
     new = {field.name for field in fields(sparse)} - {field.name for field in fields(stock)}
-    assert {name: getattr(sparse, name) for name in new} == NEW_FIELDS
+    own_fields = SUBJECTS[architecture.name].traits.own_fields
+    assert {name: getattr(sparse, name) for name in new} == {**NEW_FIELDS, **own_fields}
 
 
 @subjects(ON_CPU, options="all")
@@ -71,6 +73,8 @@ def test_bad_values_of_new_fields_are_named(architecture: Architecture) -> None:
         ("fused_adam", 1, TypeError),
         ("gradient_buffers", None, TypeError),
         ("cuda_graph", "yes", TypeError),
+        ("moments", "float8", ValueError),
+        ("moments", torch.bfloat16, ValueError),
         ("apply_b_dec_to_input", 1, TypeError),
         ("decoder_init_norm", 0.0, ValueError),
         ("d_in", 0, ValueError),
@@ -78,10 +82,43 @@ def test_bad_values_of_new_fields_are_named(architecture: Architecture) -> None:
         ("d_sae", -1, ValueError),
         ("dtype", "int64", ValueError),
         ("normalize_activations", "l2", ValueError),
+        ("dead_latent_loss", "ghosts", ValueError),
+        ("dead_latent_loss", ["ghost"], ValueError),
+        ("aux_loss_coefficient", float("nan"), ValueError),
+        ("aux_loss_coefficient", "1", TypeError),
     ]
     for field, value, error in bad:
         with pytest.raises(error, match=field):
             architecture.config(**{**settings, field: value})
+
+
+@architectures
+def test_what_dead_latents_may_be_trained_by_is_named(architecture: Architecture) -> None:
+    default = SUBJECTS[architecture.name].traits.own_fields["dead_latent_loss"]
+    other = {"auxk": None, None: "auxk"}[default]
+    allowed = {"auxk": "one of auxk, ghost", None: "'ghost' or None"}[default]
+    make: Any = architecture.config
+    for value in (default, "ghost"):
+        assert make(d_in=16, d_sae=128, dead_latent_loss=value).dead_latent_loss == value
+    with pytest.raises(ValueError, match=rf"^dead_latent_loss must be {allowed}; got {other!r}"):
+        make(d_in=16, d_sae=128, dead_latent_loss=other)
+
+
+@architectures
+def test_ghost_gradients_refuse_run_time_normalization(architecture: Architecture) -> None:
+    make: Any = architecture.config
+    settings: dict[str, Any] = {"d_in": 16, "d_sae": 128}
+    works = ("none", "expected_average_only_in", "covariance_whitening")
+    for normalize in works:
+        make(**settings, dead_latent_loss="ghost", normalize_activations=normalize)
+    for normalize in ("constant_norm_rescale", "layer_norm"):
+        make(**settings, normalize_activations=normalize)
+        message = (
+            f"normalize_activations must be one of {', '.join(works)} with "
+            f"dead_latent_loss='ghost'; got '{normalize}'"
+        )
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            make(**settings, dead_latent_loss="ghost", normalize_activations=normalize)
 
 
 @architectures

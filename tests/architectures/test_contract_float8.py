@@ -146,8 +146,8 @@ def test_autocast_does_not_round_what_recall_is_measured_by(
 def test_low_recall_is_warned_of_once(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr("saelens_sparse.architectures.base.MIN_RECALL", 1.1)
-    monkeypatch.setattr("saelens_sparse.architectures.base.RECALL_STEPS", 1)
+    monkeypatch.setattr("saelens_sparse.architectures.screen_recall.MIN_RECALL", 1.1)
+    monkeypatch.setattr("saelens_sparse.architectures.base.MEASURED_STEPS", 1)
     sae, batches = sae_and_rows(subject, screen_dtype="float8")
     train(own_trainer(sae), batches[:2])
     said = [str(one.message) for one in recwarn if "float8 screen" in str(one.message)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.architectures import NOT_INTERPRETED, Subject, subjects
-from tests.support.saes import error, forward_pass, step_values
+from tests.support.saes import dead_mask, error, forward_pass, step_values
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2), (2, 1, 4), (0,)], ids=str)
@@ -52,10 +52,11 @@ def test_without_gradients(subject: Subject, name: str) -> None:
         torch.testing.assert_close(output.loss, expected.loss)
 
 
+@pytest.mark.parametrize("n_dead", [0, 5, 20])
 @subjects(NOT_INTERPRETED, any_input=True)
-def test_head_reshaping(subject: Subject) -> None:
+def test_head_reshaping(subject: Subject, n_dead: int) -> None:
     stock, flat = subject.case(n_rows=20, d_in=12, reshape_activations="hook_z")
-    x = flat.view(-1, 4, 3)
+    x, dead = flat.view(-1, 4, 3), dead_mask(stock, n_dead)
     stock.turn_on_forward_pass_hook_z_reshaping()
 
     def sparse() -> Any:
@@ -63,8 +64,8 @@ def test_head_reshaping(subject: Subject) -> None:
         sae.turn_on_forward_pass_hook_z_reshaping()
         return sae
 
-    expected = step_values(stock, x, input_gradient=True)
-    actual = step_values(sparse(), x, input_gradient=True)
+    expected = step_values(stock, x, dead, input_gradient=True)
+    actual = step_values(sparse(), x, dead, input_gradient=True)
     for name, value in expected.items():
         assert actual[name].shape == value.shape, name
         assert error(actual[name], value) <= 1e-5 * value.norm(), name

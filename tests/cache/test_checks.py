@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sae_lens import LanguageModelSAETrainingRunner
 
-from saelens_sparse import SparseTrainingRunner
+from saelens_sparse import SparseTrainingRunner, use_fast_activations_store
 from saelens_sparse.activations.shards import check as check_module
 from saelens_sparse.activations.shards.check import VERIFIED, check_files
 from saelens_sparse.activations.shards.manifest import HEADER_BYTES, MANIFEST, read_manifest
@@ -153,3 +154,22 @@ def test_a_folder_that_cannot_be_written_to_is_hashed_every_time(
     for _ in range(2):
         assert check_files(cache, read_manifest(cache)) > 0
     assert "hashes will be compared again next time" in caplog.text
+
+
+def test_a_runner_of_saelens_takes_a_whole_cache_of_its_own_activations(
+    caches: Caches, cache: Path
+) -> None:
+    def runner() -> LanguageModelSAETrainingRunner:
+        cfg = caches.config("tokens")
+        cfg.use_cached_activations = False
+        return LanguageModelSAETrainingRunner(
+            cfg, override_dataset=caches.data("tokens"), override_model=caches.models["float32"]
+        )
+
+    store = use_fast_activations_store(runner(), shards=str(cache))
+    manifest = read_manifest(cache)
+    assert next(store).shape == (store.train_batch_size_tokens, manifest.hooks[0].d_in)
+    for damage in (altered, unfinished):
+        damage(cache)
+        with pytest.raises(ValueError, match=r"^cached_activations_path: .* cannot be used: "):
+            use_fast_activations_store(runner(), shards=str(cache))

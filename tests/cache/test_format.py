@@ -66,7 +66,16 @@ def test_the_manifest_is_json_that_says_what_there_is(tmp_path: Path) -> None:
         ({"shards": [{"rows": 1, "files": []}]}, "a shard has not 3 files"),
         ({"shards": 3}, "cannot be read"),
         ({"hooks": [{"name": "a"}]}, "cannot be read"),
-        ({"colour": 1}, "cannot be read"),
+        ({"colour": 1}, "cannot be read: colour: "),
+        ({"dtype": "int8"}, "cannot be read: 'int8'"),
+        ({"rows": "many"}, r"cannot be read: rows: .*integer"),
+        ({"settings": None}, r"cannot be read: settings: "),
+        (
+            {"hooks": [{"name": "a", "head_index": None, "d_in": "x"}]},
+            r"cannot be read: hooks\.0\.",
+        ),
+        ({"shards": []}, "its shards have 0 tokens in place of 112"),
+        ({"rows": -1}, "its shards have 112 tokens in place of -1"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(

@@ -2,10 +2,12 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
 
+from saelens_sparse.activations import read_ahead
 from saelens_sparse.activations.read_ahead import ReadAhead
 
 CPU = torch.device("cpu")
@@ -61,6 +63,36 @@ def test_a_failure_is_raised_at_its_turn_and_again() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="chunk 7 cannot be read"):
             ahead.next()
+    ahead.close()
+
+
+@pytest.mark.parametrize("method", ["chunk", "take_back"])
+def test_a_chunk_that_a_signal_kept_from_its_caller_is_given_again(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = ReadAhead([reader() for _ in range(2)], 5, CPU)
+    ahead.next()
+    original = getattr(read_ahead._ReaderThread, method)
+    signals = iter([True, True])
+
+    def interrupted(*args: object) -> object:
+        result = original(*args)
+        if next(signals, False):
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(read_ahead._ReaderThread, method, interrupted)
+    found: list[int] = []
+
+    def take() -> None:
+        while len(found) < 4:
+            with suppress(KeyboardInterrupt):
+                found.append(int(ahead.next()[0][0]))
+
+    taking = threading.Thread(target=take, daemon=True)
+    taking.start()
+    taking.join(timeout=5)
+    assert found == [6, 7, 8, 9]
     ahead.close()
 
 

@@ -1,6 +1,7 @@
 """Training from a cache: which rows a run gets, in which order, and how it resumes."""
 
 import gc
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from sae_lens.training.activations_store import ActivationsStore
 
 from saelens_sparse import FastActivationsStore, SparseTrainingRunner
+from saelens_sparse.activations.shards import reader
 from saelens_sparse.activations.shards.reader import BlockOrder
 from tests.support.activation_runs import N_STEPS, Scenario, make_config
 from tests.support.activations import BATCH, make_store
@@ -98,6 +100,21 @@ def test_a_batch_comes_from_all_shards(tmp_path: Path) -> None:
         assert counts.max() < 16 + 5 * 8
         neighbours = torch.tensor(numbers(batch)).diff().abs() == 1
         assert neighbours.sum() < 16
+
+
+def test_a_cache_may_have_more_files_than_a_process_may_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "MAX_KEPT_OPEN", 8)
+    store = shards_store(tmp_path, 1024, 16, activations_mixing_fraction=0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_open = len([*Path("/dev/fd").iterdir()])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 40, hard))  # there are 64 files
+    try:
+        served = [number for batch in batches_of(store, 16) for number in numbers(batch)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(served) == list(range(1024))
 
 
 def test_the_seed_decides_the_batches(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse import FastActivationsStore
+from saelens_sparse import FastActivationsStore, SparseMultiSAETrainingRunnerConfig
 from saelens_sparse.activations.shards import writer as writer_module
 from saelens_sparse.activations.shards.manifest import MANIFEST
 from saelens_sparse.config.files import UsageError
 from tests.support.activations import D_HEAD
-from tests.support.cache import Caches, contents, failing_at
+from tests.support.cache import CACHED, Caches, contents, failing_at
 from tests.support.runs import what_libraries_say
 
 pytestmark = what_libraries_say
@@ -154,6 +154,27 @@ def test_a_full_disk_loses_nothing_that_was_whole(
     assert files(again.folder) == expected
 
 
+def test_the_disk_has_the_names_of_shards_before_the_manifest_lists_them(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def spy(*paths: Path) -> None:
+        seen.extend("folder" if path.is_dir() else "file" for path in paths)
+
+    write = writer_module.Manifest.write
+    monkeypatch.setattr(writer_module, "sync", spy)
+    monkeypatch.setattr(
+        writer_module.Manifest,
+        "write",
+        lambda manifest, folder: seen.append(f"{len(manifest.shards)}") or write(manifest, folder),
+    )
+    caches.runner("tokens", tokens=32).run()
+    listed = seen.index("1")
+    assert seen[listed - 1] == "folder"
+    assert "file" in seen[:listed]
+
+
 def test_too_little_room_is_said_before_anything_is_loaded(
     caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +186,22 @@ def test_too_little_room_is_said_before_anything_is_loaded(
 
 class _Usage:
     free = 100
+
+
+def test_what_a_killed_writer_left_makes_room(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "sync", failing_at(2, FULL, writer_module.sync))
+        with pytest.raises(OSError, match="No space left"):
+            caches.runner("tokens", tokens=TOKENS).run()
+    left = caches.folder / "cache" / "00007.hook_0.safetensors.partial"
+    left.write_bytes(bytes(TOKENS * 100))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: _Usage)
+    caches.runner("tokens", tokens=TOKENS)
+    left.unlink()
+    with pytest.raises(ValueError, match="has room for"):
+        caches.runner("tokens", tokens=TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +237,30 @@ def test_a_finished_cache_is_not_written_again(
     assert (caches.folder / "cache" / MANIFEST).stat().st_mtime_ns == before
     caches.runner("tokens", tokens=128)
     assert "64 tokens, fewer than the 128" in caplog.text
+
+
+def test_what_another_runner_has_written_meanwhile_stays(caches: Caches) -> None:
+    late, wider = caches.runner("tokens", tokens=64), caches.runner("tokens", tokens=96)
+    caches.runner("tokens", tokens=64).run()
+    before = files(caches.folder / "cache")
+    assert late.run().rows == 64
+    assert wider.run().rows == 64
+    assert files(caches.folder / "cache") == before
+
+
+def test_a_config_of_several_saes_that_trains_from_the_cache_writes_it(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = caches.config("hooks").to_dict() | CACHED | caches.options()
+    cfg = SparseMultiSAETrainingRunnerConfig.from_dict(values)
+    stopped = caches.runner("hooks", cfg=cfg, tokens=160)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "sync", failing_at(4, FULL, writer_module.sync))
+        with pytest.raises(OSError, match="No space left"):
+            stopped.run()
+    assert stopped.manifest.shards
+    assert caches.runner("hooks", cfg=cfg, tokens=160).run().rows == 160
+    assert cfg.use_cached_activations
 
 
 def test_a_folder_with_other_files_is_left_alone(caches: Caches) -> None:

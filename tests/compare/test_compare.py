@@ -80,6 +80,17 @@ def test_summary_leaves_out_the_warm_up_and_keeps_aux_loss_apart() -> None:
     assert (summary["added_memory_mib"], summary["peak_memory_mib"]) == (300, 700)
 
 
+def test_steps_with_ghost_gradients_are_kept_apart_too() -> None:
+    steps = [
+        changed(step, losses={"ghost_grad_loss" if n == AUX_LOSS else n: value
+                              for n, value in step.losses.items()})
+        for step in steps_of_a_side(seconds=0.1)
+    ]  # fmt: skip
+    summary = summarize("topk_sparse", table_of(steps), batch_size=1000)
+    assert summary["ms_per_step"] == pytest.approx(100)
+    assert summary["ms_per_step_with_aux_loss"] == pytest.approx(300)
+
+
 def test_summary_of_a_single_step() -> None:
     summary = summarize("topk", table_of(steps_of_a_side(0.1)[:1]), batch_size=1000)
     assert summary["final_mse"] == summary["first_loss"] == 8
@@ -135,7 +146,7 @@ def test_table_and_headline_say_what_was_measured() -> None:
     assert rows["MSE of a step, median apart"] == ["1.00%"]
     assert rows["at most (step 7)"] == ["2.00%"]
     assert rows["ms per SAE step (median)"] == ["400.0", "100.0", "4.00x as fast"]
-    assert rows["with dead latents (AuxK)"] == ["1200.0", "300.0", "4.00x as fast"]
+    assert rows["with dead latents trained"] == ["1200.0", "300.0", "4.00x as fast"]
     assert rows["memory that training adds, MiB"] == ["300", "75", "25% of it"]
     assert "tokens/s with language model" not in rows
 

@@ -82,6 +82,19 @@ def test_any_two_registered_architectures(config: MakeConfig) -> None:
     assert "Neither architecture has the config's sae.k." in notes
 
 
+def test_ghost_gradients_are_of_one_side_alone(config: MakeConfig) -> None:
+    ghost = "--set=sae.dead_latent_loss=ghost"
+    comparison = parse_comparison([config(), ghost])
+    stock, sparse = comparison.settings.arms.values()
+    assert "dead_latent_loss" not in stock["sae"]
+    assert sparse["sae"]["dead_latent_loss"] == "ghost"
+    (note,) = (note for note in comparison.notes if "ghost gradients" in note)
+    assert note.startswith("topk_sparse trains its dead latents by ghost gradients, the other")
+    for others in ([], [ghost, "--architectures=topk_sparse,batchtopk_sparse"]):
+        notes = parse_comparison([config(), *others]).notes
+        assert not any("ghost gradients" in note for note in notes)
+
+
 def test_own_runner_is_for_sparse_architectures(config: MakeConfig) -> None:
     comparison = parse_comparison([config(), "--runner=own"])
     assert comparison.settings.runners == {"topk": "stock", "topk_sparse": "own"}
@@ -171,6 +184,14 @@ def test_a_bad_value_names_its_field(
     with pytest.raises(UsageError) as error:
         parse_comparison([config(), *arguments])
     assert message in str(error.value)
+
+
+def test_a_cache_that_stock_cannot_read_is_refused(config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").write_text("{}")
+    options = [f"--set=cached_activations_path={tmp_path / 'cache'}"]
+    with pytest.raises(UsageError, match=r"^cached_activations_path: .*the stock side cannot read"):
+        parse_comparison([config(), "--set=use_cached_activations=true", *options])
 
 
 def test_an_architecture_without_counterpart_wants_both_names(config: MakeConfig) -> None:

@@ -76,6 +76,14 @@ def test_a_config_gives_sizes_settings_and_precision(tmp_path: Path):
     for architecture in ("topk", "topk_sparse"):
         trainer = build_trainer(architecture, case, FLOAT32, "cpu", ())
         assert trainer.sae.cfg.aux_loss_coefficient == 0.5
+    path = config_file(
+        tmp_path, sae={**sae, "architecture": "topk_sparse", "dead_latent_loss": "ghost"}
+    )
+    case = case_of(str(path))
+    assert (
+        build_trainer("topk_sparse", case, FLOAT32, "cpu", ()).sae.cfg.dead_latent_loss == "ghost"
+    )
+    assert build_trainer("topk", case, FLOAT32, "cpu", ()).sae.cfg.aux_loss_coefficient == 0.5
     path = config_file(tmp_path, sae={"dtype": "bfloat16"})
     assert case_of(str(path)).precisions == (BFLOAT16,)
     assert case_of(str(path), "--precision", "float32").precisions == (FLOAT32,)

@@ -93,6 +93,8 @@ class Traits:
         screened: further fields with which the kernels search by a screen.
         large: further fields of an SAE whose sums several threads share.
         reconstruction_alone: fields with which no other loss is trained.
+        own_fields: defaults of the fields that stock does not have, beside those that all
+            architectures have.
         own_files: what it writes into a checkpoint beside the files of stock.
         takes_plain_rows_only: whether stock's training pass fails for all inputs but rows
             `[n_rows, d_in]`, and for those that are normalized at run time.
@@ -108,6 +110,7 @@ class Traits:
     screened: Mapping[str, Any] = field(default_factory=dict[str, Any])
     large: Mapping[str, Any] = field(default_factory=lambda: {"d_in": 32, "d_sae": 512})
     reconstruction_alone: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    own_fields: Mapping[str, Any] = field(default_factory=lambda: {"dead_latent_loss": "auxk"})
     own_files: Set[str] = frozenset()
     takes_plain_rows_only: bool = False
 
@@ -164,6 +167,7 @@ TRAITS = {
             "pre_act_loss_coefficient": 0.3,
         },
         reconstruction_alone={"l0_coefficient": 0.0, "pre_act_loss_coefficient": None},
+        own_fields={"dead_latent_loss": None, "aux_loss_coefficient": 1.0},
         own_files={"saelens_sparse_state.json"},
     ),
 }

@@ -247,9 +247,15 @@ def record_launches(shapes: list[Shape], warp_size: int = 32) -> list[Launch]:
 
 
 def _run_launchers(shape: Shape) -> None:
+    from saelens_sparse.architectures.parameters import SALTS
     from saelens_sparse.ops.activation.dense_kernels import (
         dense_jumprelu,
         dense_jumprelu_gradients,
+    )
+    from saelens_sparse.ops.activation.ghost_kernels import (
+        ghost_gradient,
+        ghost_losses,
+        ghost_values,
     )
     from saelens_sparse.ops.activation.pairs_kernels import jumprelu, jumprelu_gradients
     from saelens_sparse.ops.common.precision import FLOAT8
@@ -291,6 +297,12 @@ def _run_launchers(shape: Shape) -> None:
     pairs, _ = find_pattern(*pattern)
     if "float8" in screen_dtypes:
         find_pattern(*pattern, "float8")
+    dead = empty(n, d_sae // 2, dtype=low)
+    ghost_values(dead, bias[: d_sae // 2 - 1])
+    ghosts, residual = empty(n, d_in, dtype=low), empty(n, d_in, dtype=dtype)
+    _, coefficients = ghost_losses(ghosts, residual, 1e-6)
+    ghost_gradient(ghosts, residual, coefficients)
+
     jumprelu(bias, pairs)
     products = empty(n, d_sae, dtype=low)
     dense_jumprelu(products, bias, bias, 0.1, low)
@@ -302,8 +314,14 @@ def _run_launchers(shape: Shape) -> None:
         dense_jumprelu_gradients(products, bias, bias, 0.1, to_input, grad_acts, grad_l0)
 
     batch, one = empty(n, d_in, dtype=dtype), empty(1)
-    settings = AdamSettings(one, 0.9, 0.999, 1e-8)
-    adam_update(bias, bias, bias, bias, one, one, settings)
+    moments = empty(d_sae, d_in, dtype=torch.bfloat16)
+    updates = [
+        (AdamSettings(one, 0.9, 0.999, 1e-8), weight),
+        (AdamSettings(one, 0.9, 0.999, 1e-8, SALTS["W_enc"]), moments),
+    ]
+    adam_update(bias, bias, bias, bias, one, one, updates[0][0])
+    for settings, moment in updates:
+        adam_update(weight, weight, moment, moment, one, one, settings)
     latents, keys = empty(n * k, dtype=torch.int64), empty(n * k, dtype=torch.int32)
     coefficients, latent_offsets = empty(n * k, dtype=dtype), empty(d_sae + 1, dtype=torch.int64)
     for rows in (Rows.regular(n, k), Rows.ragged(empty(n + 1, dtype=torch.int64), keys)):
@@ -317,14 +335,14 @@ def _run_launchers(shape: Shape) -> None:
         if low != dtype:
             copies.append(WeightCopy.of(weight, "rounded", low))
         if takes_float8:
-            copies.append(WeightCopy.of(weight, "scaled", FLOAT8))
+            copies += [WeightCopy.of(weight, "scaled", low) for low in (torch.float16, FLOAT8)]
         dead = RowBlock(empty(100, dtype=torch.int64), 128)
         for block, block_gradient in ((None, None), (dead, empty(128, d_in, dtype=dtype))):
             gradient = RowGradient(order, coefficients, batch, block, block_gradient, False)
             sums = row_gradient.RowGradientSums(gradient)
             sums.square_sum()
-            for copy in copies:
-                sums.update(weight, weight, weight, one, one, settings, copy)
+            for copy, (settings, moment) in product(copies, updates):
+                sums.update(weight, moment, moment, one, one, settings, copy)
     row_ops.add_rows(weight, empty(100, dtype=torch.int64), empty(100, d_in, dtype=dtype))
     row_ops.row_combination(bias, weight)
     row_ops.row_norms(weight)
@@ -356,8 +374,6 @@ def compile_launches(card: str, launches: list[Launch]) -> list[Usage]:
     read = _usage_on_cuda if CARDS[card].backend == "cuda" else _usage_on_hip
     usages: list[Usage] = []
     for launch in launches:
-        if launch.has_float8 and card not in MULTIPLY_FLOAT8:
-            continue
         arguments, options = launch.arguments, launch.options
         compiled = launch.kernel.run(*arguments, grid=launch.grid, warmup=True, **options)
         warps = compiled.metadata.num_warps
@@ -398,15 +414,16 @@ def distinct(launches: list[Launch]) -> list[Launch]:
 
 
 def largest(launches: list[Launch]) -> list[Launch]:
-    """One launch of each kernel, that which does most at once; and one with float8, if there is."""
+    """One launch of each kernel, that which does most at once, with float8 and without."""
     by_size = sorted(launches, key=lambda launch: launch.size)
     return list({(launch.name, launch.has_float8): launch for launch in by_size}.values())
 
 
 def for_ci(card: str, launches: list[Launch]) -> list[Launch]:
-    """All for the cards that differ most, and for each of the others some."""
+    """All for the cards that differ most, and for each of the others some, without float8."""
     if card in EVERY_KERNEL_FOR:
         return launches
+    launches = [launch for launch in launches if not launch.has_float8]
     others = [name for name in CARDS if name not in EVERY_KERNEL_FOR]
     return sorted(launches, key=lambda launch: launch.name)[others.index(card) :: len(others)]
 
@@ -415,6 +432,8 @@ def _compile_part(job: tuple[str, str, int, int]) -> list[Usage]:
     """Every `n_parts`-th launch from `part` on."""
     card, what, part, n_parts = job
     launches = record_launches(SHAPES, CARDS[card].warp_size)
+    if card not in MULTIPLY_FLOAT8:
+        launches = [launch for launch in launches if not launch.has_float8]
     launches = distinct(launches) if what == "settings" else largest(launches)
     if what == "some":
         launches = for_ci(card, launches)

@@ -70,6 +70,33 @@ def test_is_the_same_training_bit_for_bit(architecture: str, autocast: bool, buf
         assert torch.equal(value, states[1][name]), name
 
 
+@pytest.mark.parametrize("buffers", [False, True], ids=["row gradients", "buffers"])
+@recorded
+def test_moments_in_bfloat16_are_rounded_anew_in_each_replay(
+    architecture: str, buffers: bool
+) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+    for graph in (True, False):
+        trainer, batches = trainer_and_batches(20, graph=graph, architecture=architecture)
+        trainer.sae.cfg.gradient_buffers = buffers
+        trainer.sae.cfg.moments = "bfloat16"
+        train(trainer, batches)
+        states.append(state_of(trainer))
+        assert (trainer._graphs.current is not None) == graph
+        assert trainer.optimizer.state[trainer.sae.W_dec]["exp_avg"].dtype == torch.bfloat16
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_a_change_of_moments_gives_up_a_recorded_update() -> None:
+    trainer, batches = trainer_and_batches(STEPS_BEFORE + 12)
+    for start, moments in ((0, None), (STEPS_BEFORE + 3, "bfloat16"), (STEPS_BEFORE + 8, None)):
+        trainer.sae.cfg.moments = moments
+        train(trainer, batches[start : start + 5])
+        dtype = torch.float32 if moments is None else torch.bfloat16
+        assert trainer.optimizer.state[trainer.sae.W_dec]["exp_avg_sq"].dtype == dtype
+
+
 @recorded
 def test_float8_steps_that_measure_recall_are_not_replayed(architecture: str) -> None:
     """And those in between are the same training bit for bit."""
@@ -112,15 +139,21 @@ def test_outputs_outlive_the_next_step_or_say_that_they_do_not(architecture: str
         output.hidden_pre.sum()
 
 
-def test_dead_latents_take_the_ordinary_step_and_train() -> None:
+@pytest.mark.parametrize(
+    ("kind", "loss"), [("auxk", "auxiliary_reconstruction_loss"), ("ghost", "ghost_grad_loss")]
+)
+def test_dead_latents_take_the_ordinary_step_and_train(kind: str, loss: str) -> None:
     trainer, batches = trainer_and_batches(STEPS_BEFORE + 4)
+    trainer.sae.cfg.dead_latent_loss = kind
     train(trainer, batches)
     assert trainer._knows_that_none_is_dead()
+    assert trainer._graphs.current is not None
+    assert trainer.step(batches[0]).losses[loss].item() == 0
     dead = torch.tensor([1, 5, 9], device="cuda")
     trainer.n_forward_passes_since_fired[dead] = 20_000
     assert not trainer._knows_that_none_is_dead()
     output = trainer.step(batches[0])
-    assert output.losses["auxiliary_reconstruction_loss"].item() > 0
+    assert output.losses[loss].item() > 0
 
 
 @recorded

@@ -65,6 +65,21 @@ def test_other_optimizers_train(optimizer_class: Any) -> None:
     assert_same_training(sparse, stock, tolerance=1e-10)
 
 
+class Quantized(torch.Tensor):
+    """Stands for an optimizer's state of another library."""
+
+
+def test_quantized_states_are_left_alone() -> None:
+    sparse = sparse_like(make_stock())
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=1e-3)
+    forward_pass(sparse, zipf_inputs(sparse, 9)).loss.backward()
+    state = torch.zeros(sparse.W_enc.shape).as_subclass(Quantized)
+    assert state.stride() != sparse.W_enc.stride()
+    optimizer.state[sparse.W_enc]["exp_avg"] = state
+    optimizer.step()
+    assert optimizer.state[sparse.W_enc]["exp_avg"] is state
+
+
 def test_writing_a_checkpoint_leaves_the_moments_in_place() -> None:
     sparse = sparse_like(make_stock())
     trainer = make_trainer(sparse)

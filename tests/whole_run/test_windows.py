@@ -1,5 +1,6 @@
 """Windows of a run: where they begin and end, and what is counted in them."""
 
+from collections.abc import Container
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,14 @@ CFG: dict[str, Any] = {
 class Run:
     """A loop like SAELens's, whose buffer is filled every `served` batches; clocks are made up."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, served: int = 3) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        count: int,
+        served: int = 3,
+        logs_at: Container[int] = range(10**6),
+    ) -> None:
+        self.logs_at = logs_at
         self.seconds, self.served, self.n_batches, self.betweens = 0.0, served, 0, list[int]()
         monkeypatch.setattr(
             "saelens_sparse.whole_run.clock.time.perf_counter", lambda: self.seconds
@@ -72,8 +80,9 @@ class Run:
             except EndOfWindows:
                 return
             self.trainer.step(batch)
-            self.trainer.build_train_step_log_dict()
-            self.seconds += 0.25  # wandb's own
+            if self.n_batches in self.logs_at:
+                self.trainer.build_train_step_log_dict()
+                self.seconds += 0.25  # wandb's own
             if evaluates:
                 self.trainer.evaluator()
             self.seconds += 0.125
@@ -119,12 +128,30 @@ def test_evals_are_spread_over_the_steps_between_them(monkeypatch: pytest.Monkey
     assert found.parts_ms[EVALS] == pytest.approx(4 * 50_000 / 1000)
     assert found.parts_ms[MODEL] == pytest.approx(4 * 16_000 / 10)
     assert found.parts_ms[STEP] == pytest.approx(4 * 4_000)
-    assert found.parts_ms[LOGGING] + found.parts_ms[REST] == pytest.approx(4 * 875)
+    assert found.parts_ms[LOGGING] + found.parts_ms[REST] == pytest.approx(4 * 875 / 10)
     assert found.ms == pytest.approx(found.ms_min) == pytest.approx(found.ms_max)
     assert found.tokens_per_second == pytest.approx(4096e3 / found.ms)
     assert found.steps_between_evals == 1000
     # Evals are no part of a profiled window.
     assert found.busy_share == pytest.approx(3237.5 / 7475)
+
+
+@pytest.mark.parametrize("every", [1, 7, 1000])
+def test_logs_are_spread_over_the_steps_between_them(
+    monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    run = Run(monkeypatch, count=2, served=10, logs_at=[14])
+    run.fit()
+    assert run.windows.logs == 1
+    cfg = {**CFG, "logger": {**CFG["logger"], "wandb_log_frequency": every}}
+    found = record_of(run.windows, "topk", "a runner", cfg)
+    assert found.parts_ms[LOGGING] == pytest.approx(4 * 875 / every)
+    # The progress bar after the log counts as logging; elsewhere it is the rest of the loop.
+    assert found.ms_max - found.ms_min == pytest.approx(4 * 125 / 10)
+    unseen = Run(monkeypatch, count=2, served=10, logs_at=[4, 35])  # in the warm-up, and after all
+    unseen.fit()
+    found = record_of(unseen.windows, "topk", "a runner", cfg, logging_ms=3.0)
+    assert (unseen.windows.logs, found.parts_ms[LOGGING]) == (0, 4 * 3.0)
 
 
 def test_a_run_that_ends_before_a_window_is_an_error() -> None:

@@ -11,10 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import xxhash
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from saelens_sparse.whole_files import write_whole
 
@@ -119,6 +120,8 @@ class Manifest:
         resume: where the source of activations stood after the last shard; empty once complete.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     hooks: tuple[Hook, ...]
     dtype: str
     rows: int
@@ -191,6 +194,9 @@ class Manifest:
         return found
 
 
+_MANIFESTS = TypeAdapter(Manifest)
+
+
 def is_sharded(path: str | Path | None) -> bool:
     """Whether a folder has a manifest: else it is a cache in SAELens's format, or none."""
     try:
@@ -211,15 +217,18 @@ def read_manifest(folder: Path) -> Manifest:
         name, version = content.pop("format"), content.pop("version")
         if (name, version) != (FORMAT, VERSION):
             raise ValueError(f"it is of the format {name!r}, version {version!r}")
-        shards = tuple(
-            Shard(each["rows"], tuple(ShardFile(**file) for file in each["files"]))
-            for each in content.pop("shards")
-        )
-        hooks = tuple(Hook(**hook) for hook in content.pop("hooks"))
-        manifest = Manifest(hooks=hooks, shards=shards, **content)
+        manifest = _MANIFESTS.validate_python(content)
         n_files = len(manifest.columns)
-        if any(len(shard.files) != n_files for shard in shards):
+        if any(len(shard.files) != n_files for shard in manifest.shards):
             raise ValueError(f"a shard has not {n_files} files")
+        if manifest.is_complete and manifest.rows != manifest.rows_written:
+            raise ValueError(
+                f"its shards have {manifest.rows_written:,} tokens in place of {manifest.rows:,}"
+            )
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ValueError(f"{str(folder / MANIFEST)!r} cannot be read: {what}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(folder / MANIFEST)!r} cannot be read: {error}") from error
     return manifest

@@ -56,11 +56,15 @@ def hooks_of_config(cfg: Config) -> list[Hook]:
     return list(hooks.values())
 
 
-def check_shards(cfg: Config) -> Manifest:
+def check_shards(cfg: Config, folder: str | Path | None = None) -> Manifest:
     """
-    Check that the cache of `cached_activations_path` is whole, and is of this run's activations.
+    Check that a cache is whole, and is of this run's activations.
 
     Files that were touched since they were hashed are hashed again.
+
+    Args:
+        cfg: Of the run.
+        folder: Of the cache; None for that of `cached_activations_path`.
 
     Returns:
         The cache's manifest.
@@ -68,7 +72,7 @@ def check_shards(cfg: Config) -> Manifest:
     Raises:
         ValueError: it is not; the message is one line.
     """
-    path = Path(str(getattr(cfg, "cached_activations_path", "")))
+    path = Path(str(folder or getattr(cfg, "cached_activations_path", "")))
     try:
         manifest = read_manifest(path)
         _check_settings(manifest, settings_of(cfg))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from saelens_sparse.config.messages import shown
 
 # Rows that are read together. With 64, a read is 288 KiB at 2,304 values of 16 bits.
 MAX_BLOCK_ROWS = 64
+# Files of a cache that stay open. On a local disk, opening one for a read takes 1 us.
+MAX_KEPT_OPEN = 128
 
 
 class BlockOrder:
@@ -70,7 +73,10 @@ class BlockOrder:
 
 class OpenShards:
     """
-    The files of some columns of a cache, open for any thread.
+    The files of some columns of a cache, for any thread.
+
+    The first `MAX_KEPT_OPEN` stay open. The others are opened for each read: a system allows a
+    process 256 to 1,024 open files unless told otherwise.
 
     Args:
         folder: of the cache.
@@ -80,22 +86,23 @@ class OpenShards:
 
     def __init__(self, folder: Path, manifest: Manifest, columns: Sequence[int]) -> None:
         self.columns = [manifest.columns[index] for index in columns]
-        self._files = [[shard.files[index] for index in columns] for shard in manifest.shards]
-        self._descriptors: list[list[int]] = []
-        self._finalizer = weakref.finalize(self, _close, self._descriptors)
-        for files in self._files:
-            self._descriptors.append([])
-            for file in files:
-                self._descriptors[-1].append(os.open(folder / file.name, os.O_RDONLY))
+        self._paths = [
+            [folder / shard.files[index].name for index in columns] for shard in manifest.shards
+        ]
+        self._kept: dict[Path, int] = {}
+        self._finalizer = weakref.finalize(self, _close, self._kept)
+        for path in islice(chain.from_iterable(self._paths), MAX_KEPT_OPEN):
+            self._kept[path] = os.open(path, os.O_RDONLY)
 
     def expect(self, blocks: Sequence[tuple[int, int, int]]) -> None:
         """Let the disk begin to read blocks, where the system can be told."""
         if not hasattr(os, "posix_fadvise"):
             return
         for shard, first, rows in blocks:
-            for column, descriptor in zip(self.columns, self._descriptors[shard], strict=True):
+            for column, path in zip(self.columns, self._paths[shard], strict=True):
                 start, n_bytes = _span(column, first, rows)
-                os.posix_fadvise(descriptor, start, n_bytes, os.POSIX_FADV_WILLNEED)
+                with self._opened(path) as descriptor:
+                    os.posix_fadvise(descriptor, start, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, shard: int, first: int, rows: int, places: Sequence[memoryview]) -> None:
         """
@@ -103,19 +110,32 @@ class OpenShards:
 
         Raises:
             ValueError: the file has become shorter since it was checked.
+            OSError: it cannot be opened or read.
         """
-        for index, (column, place) in enumerate(zip(self.columns, places, strict=True)):
+        for column, path, place in zip(self.columns, self._paths[shard], places, strict=True):
             start, n_bytes = _span(column, first, rows)
             done = 0
-            while done < n_bytes:
-                descriptor = self._descriptors[shard][index]
-                n = os.preadv(descriptor, [place[done:n_bytes]], start + done)
-                if n == 0:
-                    raise ValueError(
-                        f"cached_activations_path: {shown(self._files[shard][index].name)} was cut "
-                        "off while it was read"
-                    )
-                done += n
+            with self._opened(path) as descriptor:
+                while done < n_bytes:
+                    n = os.preadv(descriptor, [place[done:n_bytes]], start + done)
+                    if n == 0:
+                        raise ValueError(
+                            f"cached_activations_path: {shown(path.name)} was cut off while it "
+                            "was read"
+                        )
+                    done += n
+
+    @contextmanager
+    def _opened(self, path: Path) -> Generator[int]:
+        """Within, the file's descriptor."""
+        if path in self._kept:
+            yield self._kept[path]
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
 
 class ChunkReader:
@@ -170,7 +190,6 @@ def _span(column: Column, first: int, rows: int) -> tuple[int, int]:
     return HEADER_BYTES + first * column.row_bytes, rows * column.row_bytes
 
 
-def _close(descriptors: list[list[int]]) -> None:
-    for files in descriptors:
-        for descriptor in files:
-            os.close(descriptor)
+def _close(kept: dict[Path, int]) -> None:
+    for descriptor in kept.values():
+        os.close(descriptor)

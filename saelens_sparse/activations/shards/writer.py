@@ -269,13 +269,18 @@ class ShardWriter:
             each.path.rename(path)
             self._verified[path.name] = fingerprint_of(path)
             listed.append(ShardFile(path.name, path.stat().st_size, each.hash.hexdigest()))
+        sync(self.folder)  # or a power cut could leave a manifest that lists what is not there
         manifest = self.manifest.with_shard(Shard(rows, tuple(listed)), resume)
         manifest.write(self.folder)
         self.manifest = manifest
         write_verified(self.folder, self._verified)
 
     def _remove_unlisted(self) -> None:
-        listed = {file.name for shard in self.manifest.shards for file in shard.files}
-        for path in self.folder.glob("*.safetensors*"):
-            if path.name.removesuffix(PARTIAL) not in listed or path.suffix == PARTIAL:
-                path.unlink()
+        for path in unlisted_files(self.folder, self.manifest):
+            path.unlink()
+
+
+def unlisted_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """Files of shards that a writer has left unfinished in a cache's folder."""
+    listed = {file.name for shard in manifest.shards for file in shard.files}
+    return [path for path in folder.glob("*.safetensors*") if path.name not in listed]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import kernel, on_device_of_arguments
+from saelens_sparse.ops.update.rounding_kernels import round_moments
 
 _BLOCK = 1024
 
@@ -21,12 +22,16 @@ class AdamSettings:
 
     The learning rate is one element, float32, on the device: it changes from step to step where
     the launches of a CUDA graph do not.
+
+    With a salt, which differs between weights, moments in bfloat16 are rounded stochastically when
+    they are stored (see `rounding.py`); without one, moments are rounded to nearest.
     """
 
     lr: torch.Tensor
     beta1: float
     beta2: float
     eps: float
+    salt: int | None = None
 
     def rule(self, step: torch.Tensor, divisor: torch.Tensor) -> AdamRule:
         """
@@ -38,8 +43,9 @@ class AdamSettings:
         """
         beta1, beta2 = self.beta1, self.beta2
         return AdamRule(
-            step, divisor, self.lr, _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, self.eps
-        )
+            step, divisor, self.lr, _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, self.eps,
+            self.salt,
+        )  # fmt: skip
 
 
 class AdamRule(NamedTuple):
@@ -53,6 +59,7 @@ class AdamRule(NamedTuple):
     gain1: float  # 1 - beta1
     gain2: float
     eps: float
+    salt: int | None  # of stochastic rounding, in [2, 2**31); None: moments to nearest
 
 
 @triton.jit
@@ -83,6 +90,7 @@ def _adam_kernel(
     second_moment_ptr,
     rule,  # AdamRule
     n,
+    width,  # columns of a row
     BLOCK: tl.constexpr,
 ):
     """Adam on n elements. Grid: blocks of them."""
@@ -93,6 +101,12 @@ def _adam_kernel(
     second = tl.load(second_moment_ptr + i, mask=live, other=0.0).to(tl.float32)
     parameter = tl.load(parameter_ptr + i, mask=live, other=0.0).to(tl.float32)
     parameter, first, second = adam_rule(rule, parameter, gradient, first, second)
+    if rule.salt is not None:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        row = start // width
+        column = (start - row * width).to(tl.int32) + tl.arange(0, BLOCK)
+        row += column // width
+        first, second = round_moments(rule, first, second, row, column % width)
     tl.store(parameter_ptr + i, parameter.to(parameter_ptr.dtype.element_ty), mask=live)
     tl.store(first_moment_ptr + i, first.to(first_moment_ptr.dtype.element_ty), mask=live)
     tl.store(second_moment_ptr + i, second.to(second_moment_ptr.dtype.element_ty), mask=live)
@@ -111,7 +125,8 @@ def adam_update(
     """Update a parameter and its moments in place, in one pass.
 
     Args:
-        parameter: any shape, without gaps in memory.
+        parameter: any shape, without gaps in memory; contiguous `[n_rows, n_columns]` if the
+            settings have a salt.
         gradient: same shape and strides, as the moments.
         first_moment: running mean of the gradients.
         second_moment: running mean of their squares.
@@ -128,6 +143,7 @@ def adam_update(
             second_moment_ptr=second_moment,
             rule=settings.rule(step, divisor),
             n=n,
+            width=1 if settings.salt is None else parameter.shape[-1],
             BLOCK=_BLOCK,
             num_warps=4,
         )

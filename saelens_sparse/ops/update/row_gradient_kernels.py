@@ -28,6 +28,7 @@ from saelens_sparse.ops.rows.segment_kernels import (
 )
 from saelens_sparse.ops.screen.round_kernels import reciprocal_power, settle_rows
 from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_rule
+from saelens_sparse.ops.update.rounding_kernels import round_moments
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCopy
 
@@ -148,6 +149,7 @@ def _update_kernel(
     second = tl.load(second_moment_ptr + place, mask=col_mask, other=0.0).to(tl.float32)
     gradient = _gradient_row(sums, block, j, cols, D, SPLIT, BLOCK_P, BLOCK_D)
     weight, first, second = adam_rule(rule, weight, gradient, first, second)
+    first, second = round_moments(rule, first, second, j, cols)
     # What the copy is made of is what is stored, also where that is bfloat16.
     stored = weight.to(weight_ptr.dtype.element_ty)
     tl.store(weight_ptr + place, stored, mask=col_mask)
