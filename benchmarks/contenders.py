@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainingSAE
 from benchmarks.cases import NamedCase
 from benchmarks.models import Model, SAELensModel
 from benchmarks.peers import DictionaryLearning, Peer, Sparsify
+from saelens_sparse.choice.availability import require_float8
 from saelens_sparse.profile.cases import PRECISIONS, Precision
 from saelens_sparse.profile.trainers import Inputs
 
@@ -28,6 +29,26 @@ def keep_light_moments(sae: TrainingSAE[Any]) -> None:
     sae.cfg.moments = "bfloat16"
 
 
+def has_float8(device: str) -> bool:
+    """Whether a device multiplies float8."""
+    try:
+        require_float8(torch.device(device))
+    except ValueError:
+        return False
+    return True
+
+
+def screen_in_float8(sae: TrainingSAE[Any]) -> None:
+    """Let training steps screen pre-activations in float8."""
+    sae.cfg.screen_dtype = "float8"
+
+
+def screen_and_keep_little(sae: TrainingSAE[Any]) -> None:
+    """Both."""
+    keep_light_moments(sae)
+    screen_in_float8(sae)
+
+
 @dataclass(frozen=True)
 class Contender:
     """
@@ -41,6 +62,7 @@ class Contender:
         matmul_precision: of `torch.set_float32_matmul_precision`; "high" allows TF32.
         prepare: applied to the SAE once its trainer exists, before the first step.
         peer: the other library's model.
+        runs_on: whether it can run on a device.
     """
 
     name: str
@@ -50,6 +72,7 @@ class Contender:
     matmul_precision: str = "highest"
     prepare: Callable[[TrainingSAE[Any]], None] | None = None
     peer: type[Peer] | None = None
+    runs_on: Callable[[str], bool] = lambda _: True
 
     def takes(self, case: NamedCase, precision: Precision) -> bool:
         """Whether it means something for the case in this precision."""
@@ -85,5 +108,13 @@ BFLOAT16_MOMENTS = Contender(
     precisions=("float32", "autocast"),
     prepare=keep_light_moments,
 )
+FLOAT8 = replace(
+    BFLOAT16_MOMENTS, name="sparse_runner_float8", prepare=screen_in_float8, runs_on=has_float8
+)
+FLOAT8_BFLOAT16_MOMENTS = replace(
+    FLOAT8, name="sparse_runner_float8_bfloat16_moments", prepare=screen_and_keep_little
+)
+TRADE_OFFS = (BFLOAT16_MOMENTS, FLOAT8, FLOAT8_BFLOAT16_MOMENTS)
+"""Contenders that do not train the very same SAE."""
 SPARSIFY = Contender("sparsify", peer=Sparsify)
 DICTIONARY_LEARNING = Contender("dictionary_learning", peer=DictionaryLearning)

@@ -20,7 +20,6 @@ from benchmarks.agreement import (
 )
 from benchmarks.cases import REFERENCE_PRECISION, NamedCase
 from benchmarks.contenders import (
-    BFLOAT16_MOMENTS,
     DICTIONARY_LEARNING,
     SPARSE,
     SPARSE_RUNNER,
@@ -28,6 +27,7 @@ from benchmarks.contenders import (
     STOCK,
     STOCK_COMPILE,
     STOCK_TF32,
+    TRADE_OFFS,
     Contender,
 )
 from benchmarks.models import Model
@@ -105,7 +105,7 @@ STEP = Benchmark(
         STOCK_COMPILE,
         SPARSE,
         SPARSE_RUNNER,
-        BFLOAT16_MOMENTS,
+        *TRADE_OFFS,
         replace(SPARSIFY, matmul_precision="high"),  # as its trainer has it
         DICTIONARY_LEARNING,
     ),
@@ -151,12 +151,11 @@ class Session:
     def takes(self, contender: Contender, case: NamedCase, precision: Precision) -> bool:
         """Whether the contender can take part."""
         peer = contender.peer
-        return contender.takes(case, precision) and (
-            peer is None
-            or (
-                peer.problem(self.device) is None
-                and (self.benchmark.name != STEP.name or peer.trains_in(precision, self.device))
-            )
+        if not contender.takes(case, precision) or not contender.runs_on(self.device):
+            return False
+        return peer is None or (
+            peer.problem(self.device) is None
+            and (self.benchmark.name != STEP.name or peer.trains_in(precision, self.device))
         )
 
     def pending(

@@ -1,22 +1,27 @@
 """
-Quality, time and memory of Adam's moments in less than float32, on a real model's activations.
+Quality, time and memory of what does not train the very same SAE, on a real model's activations.
 
-    python -m benchmarks.moments --device cuda --steps 6000 --out moments.json
-    python -m benchmarks.moments --d-sae 1024 --k 8 --batch 128 --tokens 40000 --steps 1400
+    python -m benchmarks.trade_offs --device cuda --steps 6000 --out trade_offs.json
+    python -m benchmarks.trade_offs --d-sae 1024 --k 8 --batch 128 --tokens 40000 --steps 1400
 
 Every arm trains a Top-K SAE from the same weights on the same batches of SmolLM2-135M's
-activations. Their text is Python's documentation, then docstrings of installed packages. Arms are:
+activations (`real_activations.py`). Arms are:
 
 - float32: the sparse architecture in `SparseSAETrainer`
 - stock: SAELens's architecture and trainer
 - nudged_N: as float32, each weight of `W_enc` moved once by at most a unit in the last place
 - bfloat16, bfloat16_nudged_N: as float32 and nudged_N, with `moments="bfloat16"`
+- float8: as float32, with `screen_dtype="float8"`, where a GPU multiplies that
+- float8_bfloat16: with both
 - nearest: as float32, moments of weights rounded to the nearest bfloat16 after each step
 - torchao_8bit: the sparse architecture in SAELens's trainer with torchao's `Adam8bit`, where that
   is installed
 
-At the end every arm is measured on held-out rows. Latents that fire in the float32 arm are put in
-ten groups by their frequency there, the rarest first. By group, the results say for each arm:
+Ten times, and at the end, every arm is measured on held-out rows. At the end it reconstructs the
+activations of held-out prompts inside the model: the results have the share of the cross-entropy
+loss that it recovers, of what is lost if the activations are zero. Latents that fire in the float32
+arm are put in ten groups by their frequency there, the rarest first. By group, the results say for
+each arm:
 
 - cosine: of decoder rows to those of float32, the median
 - second_moment: of rows of `W_dec` over those of float32, the median
@@ -27,12 +32,8 @@ ten groups by their frequency there, the rarest first. By group, the results say
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib.util
 import json
-import pydoc_data.topics
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,65 +42,21 @@ import torch
 from sae_lens import TrainingSAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.contenders import has_float8
 from benchmarks.harness import say
+from benchmarks.real_activations import RealActivations, loss_recovered, make_activations
 from benchmarks.rows import CHECKOUT
 from benchmarks.wall_clock import Clock, peak_gib, start_peak
-from saelens_sparse.compare.embedded_inputs import make_model, make_once
 from saelens_sparse.profile.trainers import release_memory
 from saelens_sparse.training import SparseSAETrainer
 
-LAYER, CONTEXT = 8, 128
 N_GROUPS, N_POINTS = 10, 10
 ROWS = 1024
 """How many are measured at once."""
 WARM_UP_STEPS = 20
 """Steps that are not timed."""
 Trainer = SAETrainer[Any, Any]
-
-
-def texts() -> Iterator[str]:
-    """Python's documentation, then docstrings and comments of the installed packages."""
-    yield from pydoc_data.topics.topics.values()
-    for folder in ("stdlib", "purelib"):
-        for file in sorted(Path(sysconfig.get_path(folder)).rglob("*.py")):
-            try:
-                tree = ast.parse(file.read_text())
-            except (SyntaxError, ValueError, OSError):
-                continue
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            docs = (ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, documented))
-            if text := "\n\n".join(filter(None, docs)):
-                yield text
-
-
-@torch.no_grad()
-def activations(folder: Path, n_tokens: int, device: str) -> torch.Tensor:
-    """Activations after a layer, `[n_tokens, d_in]`, in float16 and scaled to a norm of about 1."""
-    make_once(folder, make_model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = model.to(device)
-    model.model.layers = model.model.layers[: LAYER + 1]
-    model.model.norm = torch.nn.Identity()
-    rows: list[torch.Tensor] = []
-    tokens: list[int] = []
-    n_rows, source = 0, texts()
-    prompts = 64 if device == "cuda" else 8
-    while n_rows < n_tokens:
-        while len(tokens) < prompts * CONTEXT and (text := next(source, None)) is not None:
-            tokens += [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
-        if len(tokens) < prompts * CONTEXT:
-            raise ValueError(f"there is text for {n_rows} tokens only; got --tokens {n_tokens}")
-        batch = torch.tensor(tokens[: prompts * CONTEXT], device=device).view(prompts, CONTEXT)
-        tokens = tokens[prompts * CONTEXT :]
-        hidden = model.model(batch).last_hidden_state[:, 1:]  # the first position is an outlier
-        rows.append(hidden.flatten(0, 1).half().cpu())
-        n_rows += rows[-1].shape[0]
-    pool = torch.cat(rows)[:n_tokens]
-    norm = pool[:: max(1, n_tokens // 10_000)].float().norm(dim=1).mean()
-    return pool[torch.randperm(n_tokens)].div_(norm / pool.shape[1] ** 0.5)
 
 
 @dataclass
@@ -143,13 +100,16 @@ def round_to_nearest(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 state[name].copy_(state[name].bfloat16())
 
 
-def arms(n_nudged: int) -> list[Arm]:
+def arms(n_nudged: int, device: str) -> list[Arm]:
     """All that can run here, the reference first."""
-    light, seeds = {"moments": "bfloat16"}, range(1, n_nudged + 1)
+    light, screen = {"moments": "bfloat16"}, {"screen_dtype": "float8"}
+    seeds = range(1, n_nudged + 1)
     found = [Arm("float32"), Arm("stock", sparse=False, own=False)]
     found += [Arm(f"nudged_{seed}", nudge=seed) for seed in seeds]
     found += [Arm("bfloat16", fields=light)]
     found += [Arm(f"bfloat16_nudged_{seed}", fields=light, nudge=seed) for seed in seeds]
+    if has_float8(device):
+        found += [Arm("float8", fields=screen), Arm("float8_bfloat16", fields=light | screen)]
     found += [Arm("nearest", nearest=True)]
     if importlib.util.find_spec("torchao") is not None:
         found.append(Arm("torchao_8bit", own=False, torchao=True))
@@ -256,7 +216,8 @@ def train(arm: Arm, args: argparse.Namespace, pool: torch.Tensor) -> tuple[Train
     batches, held_out = Batches(pool[args.held_out :], args.batch), pool[: args.held_out]
     before = start_peak(args.device)
     trainer = arm.trainer(sae, cfg)
-    clock, points, losses, dead = Clock(args.device), list[Any](), list[Any](), 0
+    clock, points, losses = Clock(args.device), list[Any](), list[Any]()
+    recalls: list[tuple[int, Any, Any]] = []
     for step in range(args.steps):
         batch = batches[step]
         if step < WARM_UP_STEPS:
@@ -266,6 +227,8 @@ def train(arm: Arm, args: argparse.Namespace, pool: torch.Tensor) -> tuple[Train
                 output = trainer.step(batch)
         trainer.n_training_steps += 1
         losses.append(output.losses["mse_loss"].detach().float())
+        if (recall := output.metrics.get("screen_recall")) is not None:
+            recalls.append((step, recall, output.metrics["screen_whole_rows"]))
         if (step + 1) % (args.steps // N_POINTS) == 0:
             mse, explained = errors(trainer.sae, held_out)
             dead = int(trainer.dead_neurons.sum())
@@ -277,6 +240,7 @@ def train(arm: Arm, args: argparse.Namespace, pool: torch.Tensor) -> tuple[Train
         "peak_gib": peak_gib(args.device, before),
         "state_mib": sum(map(bytes_of, values)) / 2**20,
         "points": points,
+        "recalls": recalls,
         "train_mse": torch.stack(losses).cpu().unflatten(0, (-1, args.window)).mean(1).tolist()
         if args.steps % args.window == 0 else [],
     }  # fmt: skip
@@ -291,7 +255,7 @@ def bytes_of(value: Any) -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks.moments", description=__doc__,
+        prog="benchmarks.trade_offs", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -317,25 +281,26 @@ def main() -> None:
     args = parse()
     torch.manual_seed(0)
     if args.pool is not None and args.pool.exists():
-        pool = torch.load(args.pool)
+        real = RealActivations(**torch.load(args.pool))
     else:
-        pool = activations(args.model, args.tokens, args.device)
+        real = make_activations(args.model, args.tokens, args.device)
         if args.pool is not None:
-            torch.save(pool, args.pool)
-    pool = pool.to(args.device)
+            torch.save(vars(real), args.pool)
+    pool = real.rows.to(args.device)
     reference: Final | None = None
     results: dict[str, Any] = {
         "settings": {name: str(value) for name, value in vars(args).items()},
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "arms": {},
     }
-    for arm in arms(args.nudged):
+    for arm in arms(args.nudged, args.device):
         if args.arms is not None and arm.name not in ("float32", *args.arms.split(",")):
             continue
         trainer, found = train(arm, args, pool)
         final = final_of(trainer, pool[: args.held_out])
         reference = final if reference is None else reference
         found["mse"], found["explained"] = final.errors
+        found["loss_recovered"] = loss_recovered(args.model, real, trainer.sae)
         found["by_frequency"] = by_group(final, reference, args.held_out)
         results["arms"][arm.name] = found
         del trainer
@@ -345,10 +310,13 @@ def main() -> None:
     for name, found in results["arms"].items():
         last, groups = found["points"][-1], found["by_frequency"]
         say(
-            f"{name:18} MSE {found['mse']:.4f}  explained {found['explained']:.4f}  dead "
+            f"{name:18} MSE {found['mse']:.4f}  explained {found['explained']:.4f}  "
+            f"loss recovered {found['loss_recovered']:.4f}  dead "
             f"{last['dead']}  {found['ms']:.2f} ms  state {found['state_mib']:.0f} MiB  "
             f"peak {found['peak_gib']}"
         )
+        for step, recall, whole_rows in found["recalls"]:
+            say(f"    recall at step {step}: {recall:.5f}, whole rows {whole_rows:.5f}")
         for quantity, values in groups.items():
             say(f"    {quantity:13} " + " ".join(f"{value:9.3g}" for value in values))
 
