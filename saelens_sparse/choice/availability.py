@@ -114,16 +114,19 @@ def require_float8(device: torch.device) -> None:
 
 
 def _float8_problem(device: torch.device) -> str | None:
+    least = "{}.{}".format(*MIN_FLOAT8_CAPABILITY)
+    needed = f"it needs an NVIDIA GPU of compute capability {least} or higher"
     problem = triton_problem(device, torch.float32)
-    if problem is not None or device.type == "cpu":  # in Triton's interpreter
+    if device.type != "cuda":
+        return None if problem is None else f"{needed}, not {device.type!r}"
+    if problem is not None:
         return problem
     if torch.version.hip is not None:
-        return "it needs an NVIDIA GPU; this is one of AMD's"
+        return f"{needed}; this is one of AMD's"
     capability = torch.cuda.get_device_capability(device)
     if capability >= MIN_FLOAT8_CAPABILITY:
         return None
-    least, found = ("{}.{}".format(*version) for version in (MIN_FLOAT8_CAPABILITY, capability))
-    return f"it needs compute capability {least} or higher; this GPU has {found}"
+    return f"{needed}; this one has {{}}.{{}}".format(*capability)
 
 
 def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -209,7 +209,9 @@ def test_a_cpu_is_refused_before_anything_is_loaded(
         raise AssertionError("something was loaded")
 
     monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", never)
-    with pytest.raises(ValueError, match=r"screen_dtype='float8' cannot run here: .*CPU"):
+    with pytest.raises(
+        ValueError, match=r"screen_dtype='float8' cannot run here: .*8.9 or higher, not 'cpu'"
+    ):
         SparseTrainingRunner(runner_config(cfg, tmp_path))
     # An SAE can be made and used: it may be one that was trained elsewhere.
     sae: Any = architecture.sae(cfg)
@@ -223,8 +225,12 @@ def test_a_cpu_is_refused_before_anything_is_loaded(
     [
         ((9, 0), None, None),
         ((8, 9), None, None),
-        ((8, 0), None, "it needs compute capability 8.9 or higher; this GPU has 8.0"),
-        ((9, 4), "6.2", "it needs an NVIDIA GPU; this is one of AMD's"),
+        (
+            (8, 0),
+            None,
+            "it needs an NVIDIA GPU of compute capability 8.9 or higher; this one has 8.0",
+        ),
+        ((9, 4), "6.2", "compute capability 8.9 or higher; this is one of AMD's"),
     ],
 )
 def test_cards_that_do_not_multiply_float8_are_refused(
