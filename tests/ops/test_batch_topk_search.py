@@ -304,7 +304,7 @@ def test_an_overflow_is_computed_in_full(
     problem.x[:] = problem.x[0]  # six latents tie at the limit
     expected = find(problem, 31, backend)
     if target.backend == "triton":
-        monkeypatch.setattr(import_module(MODULE), "list_capacity", lambda count, _: count + 1)
+        monkeypatch.setattr(import_module(MODULE), "list_capacity", lambda count, *_: count + 1)
     found = search(problem, 31, backend)
     result = found.complete()
     assert_keeps_largest(problem, 31, result.pairs, clear=0.95)

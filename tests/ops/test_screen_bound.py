@@ -32,6 +32,7 @@ from tests.support.screen_checks import (
     CANDIDATES,
     GPU,
     MARKS,
+    ROUND,
     ROWS,
     THRESHOLD,
     below_on_a_cpu,
@@ -109,7 +110,7 @@ def test_stored_norms_are_within_their_slack() -> None:
     """Of rows of any size; without the slack they are not."""
     rows = adversarial((9, 300, 9), ("normal", "outliers"), (-90, 90), "zero", "none",
                        torch.Generator().manual_seed(0)).x  # fmt: skip
-    rounded, errors = GPU._round_rows(rows)
+    rounded, errors = ROUND.round_rows(rows, torch.float16)
     residuals = rows.double() - rounded.double() * errors[0].double()[:, None]
     for stored, true in (
         (errors[1], rows.double().norm(dim=1)),

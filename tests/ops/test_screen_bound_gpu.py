@@ -11,7 +11,7 @@ from tests.support.screen_bound import BIASES, KINDS, NORMS, adversarial, cut_su
 
 pytest.importorskip("triton")
 
-from tests.support.screen_checks import GPU, missed, outside, recomputed_scores, unmarked
+from tests.support.screen_checks import ROUND, missed, outside, recomputed_scores, unmarked
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +58,7 @@ def test_sums_that_are_cut_most_are_within_their_bound(d_in: int) -> None:
 def test_powers_of_two_are_exact() -> None:
     exponents = torch.arange(-126, 128, device="cuda", dtype=torch.float64)
     rows = (1.5 * torch.exp2(exponents)).float()[:, None]
-    rounded, errors = GPU._round_rows(rows)
+    rounded, errors = ROUND.round_rows(rows, torch.float16)
     assert torch.equal(rounded.double()[:, 0] * errors[0].double(), rows.double()[:, 0])
     assert torch.equal(errors[1], rows[:, 0])
     assert not errors[2].any()

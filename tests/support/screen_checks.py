@@ -11,10 +11,10 @@ from saelens_sparse.ops.pairs import Rows
 from saelens_sparse.ops.screen import cpu as screen_cpu
 from tests.support.screen_bound import Operands
 
-GPU, CANDIDATES, MARKS, THRESHOLD, ROWS = (
+GPU, ROUND, CANDIDATES, MARKS, THRESHOLD, ROWS = (
     import_module(f"saelens_sparse.ops.{name}")
-    for name in ("screen.gpu", "search.candidate_kernels", "search.mark_kernels",
-                 "search.threshold_kernels", "rows.kernels")
+    for name in ("screen.gpu", "screen.round_kernels", "search.candidate_kernels",
+                 "search.mark_kernels", "search.threshold_kernels", "rows.kernels")
 )  # fmt: skip
 
 
@@ -54,7 +54,9 @@ def outside(operands: Operands, recomputed: torch.Tensor) -> int:
 
 def missed(operands: Operands, recomputed: torch.Tensor, k: int) -> int:
     """How many latents of the top k, truly or recomputed, are no candidates on rows not flagged."""
-    candidates, flags = CANDIDATES.find_candidates(screen_of(operands), k, 2**31)
+    candidates, flags = CANDIDATES.find_candidates(
+        screen_of(operands), k, CANDIDATES.list_capacity(k), 2**31
+    )
     n_rows, d_sae = operands.x.shape[0], operands.weight.shape[0]
     places = torch.arange(candidates.latents.shape[1], device=flags.device)
     listed = torch.zeros(n_rows, d_sae + 1, dtype=torch.bool, device=flags.device)
