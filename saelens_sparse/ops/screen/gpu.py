@@ -88,7 +88,7 @@ def _latent_terms_kernel(
     errors_ptr,  # [3, L]
     bias_ptr,  # [L]
     norms_ptr,  # [L] or None
-    residual_share,
+    residual_share,  # or None for all of it
     L,
     BLOCK: tl.constexpr,
 ):
@@ -107,7 +107,9 @@ def _latent_terms_kernel(
     tl.store(terms_ptr + latent, inverse, mask=live)
     norm = tl.load(errors_ptr + L + latent, mask=live, other=0.0) * factor
     tl.store(terms_ptr + 2 * L + latent, norm, mask=live)
-    residual = tl.load(errors_ptr + 2 * L + latent, mask=live, other=0.0) * residual_share * factor
+    residual = tl.load(errors_ptr + 2 * L + latent, mask=live, other=0.0) * factor
+    if residual_share is not None:
+        residual *= residual_share
     tl.store(terms_ptr + 3 * L + latent, residual + UNDERFLOW, mask=live)
     tl.store(terms_ptr + 4 * L + latent, (1.0 + factor) * UNDERFLOW, mask=live)
 
@@ -237,9 +239,10 @@ class Screen:
             screen_weight = weight.to(dtype) if rounded is None else rounded.values
             x_errors = terms = None
         else:
-            share = DEVIATIONS / d_in**0.5 if is_float8 else 1.0
+            share = DEVIATIONS / d_in**0.5 if is_float8 else None
             screen_x, x_errors = round_rows(x, dtype)
-            x_errors[2] *= share
+            if share is not None:
+                x_errors[2] *= share
             if rounded is not None and rounded.errors is not None:
                 screen_weight, w_errors = rounded.values, rounded.errors
             else:
@@ -306,7 +309,10 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def _latent_terms(
-    errors: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None, residual_share: float
+    errors: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    residual_share: float | None,
 ) -> torch.Tensor:
     d_sae = bias.numel()
     terms = torch.empty(5, d_sae, dtype=torch.float32, device=bias.device)

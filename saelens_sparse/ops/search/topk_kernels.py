@@ -89,12 +89,12 @@ def _rescore_kernel(
         score = pre_act
         if norms_ptr is not None:
             score = pre_act * tl.load(norms_ptr + latent, mask=live, other=0.0)
-        if flags_ptr is not None:
-            upper = tl.load(candidates.scores + n * CAPACITY + c, mask=live, other=0.0)
-            if tl.sum((live & (score > upper)).to(tl.int32), axis=0) > 0:
-                tl.store(flags_ptr + n, 1)
+        upper = tl.load(candidates.scores + n * CAPACITY + c, mask=live, other=0.0)
         tl.store(candidates.pre_acts + n * CAPACITY + c, pre_act, mask=live)
         tl.store(candidates.scores + n * CAPACITY + c, score, mask=live)
+        if flags_ptr is not None:  # noqa: SIM102  known when compiled
+            if tl.sum((live & (score > upper)).to(tl.int32), axis=0) > 0:
+                tl.store(flags_ptr + n, 1)
 
 
 @kernel
