@@ -49,8 +49,8 @@ BIAS_ROUNDING = tl.constexpr(bound.BIAS_ROUNDING)
 
 
 # What the bound of a float8 product allows for. With 2.5, on activations of SmolLM2-135M, no latent
-# of the top 32 of 1,024 rows was missed, and a row had 46 to 68 candidates. With 2, one in 33,000
-# was missed where three columns of x were 40 times as large, with 1.5 one in 2,200.
+# of the top 32 of 1,024 rows was missed, and a row had 43 to 70 candidates. With 1.5, one in 6,500
+# was missed where three columns of x were 40 times as large (benchmarks/float8_recall.py).
 DEVIATIONS = 2.5
 
 
