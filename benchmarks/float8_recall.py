@@ -31,7 +31,7 @@ from saelens_sparse.ops.common.precision import FLOAT8
 from saelens_sparse.ops.screen.gpu import DEVIATIONS
 from saelens_sparse.training import SparseSAETrainer
 
-MARGINS = (1.5, 2.0, DEVIATIONS)
+MARGINS = (DEVIATIONS / 2, DEVIATIONS, 1.5 * DEVIATIONS, 2 * DEVIATIONS)
 N_OUTLIERS = 3
 
 

@@ -3,9 +3,10 @@ Quality, time and memory of what does not train the very same SAE, on a real mod
 
     python -m benchmarks.trade_offs --device cuda --steps 6000 --out trade_offs.json
     python -m benchmarks.trade_offs --d-sae 1024 --k 8 --batch 128 --tokens 40000 --steps 1400
+    python -m benchmarks.trade_offs --architecture jumprelu --sae '{"l0_coefficient": 2}'
 
-Every arm trains a Top-K SAE from the same weights on the same batches of SmolLM2-135M's
-activations (`real_activations.py`). Arms are:
+Every arm trains an SAE, a Top-K one by default, from the same weights on the same batches of
+SmolLM2-135M's activations (`real_activations.py`). Arms are:
 
 - float32: the sparse architecture in `SparseSAETrainer`
 - stock: SAELens's architecture and trainer
@@ -72,9 +73,16 @@ class Arm:
     torchao: bool = False
 
     def trainer(self, sae: dict[str, Any], cfg: SAETrainerConfig) -> Trainer:
-        architecture = "topk_sparse" if self.sparse else "topk"
+        """
+        Args:
+            sae: configuration of the SAE, with stock's architecture.
+            cfg: of the training.
+        """
+        ending = "_sparse" if self.sparse else ""
         torch.manual_seed(0)
-        made: Any = TrainingSAE.from_dict({"architecture": architecture, **sae, **self.fields})
+        made: Any = TrainingSAE.from_dict(
+            {**sae, **self.fields, "architecture": sae["architecture"] + ending}
+        )
         if self.nudge is not None:
             generator = torch.Generator().manual_seed(self.nudge)
             ulps = torch.randint(-1, 2, made.W_enc.shape, generator=generator).to(made.W_enc)
@@ -207,7 +215,10 @@ def by_group(final: Final, reference: Final, n_held_out: int) -> dict[str, list[
 
 def train(arm: Arm, args: argparse.Namespace, pool: torch.Tensor) -> tuple[Trainer, dict[str, Any]]:
     """Train an arm; gives its trainer, and its curves, time and memory."""
-    sae = {"d_in": pool.shape[1], "d_sae": args.d_sae, "k": args.k, "device": args.device}
+    sae = {"d_in": pool.shape[1], "d_sae": args.d_sae, "device": args.device, **args.sae}
+    sae["architecture"] = args.architecture
+    if args.architecture != "jumprelu":
+        sae["k"] = args.k
     cfg = SAETrainerConfig(
         total_training_samples=args.steps * args.batch, train_batch_size_samples=args.batch,
         device=args.device, lr=args.lr, lr_end=args.lr, autocast=args.autocast,
@@ -231,8 +242,14 @@ def train(arm: Arm, args: argparse.Namespace, pool: torch.Tensor) -> tuple[Train
             recalls.append((step, recall, output.metrics["screen_whole_rows"]))
         if (step + 1) % (args.steps // N_POINTS) == 0:
             mse, explained = errors(trainer.sae, held_out)
-            dead = int(trainer.dead_neurons.sum())
-            points.append({"step": step + 1, "mse": mse, "explained": explained, "dead": dead})
+            points.append(
+                {
+                    "step": step + 1,
+                    "mse": mse,
+                    "explained": explained,
+                    "dead": int(trainer.dead_neurons.sum()),
+                }
+            )
             say(f"{arm.name}: {points[-1]}")
     values = (v for state in trainer.optimizer.state.values() for v in state.values())
     return trainer, {
@@ -260,6 +277,8 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", type=Path, default=CHECKOUT / ".cache" / "smollm2-135m")
+    parser.add_argument("--architecture", default="topk", choices=("topk", "batchtopk", "jumprelu"))
+    parser.add_argument("--sae", type=json.loads, default={}, help="more fields of the SAE, JSON")
     parser.add_argument("--tokens", type=int, default=1_500_000, help="of the pool")
     parser.add_argument("--held-out", type=int, default=4096, help="tokens not trained on")
     parser.add_argument("--steps", type=int, default=6000)
@@ -300,6 +319,7 @@ def main() -> None:
         final = final_of(trainer, pool[: args.held_out])
         reference = final if reference is None else reference
         found["mse"], found["explained"] = final.errors
+        found["l0"] = final.fired.sum().item() / args.held_out
         found["loss_recovered"] = loss_recovered(args.model, real, trainer.sae)
         found["by_frequency"] = by_group(final, reference, args.held_out)
         results["arms"][arm.name] = found
@@ -311,7 +331,7 @@ def main() -> None:
         last, groups = found["points"][-1], found["by_frequency"]
         say(
             f"{name:18} MSE {found['mse']:.4f}  explained {found['explained']:.4f}  "
-            f"loss recovered {found['loss_recovered']:.4f}  dead "
+            f"loss recovered {found['loss_recovered']:.4f}  L0 {found['l0']:.1f}  dead "
             f"{last['dead']}  {found['ms']:.2f} ms  state {found['state_mib']:.0f} MiB  "
             f"peak {found['peak_gib']}"
         )

@@ -19,7 +19,7 @@ MAX_MEASURED_DENSITY = {
 }
 # A path is left for the other only when that one is faster by this much.
 HYSTERESIS = 0.8
-# A float8 screen lists 1.3 to 1.5 times the pairs that dense products count, on normal scores.
+# A float8 screen lists up to 1.5 times the pairs that dense products count, on normal scores.
 FLOAT8_HYSTERESIS = 0.5
 
 # Without gradient buffers pairs are summed twice, for the norm and for the update. With more pairs
@@ -29,7 +29,7 @@ MAX_PAIRS_PER_LATENT = 12
 # Elements of W_enc up to which launching a step's kernels takes longer than running them. At
 # 2304 -> 32,768 under autocast on an H100, a Top-K step takes 4.8 ms as a graph and 4.8 to 7.1 ms
 # without, a BatchTopK step 5.6 and 6.8 to 8.1 ms. The graph takes 0.15 GiB.
-MAX_GRAPH_ELEMENTS = 2**27
+MAX_GRAPH_ELEMENTS = 2**28
 
 # GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
 # Hopper's instructions.

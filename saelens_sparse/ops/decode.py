@@ -8,6 +8,7 @@ import torch
 
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.first_order import first_order
+from saelens_sparse.ops.common.precision import summed_dtype
 from saelens_sparse.ops.pairs import ActivePairs, LatentOrder
 from saelens_sparse.ops.rows.block import RowBlock
 from saelens_sparse.ops.rows.operations import gather_dot, gather_sum
@@ -62,6 +63,7 @@ class _DecodePairs(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.pairs, ctx.order, ctx.block = pairs, order, block
         ctx.backend, ctx.row_gradients = backend, row_gradients
+        ctx.summed_dtype = summed_dtype(weight) if backend == "triton" else weight.dtype
         ctx.set_materialize_grads(False)
         recons = gather_sum(acts, pairs.latents, pairs.rows, weight, backend, bias)
         return recons, None if block is None else block.of(weight)
@@ -82,7 +84,8 @@ class _DecodePairs(torch.autograd.Function):
             grad_acts = gather_dot(grad_output, pairs.latents, pairs.rows, weight, backend)
             grad_acts = grad_acts.to(acts.dtype)
         if ctx.needs_input_grad[1]:
-            gradient = RowGradient(ctx.order, acts, grad_output, ctx.block, grads[1], False)
+            summed = grad_output.to(ctx.summed_dtype)
+            gradient = RowGradient(ctx.order, acts, summed, ctx.block, grads[1], False)
             if ctx.row_gradients is None:
                 grad_weight, _ = gradient.dense(weight.dtype, backend)
             else:

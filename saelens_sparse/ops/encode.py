@@ -9,6 +9,7 @@ import torch
 from saelens_sparse.ops.activation.pairs import PairActivation
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.first_order import first_order
+from saelens_sparse.ops.common.precision import summed_dtype
 from saelens_sparse.ops.pairs import ActivePairs, LatentOrder
 from saelens_sparse.ops.rows.block import RowBlock
 from saelens_sparse.ops.rows.operations import gather_sum, row_combination, segment_totals
@@ -76,6 +77,7 @@ class _EncodePairs(torch.autograd.Function):
         ctx.save_for_backward(x, weight, threshold)
         ctx.pairs, ctx.order, ctx.activation = pairs, order, activation
         ctx.block, ctx.backend, ctx.row_gradients = block, backend, row_gradients
+        ctx.summed_dtype = summed_dtype(x) if backend == "triton" else x.dtype
         ctx.set_materialize_grads(False)
         l0 = None if pairs.row_counts is None else pairs.row_counts.to(acts.dtype)
         return acts, l0, None if block is None else block.of(weight.T)
@@ -92,7 +94,8 @@ class _EncodePairs(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = grad_input_bias = grad_threshold = None
         rows = weight.T
         if need_weight or need_bias or need_input_bias:
-            gradient = RowGradient(order, grad_pre_acts, x, ctx.block, grads[2], True)
+            summed = x.to(ctx.summed_dtype)
+            gradient = RowGradient(order, grad_pre_acts, summed, ctx.block, grads[2], True)
             if need_weight and ctx.row_gradients is None:
                 grad_weight, grad_bias = gradient.dense(weight.dtype, backend)
             else:

@@ -92,7 +92,8 @@ def _recording_key(
     addresses = [parameter.data_ptr() for parameter in sae.parameters()]
     cfg = sae.cfg
     settings = (
-        cfg.gradient_buffers, cfg.apply_b_dec_to_input, cfg.screen_buffer_mib, cfg.screen_dtype
+        cfg.gradient_buffers, cfg.apply_b_dec_to_input, cfg.screen_buffer_mib, cfg.screen_dtype,
+        cfg.moments,  # which a pass that is taken tells the optimizer
     )  # fmt: skip
     return (
         sae_in.shape, sae_in.dtype, settings, sae.graph_key(), functions, addresses,

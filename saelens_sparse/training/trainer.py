@@ -293,9 +293,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         rates = optimizer.send_learning_rates()
         addresses = [part.data_ptr() for part in itertools.chain(counts, *state, rates)]
         groups = [(g["betas"], g["eps"], g["fused"]) for g in optimizer.param_groups]
-        return (
-            addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window, sae.cfg.moments
-        )  # fmt: skip
+        return addresses, groups, optimizer.max_norm, self.cfg.dead_feature_window
 
     def _replay_followups(self, sae: SparseTrainingSAEMixin, taken: TakenPass) -> None:
         """Count firings and update the weights, as CUDA graphs."""

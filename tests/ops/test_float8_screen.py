@@ -37,7 +37,7 @@ def rows_of_all_sizes(d: int) -> torch.Tensor:
 
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float16, FLOAT8], ids=["float16", "float8"])
-@pytest.mark.parametrize("d", [1, 48, 100])
+@pytest.mark.parametrize("d", [1, 48, 96, 100, 2304])
 def test_rounded_rows_and_their_errors(target: Target, dtype: torch.dtype, d: int) -> None:
     rows = rows_of_all_sizes(d).to(target.device)
     rounded, (inverse, norms, residuals) = round_rows(rows, dtype)
@@ -48,9 +48,8 @@ def test_rounded_rows_and_their_errors(target: Target, dtype: torch.dtype, d: in
     assert bool(((scaled > 64 / 1.2) & (scaled < 128 * 1.2)).all())
     off = (exact - rounded.double() * inverse.double()[:, None]).norm(dim=1)
     torch.testing.assert_close(residuals.double(), off, rtol=1e-5, atol=0)
-    if not target.interpreted:  # whose conversion to float8 has errors of its own
-        expected = (exact / inverse.double()[:, None]).float().to(dtype)
-        assert torch.equal(rounded.float(), expected.float())
+    expected = (exact / inverse.double()[:, None]).float().to(dtype)
+    assert torch.equal(rounded.float(), expected.float())
 
 
 @kernels
@@ -155,7 +154,7 @@ def test_the_margin_is_the_documented_one(target: Target) -> None:
     _, x_norms, x_residuals = round_rows(x, FLOAT8)[1][..., None]
     _, w_norms, w_residuals = round_rows(weight, FLOAT8)[1]
     root = x.shape[1] ** 0.5
-    margin = 2.5 * (x_residuals * w_norms + x_norms * w_residuals) / root * norms
+    margin = (x_residuals * w_norms + x_norms * w_residuals) / root * norms
     used = of.x_errors[2, :, None] * of.terms[2] + of.x_errors[1, :, None] * of.terms[3]
     torch.testing.assert_close(used, margin, rtol=1e-5, atol=0)
 
@@ -169,7 +168,7 @@ def test_without_a_margin_latents_are_missed(
     x, weight, bias, norms = operands(target, 12 if target.interpreted else 500)
     expected = search(x, weight, bias, norms).complete().pairs
     recalls: list[float] = []
-    for deviations in (0.0, 2.5):
+    for deviations in (0.0, 1.5):
         monkeypatch.setattr("saelens_sparse.ops.screen.gpu.DEVIATIONS", deviations)
         found = search(x, weight, bias, norms, screen_dtype="float8").complete().pairs
         recall, whole_rows = RowSample.of(found, bias.numel(), x.shape[0]).recall(expected)
@@ -216,7 +215,7 @@ def test_a_product_is_that_of_its_operands(d_in: int) -> None:
     product.multiply_float8(low_x, low_weight, out)
     exact = low_x.double() @ low_weight.double().T
     sizes = low_x.double().norm(dim=1)[:, None] * low_weight.double().norm(dim=1)
-    assert ((out.double() - exact).abs() <= 2**-11 * exact.abs() + 2**-12 * sizes).all()
+    assert ((out.double() - exact).abs() <= 2**-11 * (exact.abs() + sizes)).all()
 
 
 @pytest.mark.gpu
@@ -238,7 +237,7 @@ def test_recall_at_a_training_shape() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("n_chunks", [1, 2, 8])
 def test_the_candidates_of_a_batch_have_room(n_chunks: int) -> None:
-    """Of normal scores, of which a margin makes 2.4 to 2.9 times as many candidates."""
+    """Of normal scores, of which a margin makes 1.4 to 1.5 times as many candidates."""
     search = import_module("saelens_sparse.ops.search.batch_topk_kernels")
     n_rows, d_in, d_sae, k = 512, 768, 65_536, 16
     weight = torch.randn(d_sae, d_in, device="cuda") / d_in**0.5
@@ -255,7 +254,7 @@ def test_the_candidates_of_a_batch_have_room(n_chunks: int) -> None:
 @pytest.mark.parametrize("n_chunks", [1, 2, 8, 64])
 def test_a_list_has_room_for_what_a_margin_lets_in(n_chunks: int) -> None:
     search = import_module("saelens_sparse.ops.search.batch_topk_kernels")
-    count, margin = 2**18, 2.9
+    count, margin = 2**18, 2.0
     among_the_largest_so_far = sum(count / (1 + chunk) for chunk in range(n_chunks))
     room = search.list_capacity(count, n_chunks, "float8")
     assert margin * among_the_largest_so_far <= room

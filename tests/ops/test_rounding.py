@@ -1,7 +1,6 @@
 """Random bits that depend on place and time alone, and rounding by them: PyTorch and Triton."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -41,9 +40,7 @@ def bits_of(
 
 
 @kernel
-def _bits_kernel(
-    out_ptr: Any, salt: Any, step_ptr: Any, row_ptr: Any, column_ptr: Any, BLOCK: tl.constexpr
-):
+def _bits_kernel(out_ptr, salt, step_ptr, row_ptr, column_ptr, BLOCK: tl.constexpr):
     """out[i] = random_bits(salt, step, row[i], column[i])"""
     i = tl.arange(0, BLOCK)
     row, column = tl.load(row_ptr + i), tl.load(column_ptr + i)
@@ -52,7 +49,7 @@ def _bits_kernel(
 
 
 @kernel
-def _round_kernel(out_ptr: Any, value_ptr: Any, noise_ptr: Any, BLOCK: tl.constexpr):
+def _round_kernel(out_ptr, value_ptr, noise_ptr, BLOCK: tl.constexpr):
     """out[i] = round_stochastically(value[i], noise[i])"""
     i = tl.arange(0, BLOCK)
     noise = tl.load(noise_ptr + i).to(tl.uint32)

@@ -22,6 +22,14 @@ def matmul_dtype(operand: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def summed_dtype(operand: torch.Tensor) -> torch.dtype:
+    """The dtype in which rows are read that a weight's gradient sums: bfloat16 under its autocast,
+    in which stock multiplies them.
+    """
+    dtype = matmul_dtype(operand)
+    return dtype if dtype == torch.bfloat16 else operand.dtype
+
+
 def matmul(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`a @ b`, outside autocast and with a result in `dtype`, unrounded where cuBLAS can."""
     with torch.autocast(a.device.type, enabled=False):

@@ -16,8 +16,8 @@ A float8 screen is an approximation that the caller asks for. The proven bound w
 hundred times as wide as float16's, and most latents would be candidates. Instead, the rounding
 errors of columns are taken for independent. Then the first two terms divided by sqrt(d_in) are at
 least the standard deviation of the error, where no column stands out in both operands. The bound is
-`DEVIATIONS` of that. A latent whose score is further off may be missed. What is found is right: all
-candidates are computed again.
+`DEVIATIONS` of that, and twice as many for a search whose threshold is no bound itself. A latent
+whose score is further off may be missed. What is found is right: all candidates are computed again.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ UNDERFLOW = tl.constexpr(bound.UNDERFLOW)
 BIAS_ROUNDING = tl.constexpr(bound.BIAS_ROUNDING)
 
 
-# What the bound of a float8 product allows for. With 2.5, on activations of SmolLM2-135M, no latent
-# of the top 32 of 1,024 rows was missed, and a row had 43 to 70 candidates. With 1.5, one in 6,500
-# was missed where three columns of x were 40 times as large (benchmarks/float8_recall.py).
-DEVIATIONS = 2.5
+# What the bound of a float8 product allows for. A latent of the top k is missed where two errors
+# differ by twice that. On activations of SmolLM2-135M, 6 of 32,768 of the top 32 were missed, and
+# a row had 36 to 44 candidates. Twice the margin misses none, and lists up to 1.4 times as many
+# (benchmarks/float8_recall.py).
+DEVIATIONS = 1.0
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ class Screen:
         norms: torch.Tensor | None = None,
         rounded: WeightCopy | None = None,
         screen_dtype: ScreenDtype = "auto",
+        float8_margins: int = 1,
     ) -> Screen:
         """The screen of an encoder's operands, which are contiguous; obeys autocast.
 
@@ -222,6 +224,8 @@ class Screen:
             norms: `[d_sae]` or None.
             rounded: a copy of the weight, used if it has the dtype of the screen; or None.
             screen_dtype: "float8" for a screen in float8; "auto" for one that misses nothing.
+            float8_margins: how many margins bound an error in float8: one where scores are compared
+                with what is lowered by as much, two where they are not.
         """
         assert x.is_contiguous() and weight.is_contiguous()
         compute_dtype, d_in = matmul_dtype(x), x.shape[1]
@@ -239,7 +243,7 @@ class Screen:
             screen_weight = weight.to(dtype) if rounded is None else rounded.values
             x_errors = terms = None
         else:
-            share = DEVIATIONS / d_in**0.5 if is_float8 else None
+            share = float8_margins * DEVIATIONS / d_in**0.5 if is_float8 else None
             screen_x, x_errors = round_rows(x, dtype)
             if share is not None:
                 x_errors[2] *= share

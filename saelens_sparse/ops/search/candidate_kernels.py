@@ -44,6 +44,9 @@ RUN = 8
 # Groups per selected latent: enough that few of the top k share a group, which is what makes
 # T close to the k-th largest score.
 _GROUPS_PER_LATENT = 16
+# Latents of a group at most, up to so many groups: where one reaches T, all are read again.
+_GROUP_LATENTS = 64
+_MAX_GROUPS = 8192
 
 
 @dataclass(frozen=True)
@@ -338,14 +341,15 @@ def group_count(d_sae: int, k: int) -> int:
     Odd where it can be, so that latents that fire together at a stride of a power of two, as
     copies in a dictionary that was doubled do, are not in one group.
     """
-    wanted = triton.next_power_of_2(_GROUPS_PER_LATENT * k) - 1
+    for_latents = min(triton.cdiv(d_sae, _GROUP_LATENTS), _MAX_GROUPS)
+    wanted = triton.next_power_of_2(max(_GROUPS_PER_LATENT * k, for_latents)) - 1
     return min(wanted, triton.cdiv(d_sae, RUN))
 
 
 def list_capacity(k: int, screen_dtype: ScreenDtype = "auto") -> int:
     """Room for a row's candidates, and for its reaching groups."""
-    # In float8, rows had up to 7.9 k candidates on activations of SmolLM2-135M.
-    each = 16 if screen_dtype == "float8" else 4
+    # In float8, rows had up to 2.9 k candidates on activations of SmolLM2-135M.
+    each = 8 if screen_dtype == "float8" else 4
     return triton.next_power_of_2(max(each * k, 64))
 
 

@@ -89,7 +89,13 @@ def find_pattern(
     device, n_rows, d_sae = x.device, x.shape[0], weight.shape[0]
     x = x.contiguous()
     screen = Screen.of(
-        x, weight, bias, tile=GATHER_DOT.BLOCK_D, rounded=rounded, screen_dtype=screen_dtype
+        x,
+        weight,
+        bias,
+        tile=GATHER_DOT.BLOCK_D,
+        rounded=rounded,
+        screen_dtype=screen_dtype,
+        float8_margins=2,
     )
     gate, edge = threshold_and_edge(threshold, bandwidth, screen.pre_acts_dtype)
     gate, edge = gate.float(), edge.float()

@@ -41,11 +41,17 @@ class AdamSettings:
             step: one element, float32, the number of this update, counted from one.
             divisor: one element, what the gradient is divided by first.
         """
-        beta1, beta2 = self.beta1, self.beta2
+        corrections = torch.empty(2, dtype=torch.float32, device=step.device)
+        _corrections_kernel[(1,)](
+            corrections,
+            step_ptr=step,
+            log_beta1=_log(self.beta1),
+            log_beta2=_log(self.beta2),
+            num_warps=1,
+        )
         return AdamRule(
-            step, divisor, self.lr, _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, self.eps,
-            self.salt,
-        )  # fmt: skip
+            step, divisor, self.lr, corrections, 1 - self.beta1, 1 - self.beta2, self.eps, self.salt
+        )
 
 
 class AdamRule(NamedTuple):
@@ -54,12 +60,27 @@ class AdamRule(NamedTuple):
     step: torch.Tensor  # one element, float32
     divisor: torch.Tensor  # one element
     lr: torch.Tensor  # one element, float32
-    log_beta1: float
-    log_beta2: float
+    corrections: torch.Tensor  # [2] float32, 1 - beta1 ** step and sqrt(1 - beta2 ** step)
     gain1: float  # 1 - beta1
     gain2: float
     eps: float
     salt: int | None  # of stochastic rounding, in [2, 2**31); None: moments to nearest
+
+
+@kernel
+def _corrections_kernel(
+    corrections_ptr,  # [2]
+    step_ptr,
+    log_beta1,
+    log_beta2,
+):
+    """What Adam divides moments by in an update, which programs of it would each compute in float64
+
+    Grid: one program.
+    """
+    step = tl.load(step_ptr).to(tl.float64)
+    tl.store(corrections_ptr, (1.0 - tl.exp(step * log_beta1)).to(tl.float32))
+    tl.store(corrections_ptr + 1, tl.sqrt((1.0 - tl.exp(step * log_beta2)).to(tl.float32)))
 
 
 @triton.jit
@@ -71,9 +92,8 @@ def adam_rule(
     second,
 ):
     """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) on gradient / divisor."""
-    step = tl.load(rule.step).to(tl.float64)
-    correction1 = (1.0 - tl.exp(step * rule.log_beta1)).to(tl.float32)
-    correction2 = tl.sqrt((1.0 - tl.exp(step * rule.log_beta2)).to(tl.float32))
+    correction1 = tl.load(rule.corrections)
+    correction2 = tl.load(rule.corrections + 1)
     gradient = gradient / tl.load(rule.divisor).to(tl.float32)
     first += rule.gain1 * (gradient - first)
     second += rule.gain2 * (gradient * gradient - second)

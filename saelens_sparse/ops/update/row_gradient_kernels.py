@@ -26,7 +26,7 @@ from saelens_sparse.ops.rows.segment_kernels import (
     sum_segment,
     work_of_sums,
 )
-from saelens_sparse.ops.screen.round_kernels import reciprocal_power, settle_rows
+from saelens_sparse.ops.screen.round_kernels import reciprocal_power, round_to, settle_rows
 from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_rule
 from saelens_sparse.ops.update.rounding_kernels import round_moments
 from saelens_sparse.ops.update.row_gradient import RowGradient
@@ -44,7 +44,7 @@ class SumLaunch:
 
 # Of tiles of 256 to 2048 columns these are the fastest at 2304 -> 65,536 and 4096 -> 131,072, k 64,
 # batch 4096, float32 (H200). ROUNDING_UPDATE is for an update with a bfloat16 copy.
-SQUARES = SumLaunch(BLOCK_P=2, BLOCK_D=1024, num_warps=2)
+SQUARES = SumLaunch(BLOCK_P=1, BLOCK_D=1024, num_warps=2)
 UPDATE = SumLaunch(BLOCK_P=2, BLOCK_D=NORM_COLS, num_warps=1)
 ROUNDING_UPDATE = SumLaunch(BLOCK_P=1, BLOCK_D=1024, num_warps=4)
 
@@ -66,15 +66,27 @@ class CopiedRows(NamedTuple):
 
 
 @triton.jit
+def _load_once(places, mask):
+    """As float32 what is read once a step: the cache is for the rows that are summed."""
+    return tl.load(places, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@triton.jit
+def _store_once(places, values, mask):
+    """Store what is read in the next step, in the dtype of its place."""
+    tl.store(places, values.to(places.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
 def _copy_row(copy, row, j, place, mask):
     """Write what is wanted of columns of row j."""
     if copy.inverses is not None:
         row = row * reciprocal_power(tl.load(copy.inverses + j))
     if copy.rows is not None:
-        rounded = row.to(copy.rows.dtype.element_ty)
-        tl.store(copy.rows + place, rounded, mask=mask)
+        rounded, again = round_to(row, copy.rows.dtype.element_ty)
+        _store_once(copy.rows + place, rounded, mask)
         if copy.residual_squares is not None:
-            residual = tl.where(mask, row - rounded.to(tl.float32), 0.0)
+            residual = tl.where(mask, row - again, 0.0)
             store_square_sum(copy.residual_squares, j, residual)
     if copy.squares is not None:
         store_square_sum(copy.squares, j, tl.where(mask, row, 0.0))
@@ -144,19 +156,17 @@ def _update_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
     place = j * D + cols
-    weight = tl.load(weight_ptr + place, mask=col_mask, other=0.0).to(tl.float32)
-    first = tl.load(first_moment_ptr + place, mask=col_mask, other=0.0).to(tl.float32)
-    second = tl.load(second_moment_ptr + place, mask=col_mask, other=0.0).to(tl.float32)
+    weight = _load_once(weight_ptr + place, col_mask)
+    first = _load_once(first_moment_ptr + place, col_mask)
+    second = _load_once(second_moment_ptr + place, col_mask)
     gradient = _gradient_row(sums, block, j, cols, D, SPLIT, BLOCK_P, BLOCK_D)
     weight, first, second = adam_rule(rule, weight, gradient, first, second)
     first, second = round_moments(rule, first, second, j, cols)
     # What the copy is made of is what is stored, also where that is bfloat16.
     stored = weight.to(weight_ptr.dtype.element_ty)
-    tl.store(weight_ptr + place, stored, mask=col_mask)
-    tl.store(first_moment_ptr + place, first.to(first_moment_ptr.dtype.element_ty), mask=col_mask)
-    tl.store(
-        second_moment_ptr + place, second.to(second_moment_ptr.dtype.element_ty), mask=col_mask
-    )
+    _store_once(weight_ptr + place, stored, col_mask)
+    _store_once(first_moment_ptr + place, first, col_mask)
+    _store_once(second_moment_ptr + place, second, col_mask)
     _copy_row(copy, stored.to(tl.float32), j, place, col_mask)
 
 
