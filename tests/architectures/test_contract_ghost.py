@@ -45,6 +45,11 @@ def ghostly(subject: Subject, stock: Any, implementation: str | None = None, **c
     return subject.sparse(stock, implementation, dead_latent_loss="ghost", **changes)
 
 
+def precisest(subject: Subject) -> Precision:
+    """float64, where what runs takes that."""
+    return FLOAT64 if FLOAT64.dtype in subject.target.dtypes else FLOAT32
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("dead", N_DEAD)
 @input_or_not
@@ -216,7 +221,7 @@ def test_a_decoder_row_of_zero(subject: Subject) -> None:
 
 @subjects(NOT_INTERPRETED)
 def test_a_perfect_reconstruction_of_a_row(subject: Subject) -> None:
-    stock, x = subject.case(FLOAT64, n_rows=12)
+    stock, x = subject.case(precisest(subject), n_rows=12)
     mask = dead_mask(stock, 9)
     for implementation in (None, "dense"):
         sparse = ghostly(subject, stock, implementation)
@@ -246,7 +251,7 @@ def test_nothing_dense_is_made(
 @subjects(NOT_INTERPRETED)
 def test_of_other_dead_latents_than_the_step_s(subject: Subject) -> None:
     """What overrides the loss may ask for any mask."""
-    stock, x = subject.case(FLOAT64, n_rows=9)
+    stock, x = subject.case(precisest(subject), n_rows=9)
     masks = [dead_mask(stock, 9), dead_mask(stock, 5)]
     for name in ("loss", GHOST_LOSS):
         values = []
@@ -275,8 +280,9 @@ def test_of_other_dead_latents_than_the_step_s(subject: Subject) -> None:
 @subjects(NOT_INTERPRETED, any_input=True)
 def test_heads_are_rows(subject: Subject) -> None:
     """As for the reported MSE, a mean over rows and heads."""
-    stock, flat = subject.case(FLOAT64, n_rows=20, d_in=12, reshape_activations="hook_z")
+    stock, flat = subject.case(precisest(subject), n_rows=20, d_in=12, reshape_activations="hook_z")
     mask = dead_mask(stock, 9)
+    rtol = 1e-6 if stock.W_enc.dtype == torch.float64 else 1e-5
     values = []
     for implementation in (None, "dense"):
         sae = ghostly(subject, stock, implementation)
@@ -291,22 +297,24 @@ def test_heads_are_rows(subject: Subject) -> None:
         s = r.norm(dim=-1) / (2 * g.norm(dim=-1) + 1e-6)
         apart = (s[..., None] * g - r).pow(2).sum(-1)
         expected = (r.pow(2).sum(-1) / (apart + 1e-6) * apart).mean().double().cpu()
-        torch.testing.assert_close(values[-1][GHOST_LOSS], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(values[-1][GHOST_LOSS], expected, rtol=rtol, atol=0)
     for name, value in values[1].items():
-        assert error(values[0][name], value) <= 1e-6 * value.norm() + 1e-12, name
+        assert error(values[0][name], value) <= rtol * value.norm() + 1e-12, name
 
 
 @subjects(NOT_INTERPRETED, any_input=True)
 def test_leading_dimensions(subject: Subject) -> None:
-    stock, x = subject.case(FLOAT64, n_rows=8)
-    mask = dead_mask(stock, 9)
+    stock, x = subject.case(precisest(subject), n_rows=8)
+    mask, rtol = dead_mask(stock, 9), 100 * precisest(subject).eps
     for implementation in (None, "dense"):
         flat, shaped = (
             step_values(ghostly(subject, stock, implementation), rows, mask)
             for rows in (x, x.view(2, 4, -1))
         )
         for name in (GHOST_LOSS, "gradient of W_enc", "gradient of W_dec"):
-            assert error(flat[name], shaped[name]) <= 1e-9 * flat[name].norm(), name
+            assert (
+                error(flat[name], shaped[name]) <= 100 * precisest(subject).eps * flat[name].norm()
+            ), name
 
 
 class TestTraining:
@@ -317,6 +325,8 @@ class TestTraining:
         if autocast and not subject.target.device.startswith("cuda"):
             pytest.skip("on a CPU autocast takes other latents")
         stock = subject.stock()
+        with torch.no_grad():
+            stock.b_enc[dead_mask(stock, 5)] -= 3.0
         batches = structured_batches(12, 32, stock.cfg.d_in)
         batches = [batch.to(subject.target.device) for batch in batches]
         settings = {"dead_feature_window": 3, "lr": 1e-4, "autocast": autocast}
