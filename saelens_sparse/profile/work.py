@@ -13,9 +13,9 @@ from torch.utils.flop_counter import flop_registry
 
 _DTYPES = {
     "double": torch.float64, "float": torch.float32, "c10::Half": torch.float16,
-    "c10::BFloat16": torch.bfloat16, "long int": torch.int64, "long": torch.int64,
-    "int": torch.int32, "signed char": torch.int8, "unsigned char": torch.uint8,
-    "bool": torch.bool,
+    "c10::BFloat16": torch.bfloat16, "c10::Float8_e4m3fn": torch.float8_e4m3fn,
+    "long int": torch.int64, "long": torch.int64, "int": torch.int32, "signed char": torch.int8,
+    "unsigned char": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
 _WRITE_ONLY = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::_foreach_copy_")
 
@@ -41,6 +41,9 @@ def operation_work(name: str, arguments: str) -> tuple[float, float] | None:
     pairs = zip(schema.arguments, given, strict=False)
     # A fused Adam writes gradients only where it scales them.
     written = [v for a, v in pairs if a.alias_info and a.alias_info.is_write and a.name != "grads"]
+    n_own = len(schema.arguments)
+    if len(given) > n_own:  # tensors to write to
+        given, written = given[:n_own], _tensors(given[n_own:])
     if not written and any(result.alias_info for result in schema.returns):
         return None  # a view
     overwrites = name in _WRITE_ONLY

@@ -134,6 +134,19 @@ def test_work_of_operations_follows_from_their_arguments(
     assert work == (bytes_, flops)
 
 
+def test_work_of_a_product_into_a_buffer():
+    float8, half = "c10::Float8_e4m3fn", "c10::Half"
+    dims: list[Any] = [[32, 64], [64, 48], [], [], [], [], [], [], [32, 48]]
+    types = [float8, float8, "float", "float", "", "", "Scalar", "Scalar", half]
+    constants = ["", "", "", "", "", "", "5", "False", ""]
+    bytes_ = 32 * 64 + 64 * 48 + 2 * 4 + 2 * 32 * 48
+    work = operation_work("aten::_scaled_mm", json.dumps([dims, types, constants]))
+    assert work == (bytes_, 2 * 32 * 64 * 48)
+    dims, types = [[8, 64], [64, 16], [8, 16]], [half, half, "float"]
+    work = operation_work("aten::mm", json.dumps([dims, types, ["", "", ""]]))
+    assert work == (2 * 8 * 64 + 2 * 64 * 16 + 4 * 8 * 16, 2 * 8 * 64 * 16)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
