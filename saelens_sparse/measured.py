@@ -27,8 +27,8 @@ FLOAT8_HYSTERESIS = 0.5
 MAX_PAIRS_PER_LATENT = 12
 
 # Elements of W_enc up to which launching a step's kernels takes longer than running them. At
-# 2304 -> 32,768 under autocast on an H100, a Top-K step takes 4.8 ms as a graph and 4.8 to 7.1 ms
-# without, a BatchTopK step 5.6 and 6.8 to 8.1 ms. The graph takes 0.15 GiB.
+# 2304 -> 65,536 under autocast on an H100, kernels of a Top-K step with moments in bfloat16 take
+# 5.8 ms. As a graph the step takes 5.9 to 6.2 ms, without one it took 6.6 to 7.5 ms.
 MAX_GRAPH_ELEMENTS = 2**28
 
 # GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
