@@ -192,7 +192,14 @@ def test_a_search_above_thresholds_allows_for_two_margins(target: Target) -> Non
     x, weight, bias, _ = operands(target, 24 if target.interpreted else 500)
     edge = 2.0 - 0.1 / 2
     _, (n_marked, _) = kernels_of.find_pattern(
-        x, weight, bias, torch.full_like(bias, 2.0), 0.1, 5000, BUFFER_BYTES, screen_dtype="float8"
+        x,
+        weight,
+        bias,
+        torch.full_like(bias, 2.0),
+        0.1,
+        x.shape[0] * bias.numel(),
+        BUFFER_BYTES,
+        screen_dtype="float8",
     )
     low_x, (x_inverse, x_norms, x_residuals) = round_rows(x, FLOAT8)
     low_weight, (w_inverse, w_norms, w_residuals) = round_rows(weight, FLOAT8)
@@ -202,7 +209,7 @@ def test_a_search_above_thresholds_allows_for_two_margins(target: Target) -> Non
     margin /= x.shape[1] ** 0.5
     one, two = ((scores + n * margin >= edge).sum().item() for n in (1, 2))
     assert two > 1.02 * one
-    assert n_marked.item() == pytest.approx(two, rel=0.005)
+    assert abs(n_marked.item() - two) < (two - one) / 4
 
 
 @kernels
