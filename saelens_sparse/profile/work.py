@@ -42,8 +42,9 @@ def operation_work(name: str, arguments: str) -> tuple[float, float] | None:
     # A fused Adam writes gradients only where it scales them.
     written = [v for a, v in pairs if a.alias_info and a.alias_info.is_write and a.name != "grads"]
     n_own = len(schema.arguments)
-    if len(given) > n_own:  # tensors to write to
-        given, written = given[:n_own], _tensors(given[n_own:])
+    buffers = _tensors(given[n_own:])  # of an overload that writes to them
+    if buffers:
+        given, written = given[:n_own], buffers
     if not written and any(result.alias_info for result in schema.returns):
         return None  # a view
     overwrites = name in _WRITE_ONLY

@@ -93,7 +93,7 @@ def _recording_key(
     cfg = sae.cfg
     settings = (
         cfg.gradient_buffers, cfg.apply_b_dec_to_input, cfg.screen_buffer_mib, cfg.screen_dtype,
-        cfg.moments,  # which a pass that is taken tells the optimizer
+        cfg.moments, cfg.fused_adam,  # which a pass that is taken tells the optimizer
     )  # fmt: skip
     return (
         sae_in.shape, sae_in.dtype, settings, sae.graph_key(), functions, addresses,

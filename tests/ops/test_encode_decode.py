@@ -558,3 +558,39 @@ def test_gradients_under_autocast_match_the_dense_encoder_under_autocast(
         assert actual.dtype == torch.float32
         error = (actual.double() - reference).norm()
         assert error <= 2 * (dense.double() - reference).norm() + 1e-3 * reference.norm(), name
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_kernels_sum_rows_of_bfloat16_into_gradients_of_weights(
+    low: torch.dtype, backend: Backend, device: torch.device
+) -> None:
+    """And of what else there is a gradient, that is a sum of unrounded terms."""
+    p = Parameters.random().to(device, torch.float32)
+    rows = p.W_enc.detach().T
+    pairs = search_topk(p.x.detach(), rows, p.b_enc, None, K, backend, 2**20).complete().pairs
+    order = LatentOrder.of(pairs, D_SAE)
+    with torch.autocast(device.type, low):
+        acts, _, _ = encode_pairs(p.x, p.W_enc, p.b_enc, None, pairs, order, ReLU(), None, backend)
+        recons, _ = decode_pairs(acts, p.W_dec, p.b_dec, pairs, order, None, backend)
+    (recons * p.upstream_recons).sum().backward()
+
+    code = torch.zeros(N_ROWS, D_SAE, dtype=torch.float64, device=device)
+    code.scatter_(1, pairs.latents.view(N_ROWS, K), acts.detach().double().view(N_ROWS, K))
+    x, upstream = p.x.detach(), p.upstream_recons
+    W_enc, W_dec = p.W_enc.detach().double(), p.W_dec.detach().double()
+    grad_code = (upstream.double() @ W_dec.T) * (code > 0)
+    is_rounded = backend == "triton" and low == torch.bfloat16
+    summed_x, summed_upstream = (
+        (part.bfloat16() if is_rounded else part).double() for part in (x, upstream)
+    )
+    expected = {
+        "x": grad_code @ W_enc.T,
+        "W_enc": summed_x.T @ grad_code,
+        "b_enc": grad_code.sum(0),
+        "b_dec": upstream.double().sum(0),
+        "W_dec": code.T @ summed_upstream,
+    }
+    for name, gradient in expected.items():
+        actual = p.leaves[name].grad
+        assert actual is not None and actual.dtype == torch.float32, name
+        assert (actual.double() - gradient).norm() <= 1e-5 * gradient.norm(), name

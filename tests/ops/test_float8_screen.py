@@ -82,6 +82,32 @@ def test_rows_rounded_with_an_old_scale_become_what_they_are_anew(target: Target
     assert bool(errors[1, 12].isnan())
 
 
+@kernels
+def test_rows_of_several_programs_are_settled_as_those_of_one(target: Target) -> None:
+    rows = torch.cat([rows_of_all_sizes(40), torch.randn(11, 40)])[:23].to(target.device)
+    inverse = round_rows(rows, FLOAT8)[1][0]
+    rows *= torch.where(torch.arange(23, device=target.device) % 5 == 0, 2.5, 1.0)[:, None]
+    scaled = rows / inverse[:, None]
+    rounded = scaled.clamp(-448, 448).to(FLOAT8)
+    results: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for times in (1, 6):  # 138 rows, no multiple of what a program settles
+        many, values = rows.repeat(times, 1), rounded.repeat(times, 1)
+        errors = torch.full((3, 23 * times), -1.0, device=target.device)
+        errors[0] = inverse.repeat(times)
+        squares, residual_squares = (
+            part.repeat(times, 1).view(-1, 2, 20).square().sum(2)
+            for part in (scaled, scaled - rounded.float())
+        )
+        settle_rows(many, values, errors, squares, residual_squares)
+        results.append((values.float(), errors))
+    (values, errors), (many_values, many_errors) = results
+    assert torch.equal(many_values, values.repeat(6, 1))
+    assert torch.equal(many_errors, errors.repeat(1, 6))
+    expected, expected_errors = round_rows(rows, FLOAT8)
+    assert torch.equal(values, expected.float())
+    torch.testing.assert_close(errors, expected_errors, rtol=1e-5, atol=0)
+
+
 def topk_of(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norms: torch.Tensor | None, **of: Any
 ) -> FoundPairs:
@@ -157,6 +183,33 @@ def test_the_margin_is_the_documented_one(target: Target) -> None:
     margin = (x_residuals * w_norms + x_norms * w_residuals) / root * norms
     used = of.x_errors[2, :, None] * of.terms[2] + of.x_errors[1, :, None] * of.terms[3]
     torch.testing.assert_close(used, margin, rtol=1e-5, atol=0)
+
+
+@kernels
+def test_a_search_above_thresholds_allows_for_two_margins(target: Target) -> None:
+    """What it compares scores with is no score that a margin has lowered."""
+    kernels_of = import_module("saelens_sparse.ops.search.threshold_kernels")
+    x, weight, bias, _ = operands(target, 24 if target.interpreted else 500)
+    edge = 2.0 - 0.1 / 2
+    _, (n_marked, _) = kernels_of.find_pattern(
+        x,
+        weight,
+        bias,
+        torch.full_like(bias, 2.0),
+        0.1,
+        x.shape[0] * bias.numel(),
+        BUFFER_BYTES,
+        screen_dtype="float8",
+    )
+    low_x, (x_inverse, x_norms, x_residuals) = round_rows(x, FLOAT8)
+    low_weight, (w_inverse, w_norms, w_residuals) = round_rows(weight, FLOAT8)
+    products = low_x.double() @ low_weight.double().T
+    scores = products * x_inverse[:, None] * w_inverse + bias
+    margin = x_residuals[:, None] * w_norms + x_norms[:, None] * w_residuals
+    margin /= x.shape[1] ** 0.5
+    one, two = ((scores + n * margin >= edge).sum().item() for n in (1, 2))
+    assert two > 1.02 * one
+    assert abs(n_marked.item() - two) < (two - one) / 4
 
 
 @kernels

@@ -542,3 +542,16 @@ def test_select_topk_addresses_scores_beyond_32_bits(buffer_gib: float, autocast
         torch.testing.assert_close(last.scores.topk(k).values, expected, rtol=1e-2, atol=1e-2)
     else:
         assert_selects_topk(problem, last)
+
+
+@pytest.mark.parametrize("k", [1, 32, 512])
+@pytest.mark.parametrize("d_sae", [2048, 65_536, 100_000, 2**19, 2**22])
+def test_groups_are_many_and_small(d_sae: int, k: int) -> None:
+    candidates = import_module("saelens_sparse.ops.search.candidate_kernels")
+    run = candidates.RUN
+    n_groups = candidates.group_count(d_sae, k)
+    n_runs = -(-d_sae // run)
+    assert min(16 * k - 1, n_runs) <= n_groups <= n_runs
+    n_slabs = -(-n_runs // n_groups)
+    assert n_slabs * run <= 64 + run or n_groups >= 8191
+    assert n_groups <= max(32 * k, 8191)

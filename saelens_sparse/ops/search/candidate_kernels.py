@@ -44,7 +44,8 @@ RUN = 8
 # Groups per selected latent: enough that few of the top k share a group, which is what makes
 # T close to the k-th largest score.
 _GROUPS_PER_LATENT = 16
-# Latents of a group at most, up to so many groups: where one reaches T, all are read again.
+# Latents of a group, or a run more, while groups are not too many: where one of its latents
+# reaches T, all are read again.
 _GROUP_LATENTS = 64
 _MAX_GROUPS = 8192
 
