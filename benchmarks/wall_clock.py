@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from saelens_sparse.profile.measure import peak_bytes
 from saelens_sparse.whole_run.clock import busy_ms, device_profile, now
 
 GIB = 2**30
@@ -40,10 +39,8 @@ def start_peak(device: str) -> int:
 
 
 def peak_gib(device: str, before: int = 0) -> float | None:
-    """GiB allocated at most since `start_peak`, as `peak_bytes` counts, beyond the bytes `before`;
-    None on a CPU.
-    """
-    return (peak_bytes() - before) / GIB if device == "cuda" else None
+    """GiB allocated at most since `start_peak`, beyond the bytes `before`; None on a CPU."""
+    return (torch.cuda.max_memory_allocated() - before) / GIB if device == "cuda" else None
 
 
 def profiled_ms(work: Callable[[], object], device: str) -> float | None:

@@ -63,7 +63,7 @@ class _DecodePairs(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.pairs, ctx.order, ctx.block = pairs, order, block
         ctx.backend, ctx.row_gradients = backend, row_gradients
-        ctx.summed_dtype = summed_dtype(weight) if backend == "triton" else weight.dtype
+        ctx.summed_dtype = summed_dtype(weight, backend)
         ctx.set_materialize_grads(False)
         recons = gather_sum(acts, pairs.latents, pairs.rows, weight, backend, bias)
         return recons, None if block is None else block.of(weight)

@@ -77,7 +77,7 @@ class _EncodePairs(torch.autograd.Function):
         ctx.save_for_backward(x, weight, threshold)
         ctx.pairs, ctx.order, ctx.activation = pairs, order, activation
         ctx.block, ctx.backend, ctx.row_gradients = block, backend, row_gradients
-        ctx.summed_dtype = summed_dtype(x) if backend == "triton" else x.dtype
+        ctx.summed_dtype = summed_dtype(x, backend)
         ctx.set_materialize_grads(False)
         l0 = None if pairs.row_counts is None else pairs.row_counts.to(acts.dtype)
         return acts, l0, None if block is None else block.of(weight.T)
@@ -93,14 +93,15 @@ class _EncodePairs(torch.autograd.Function):
         grad_pre_acts, grad_thresholds = ctx.activation.gradients(pairs, *grads[:2], backend)
         grad_x = grad_weight = grad_bias = grad_input_bias = grad_threshold = None
         rows = weight.T
-        if need_weight or need_bias or need_input_bias:
+        if need_weight:
             summed = x.to(ctx.summed_dtype)
             gradient = RowGradient(order, grad_pre_acts, summed, ctx.block, grads[2], True)
-            if need_weight and ctx.row_gradients is None:
+            if ctx.row_gradients is None:
                 grad_weight, grad_bias = gradient.dense(weight.dtype, backend)
             else:
-                if need_weight:
-                    ctx.row_gradients.append(gradient)
+                ctx.row_gradients.append(gradient)
+        if need_bias or need_input_bias:
+            if grad_bias is None:
                 grad_bias = segment_totals(order, grad_pre_acts, backend).to(weight.dtype)
             if need_input_bias:
                 grad_input_bias = -row_combination(grad_bias, rows, backend)

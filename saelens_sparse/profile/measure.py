@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 
+from saelens_sparse.ops.common.cuda_graph import kept_by_graphs
 from saelens_sparse.profile.trainers import Inputs, Trainer, hold_dead, take_step, train_step
 from saelens_sparse.whole_run.clock import Mark, Stopwatch
 
@@ -21,7 +22,7 @@ GIB = 2**30
 class Timed:
     """Milliseconds of calls; bytes allocated on the GPU before them and at most, or None.
 
-    What CUDA graphs keep for themselves counts as allocated at most.
+    The most counts what CUDA graphs keep for themselves.
     """
 
     ms: list[float]
@@ -63,6 +64,8 @@ def time_calls(
     if watch.on_cuda:
         torch.cuda.reset_peak_memory_stats()
     before_bytes = torch.cuda.memory_allocated() if watch.on_cuda else None
+    # A graph that is recorded from now on counts as it is recorded.
+    of_graphs = kept_by_graphs() if watch.on_cuda else 0
     marks: list[tuple[Mark, Mark]] = []
     for _ in range(repeats):
         before()
@@ -70,20 +73,8 @@ def time_calls(
         call()
         marks.append((start, watch.mark()))
     ms = [watch.milliseconds(*pair) for pair in marks]
-    return Timed(ms, before_bytes, peak_bytes() if watch.on_cuda else None)
-
-
-def peak_bytes() -> int:
-    """The most that was allocated on the GPU since that was reset, with what graphs keep.
-
-    PyTorch does not count memory that a CUDA graph writes in each replay, and no tensor has.
-    """
-    of_graphs = (
-        segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
-        if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
-    )
-    return torch.cuda.max_memory_allocated() + sum(of_graphs)
+    peak_bytes = torch.cuda.max_memory_allocated() + of_graphs if watch.on_cuda else None
+    return Timed(ms, before_bytes, peak_bytes)
 
 
 def time_steps(

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_sparse.ops.common.cuda_graph import record
-from saelens_sparse.profile.measure import peak_bytes
+from saelens_sparse.ops.common.cuda_graph import kept_by_graphs, record
+from saelens_sparse.profile.measure import time_calls
 
 
-def test_what_graphs_keep_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_graphs_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     def segment(total: int, allocated: int, **pool: Any) -> dict[str, Any]:
         return {"total_size": total, "allocated_size": allocated, **pool}
 
@@ -20,17 +20,26 @@ def test_what_graphs_keep_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         segment(7, 0, segment_pool_id=(3, 0)),
     ]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
-    assert peak_bytes() == 1000 + 30 + 7
+    assert kept_by_graphs() == 30 + 7
 
 
 @pytest.mark.gpu
-def test_a_graph_s_own_memory_counts() -> None:
+@pytest.mark.parametrize("is_recorded_before", [True, False])
+def test_a_peak_counts_a_graph_s_own_memory_once(is_recorded_before: bool) -> None:
     x = torch.ones(2**20, device="cuda")
-    graph, result = record(lambda: torch.cat([x] * 64).sum(), torch.cuda.Stream())
-    torch.cuda.reset_peak_memory_stats()
-    without = torch.cuda.max_memory_allocated()
-    graph.replay()
-    assert result.item() == 2**26
-    assert torch.cuda.max_memory_allocated() <= without + 2**20
-    assert peak_bytes() >= without + 64 * x.nbytes
+    stream = torch.cuda.Stream()
+
+    def recorded() -> torch.cuda.CUDAGraph:
+        return record(lambda: torch.cat([x] * 64).sum(), stream)[0]
+
+    graph = recorded() if is_recorded_before else None
+
+    def call() -> None:
+        nonlocal graph
+        graph = graph or recorded()
+        graph.replay()
+
+    timed = time_calls(call, "cuda", 2, untimed=0)
+    assert timed.before_bytes is not None and timed.peak_bytes is not None
+    added = timed.peak_bytes - timed.before_bytes
+    assert 64 * x.nbytes <= added < 2 * 64 * x.nbytes

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 import torch
 
+from saelens_sparse.ops.common.backend import Backend
+
 ScreenDtype = Literal["auto", "float8"]
 SCREEN_DTYPES: tuple[ScreenDtype, ...] = get_args(ScreenDtype)
 FLOAT8 = torch.float8_e4m3fn
@@ -22,12 +24,12 @@ def matmul_dtype(operand: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def summed_dtype(operand: torch.Tensor) -> torch.dtype:
-    """The dtype in which rows are read that a weight's gradient sums: bfloat16 under its autocast,
-    in which stock multiplies them.
+def summed_dtype(operand: torch.Tensor, backend: Backend) -> torch.dtype:
+    """The dtype in which kernels read the rows that a weight's gradient sums: bfloat16 under its
+    autocast, in which stock multiplies them.
     """
     dtype = matmul_dtype(operand)
-    return dtype if dtype == torch.bfloat16 else operand.dtype
+    return dtype if backend == "triton" and dtype == torch.bfloat16 else operand.dtype
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -35,7 +35,7 @@ class AdamSettings:
 
     def rule(self, step: torch.Tensor, divisor: torch.Tensor) -> AdamRule:
         """
-        What kernels take for an update.
+        What kernels take for an update. Its corrections are computed on the current device.
 
         Args:
             step: one element, float32, the number of this update, counted from one.
