@@ -11,7 +11,7 @@ from sae_lens.saes.sae import SAE, TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
-from saelens_sparse.architectures.hooks import has_hooks
+from saelens_sparse.architectures.hooks import has_gradient_hooks, has_hooks
 from saelens_sparse.architectures.parameters import SALTS, mark_parameter
 from saelens_sparse.architectures.screen_recall import (
     MEASURED_STEPS,
@@ -21,13 +21,19 @@ from saelens_sparse.architectures.screen_recall import (
 )
 from saelens_sparse.choice.availability import Choice, choose_implementation, require_float8
 from saelens_sparse.choice.policy import PairTotals
-from saelens_sparse.codes.code import Code, PairCode, version_of
-from saelens_sparse.codes.on_demand import DeferredPreActs, SparseFeatureActs, code_of
+from saelens_sparse.codes.code import Code, PairCode
+from saelens_sparse.codes.on_demand import (
+    DeferredPreActs,
+    SparseFeatureActs,
+    code_of,
+    squared_errors,
+)
 from saelens_sparse.codes.step import StepContext, current_step, in_progress, offer_to
 from saelens_sparse.ops.activation.pairs import PairActivation
 from saelens_sparse.ops.common.host_copy import HostCount
 from saelens_sparse.ops.common.precision import matmul_dtype
 from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.common.versions import version_of
 from saelens_sparse.ops.encode import encode_pairs
 from saelens_sparse.ops.pairs import LatentOrder
 from saelens_sparse.ops.rows.block import RowBlock
@@ -35,7 +41,6 @@ from saelens_sparse.ops.rows.operations import row_norms
 from saelens_sparse.ops.search.found import FoundPairs
 from saelens_sparse.ops.update.row_gradient import RowGradient
 from saelens_sparse.ops.update.weight_cache import WeightCopy, WeightView
-from saelens_sparse.private_names import TENSOR_HOOKS
 from saelens_sparse.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -74,6 +79,7 @@ class SparseTrainingSAEMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.mse_loss_fn = squared_errors
         self.register_load_state_dict_post_hook(_lay_out_after_loading)
 
     @override
@@ -221,6 +227,7 @@ class SparseTrainingSAEMixin(_Base):
                 step_input.n_training_steps, step_input.is_logging_step
             ),
             needed=None if instead_of is None else instead_of.pair_totals,
+            target=step_input.sae_in if self.mse_loss_fn is squared_errors else None,
         )
 
     def measures_recall(self, n_training_steps: int, is_logging_step: bool) -> bool:
@@ -313,7 +320,7 @@ class SparseTrainingSAEMixin(_Base):
             measure_recall(self.search_sample, x, norms, found.pairs, step, self.cfg.d_sae)
         if found.totals is not None:
             step.count_pairs(PairTotals(found.totals, x.shape[0], self.cfg.d_sae))
-        dead = step.dead_latents()
+        dead, rounded = step.dead_latents(), self.rounded_W_enc(step)
         acts, l0, dead_W_enc = encode_pairs(
             x,
             self.W_enc,
@@ -325,6 +332,7 @@ class SparseTrainingSAEMixin(_Base):
             None if dead is None else dead.block,
             step.choice.backend,
             self._row_gradients("W_enc", order, step),
+            None if rounded is None else rounded.values,
         )
         if dead is not None:
             dead.W_enc = dead_W_enc
@@ -384,14 +392,19 @@ class SparseTrainingSAEMixin(_Base):
         """
         if not isinstance(feature_acts, SparseFeatureActs):
             return super().decode(feature_acts)
-        code = feature_acts.code
+        code, step = feature_acts.code, feature_acts.code.step
         weights_changed = not code.is_made_with(self.W_dec)
         has_dense_hook = any(has_hooks(getattr(self, name)) for name in DENSE_HOOKS)
         if has_dense_hook or weights_changed or not feature_acts.is_untouched:
             return super().decode(feature_acts.materialized())
-        to_step = not _has_gradient_hooks(self.W_dec)
+        to_step = not has_gradient_hooks(self.W_dec)
+        target = step.target if step is current_step(self) and torch.is_grad_enabled() else None
+        if target is not None:
+            target = target.reshape(-1, self.cfg.d_in).contiguous()
         with profiler_range("saelens_sparse::decode"):
-            recons, dead_W_dec = code.decode(self.W_dec, self.b_dec, to_step=to_step)
+            recons, dead_W_dec, step.comparison = code.decode(
+                self.W_dec, self.b_dec, target, to_step=to_step
+            )
         code.is_decoded = True
         if code.dead is not None:
             code.dead.W_dec = dead_W_dec
@@ -410,7 +423,7 @@ class SparseTrainingSAEMixin(_Base):
         self, name: str, order: LatentOrder, step: StepContext
     ) -> list[RowGradient] | None:
         """Where the gradient of a weight over such pairs goes instead of to its `.grad`."""
-        if _has_gradient_hooks(getattr(self, name)):
+        if has_gradient_hooks(getattr(self, name)):
             return None
         return step.row_gradients_of(name, order)
 
@@ -491,8 +504,3 @@ def _latent_major(weight: torch.Tensor, name: str) -> torch.Tensor:
 def _lay_out_after_loading(sae: SparseTrainingSAEMixin, *_: Any) -> None:
     """A state dict may be assigned, in any layout."""
     sae.lay_out_weights()
-
-
-def _has_gradient_hooks(parameter: torch.Tensor) -> bool:
-    """Whether somebody hooks into a parameter's gradient, and expects a tensor there."""
-    return any(getattr(parameter, hooks) for hooks in TENSOR_HOOKS)

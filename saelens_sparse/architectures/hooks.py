@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from saelens_sparse.private_names import MODULE_HOOKS, TENSOR_HOOKS
@@ -15,8 +16,11 @@ def has_hooks(hook_point: nn.Module) -> bool:
     return any(getattr(hook_point, hooks) for hooks in MODULE_HOOKS)
 
 
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether somebody hooks into a parameter's gradient, and expects a tensor there."""
+    return any(getattr(parameter, hooks) for hooks in TENSOR_HOOKS)
+
+
 def any_hooks(sae: nn.Module) -> bool:
     """Whether any hook is attached to a module or a parameter of an SAE."""
-    return any(has_hooks(module) for module in sae.modules()) or any(
-        getattr(parameter, hooks) for parameter in sae.parameters() for hooks in TENSOR_HOOKS
-    )
+    return any(map(has_hooks, sae.modules())) or any(map(has_gradient_hooks, sae.parameters()))

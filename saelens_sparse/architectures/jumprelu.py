@@ -26,7 +26,7 @@ from saelens_sparse.architectures.fields import SparseTrainingSAEConfigMixin
 from saelens_sparse.architectures.registry import Architecture, add
 from saelens_sparse.choice.availability import Choice
 from saelens_sparse.choice.policy import STATE_FILENAME, DensityPolicy, PairTotals
-from saelens_sparse.codes.code import Code, DenseCode, PairCode, version_of
+from saelens_sparse.codes.code import Code, DenseCode, PairCode
 from saelens_sparse.codes.dead import DeadRows, dead_rows
 from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, materialize
 from saelens_sparse.codes.step import StepContext
@@ -37,6 +37,7 @@ from saelens_sparse.ops.activation.pairs import JumpReLU
 from saelens_sparse.ops.common.backend import Backend
 from saelens_sparse.ops.common.host_copy import HostCopy
 from saelens_sparse.ops.common.precision import matmul_dtype
+from saelens_sparse.ops.common.versions import version_of
 from saelens_sparse.ops.dense import encode_densely
 from saelens_sparse.ops.rows.at_latents import at_latents
 from saelens_sparse.ops.search.found import FoundPairs

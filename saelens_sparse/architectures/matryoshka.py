@@ -28,6 +28,7 @@ from saelens_sparse.codes.on_demand import SparseFeatureActs, code_of, materiali
 from saelens_sparse.codes.step import StepContext
 from saelens_sparse.config.require import require_bool, require_ints
 from saelens_sparse.ops.common.host_copy import HostCopy
+from saelens_sparse.ops.decode import Decoded
 from saelens_sparse.ops.pairs import ActivePairs, Rows
 from saelens_sparse.ops.rows.block import RowBlock
 
@@ -103,21 +104,26 @@ class LeveledCode(PairCode):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        to_step: bool,
+    ) -> Decoded:
         if self.step.n_training_steps is None:
-            return super().decode(W_dec, b_dec, to_step=to_step)
+            return super().decode(W_dec, b_dec, target, to_step=to_step)
         rows = rows_by_level(self.pairs, self.widths)
         pairs, order = replace(self.pairs, rows=rows), replace(self.order, rows=rows)
         # Backward, errors add up from the widest level on: a pair's row is the sum of the errors of
         # its own level and of all that contain it. So the weight gets one gradient.
-        sums, dead_W_dec = self.decode_rows(W_dec, None, pairs, order, to_step=to_step)
+        sums, dead_W_dec, _ = self.decode_rows(W_dec, None, pairs, order, to_step=to_step)
         recons = b_dec
         self.recons.clear()
         for of_level in sums.view(-1, len(self.widths), W_dec.shape[1]).unbind(1):
             recons = of_level + recons
             self.recons.append(recons)
-        return recons, dead_W_dec
+        return Decoded(recons, dead_W_dec, None)
 
     def dead_levels(self, mask: torch.Tensor | None) -> list[DeadRows] | None:
         """The dead latents of `mask` by level, no level if there are none; None if the step has not

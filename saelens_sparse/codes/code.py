@@ -12,17 +12,13 @@ from typing_extensions import override
 from saelens_sparse.codes.dead import DeadLatents
 from saelens_sparse.codes.step import StepContext
 from saelens_sparse.ops.common.backend import Backend
-from saelens_sparse.ops.decode import decode_pairs
+from saelens_sparse.ops.common.versions import version_of
+from saelens_sparse.ops.decode import Decoded, can_compare, decode_pairs
 from saelens_sparse.ops.dense import FiringCounts, decode_densely
 from saelens_sparse.ops.pairs import ActivePairs, LatentOrder
 from saelens_sparse.ops.rows.at_latents import at_latents
 from saelens_sparse.ops.rows.block import RowBlock
 from saelens_sparse.ops.rows.operations import segment_totals
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Autograd's count of in-place changes; tensors made in inference mode have none."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(kw_only=True)
@@ -112,13 +108,20 @@ class Code(ABC):
 
     @abstractmethod
     def decode(
-        self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`acts @ W_dec + b_dec`, `[n_rows, d_in]`, and the dead latents' rows of `W_dec` or None.
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        to_step: bool,
+    ) -> Decoded:
+        """`acts @ W_dec + b_dec`, and the dead latents' rows of `W_dec` or None.
 
         Args:
             W_dec: `[d_sae, d_in]`.
             b_dec: `[d_in]`.
+            target: `[n_rows, d_in]`, contiguous, what is compared with the reconstruction if that
+                is cheaper than a comparison after it; or None.
             to_step: whether the gradient of `W_dec` may go to the step instead of to its `.grad`,
                 if `W_dec` is of the SAE that encoded.
         """
@@ -240,9 +243,14 @@ class PairCode(Code):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.decode_rows(W_dec, b_dec, self.pairs, self.order, to_step=to_step)
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        to_step: bool,
+    ) -> Decoded:
+        return self.decode_rows(W_dec, b_dec, self.pairs, self.order, target, to_step=to_step)
 
     def decode_rows(
         self,
@@ -250,9 +258,10 @@ class PairCode(Code):
         b_dec: torch.Tensor | None,
         pairs: ActivePairs,
         order: LatentOrder,
+        target: torch.Tensor | None = None,
         *,
         to_step: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Decoded:
         """As `decode`, of its pairs on rows that may be others than those of the batch."""
         acts = self.acts
         norms_vary = torch.is_grad_enabled() and W_dec.requires_grad and not self.norms_have_graph
@@ -262,8 +271,10 @@ class PairCode(Code):
             acts = acts * at_latents(scale, pairs.latents, order, self.backend)
         to_step = to_step and W_dec is self.W_dec
         row_gradients = self.step.row_gradients_of("W_dec", order) if to_step else None
+        if target is not None and not can_compare(W_dec, target, self.backend):
+            target = None
         return decode_pairs(
-            acts, W_dec, b_dec, pairs, order, self.block, self.backend, row_gradients
+            acts, W_dec, b_dec, pairs, order, self.block, self.backend, row_gradients, target
         )
 
 
@@ -312,7 +323,12 @@ class DenseCode(Code):
 
     @override
     def decode(
-        self, W_dec: torch.Tensor, b_dec: torch.Tensor, *, to_step: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        to_step: bool,
+    ) -> Decoded:
         product, rows = decode_densely(self.acts, W_dec, self.block, self.backend)
-        return product + b_dec, rows
+        return Decoded(product + b_dec, rows, None)

@@ -1,4 +1,4 @@
-"""Tensors of shape `[..., d_sae]` that are computed only if somebody looks at them.
+"""Tensors of a step that are computed only if somebody looks at them.
 
 SAELens's trainer asks little of `feature_acts` (which latents fired, how often) and nothing of
 `hidden_pre`. Both are stood in for by tensor subclasses that answer those questions from the
@@ -13,11 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
+from sae_lens.saes.sae import mse_loss
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from saelens_sparse.codes.code import Code, version_of
+from saelens_sparse.codes.code import Code
 from saelens_sparse.codes.compressed import compressed
+from saelens_sparse.codes.step import step_in_progress
+from saelens_sparse.ops.common.versions import version_of
+from saelens_sparse.ops.decode import Comparison
 
 
 def _getter(name: str) -> Callable[..., Any]:
@@ -148,8 +152,9 @@ def materialize(tree: Any) -> Any:
 def _refuse_gradient(_: torch.Tensor) -> None:
     """Reached through a graph that took the tensor itself and not the ordinary one."""
     raise RuntimeError(
-        "a custom autograd.Function was given feature_acts or hidden_pre of a sparse SAE, whose "
-        "weights its gradient does not reach. Give it a clone(), or set implementation='dense'."
+        "a custom autograd.Function was given feature_acts, hidden_pre or squared errors of a "
+        "sparse SAE, whose weights its gradient does not reach. Give it a clone(), or set "
+        "implementation='dense'."
     )
 
 
@@ -316,6 +321,53 @@ class DeferredPreActs(OnDemandTensor):
         if func in _COPIES and self._is_expired:
             return _copy_expired(self, func)
         return NotImplemented
+
+
+class SquaredErrors(OnDemandTensor):
+    """SAELens's squared errors `[..., d_in]`, whose sum over each row a decoder has made."""
+
+    _operands: tuple[torch.Tensor, torch.Tensor]
+    _comparison: Comparison
+
+    @override
+    def __new__(cls, preds: torch.Tensor, target: torch.Tensor, comparison: Comparison) -> Self:
+        self = OnDemandTensor.__new__(
+            cls, preds.shape, preds.dtype, preds.device, preds.requires_grad
+        )
+        self._operands, self._comparison = (preds, target), comparison
+        return self
+
+    @override
+    def compute(self) -> torch.Tensor:
+        return mse_loss(*self._operands)
+
+    @override
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if func == _REQUIRES_GRAD:
+            return self._operands[0].requires_grad
+        is_sum = func in (torch.Tensor.sum, torch.sum) and kwargs.keys() <= {"dim"}
+        if is_sum and [*args[1:], *kwargs.values()] in ([-1], [self.ndim - 1]):
+            preds, target = self._operands
+            if self._comparison.is_of(preds, target):
+                return self._comparison.squared_errors(preds).view(self.shape[:-1])
+        return NotImplemented
+
+
+def squared_errors(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """
+    SAELens's `mse_loss`; made on demand of what the decoder of the step in progress has compared.
+
+    Args:
+        preds: `[..., d_in]`.
+        target: `[..., d_in]`.
+    """
+    step = step_in_progress()
+    comparison = None if step is None else step.comparison
+    if comparison is not None and comparison.is_of(preds, target):
+        return SquaredErrors(preds, target, comparison)
+    return mse_loss(preds, target)
 
 
 class ExpiredPreActs(OnDemandTensor):

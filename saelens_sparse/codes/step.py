@@ -20,6 +20,7 @@ from saelens_sparse.codes.dead import DeadLatents
 from saelens_sparse.measured import MAX_PAIRS_PER_LATENT
 from saelens_sparse.ops.common.host_copy import HostCount
 from saelens_sparse.ops.common.precision import ScreenDtype
+from saelens_sparse.ops.decode import Comparison
 from saelens_sparse.ops.pairs import LatentOrder
 from saelens_sparse.ops.search.found import Check, FoundPairs
 from saelens_sparse.ops.update.row_gradient import RowGradient
@@ -77,6 +78,9 @@ class StepContext:
         was_complete: whether all that was asked at once had been found at once.
         pair_totals: how many pairs its batch had, where the next choice depends on that.
         needed: how many pairs the step had that was dropped for it; None if none was dropped.
+        target: `[..., d_in]`, what its loss compares the reconstruction with; None if a function of
+            somebody else's does that.
+        comparison: of the last reconstruction with `target`, if its decoder has made one.
         seen: what the forward pass has found out for `commit`, on the device, by name.
     """
 
@@ -91,6 +95,8 @@ class StepContext:
     was_complete: bool = True
     pair_totals: PairTotals | None = None
     needed: PairTotals | None = None
+    target: torch.Tensor | None = None
+    comparison: Comparison | None = None
     seen: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
     def is_complete(self) -> bool:
@@ -144,6 +150,12 @@ def in_progress(sae: object, step: StepContext) -> Generator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def step_in_progress() -> StepContext | None:
+    """The training step, of whichever SAE, that the present thread is in."""
+    current = _current.get()
+    return None if current is None else current[1]
 
 
 def current_step(sae: object) -> StepContext | None:

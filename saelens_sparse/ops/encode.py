@@ -27,6 +27,7 @@ def encode_pairs(
     block: RowBlock | None,
     backend: Backend,
     row_gradients: list[RowGradient] | None = None,
+    rounded: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`activation(x @ weight + bias)` at pairs, L0 of each row, and a block of rows.
 
@@ -46,6 +47,8 @@ def encode_pairs(
         backend: `"triton"` or `"torch"`.
         row_gradients: gets the weight's gradient in the backward pass, and autograd none; None for
             the other way round.
+        rounded: `[d_sae, d_in]`, `weight.T` in lower precision, or None. It spares reading the
+            weight where a gradient is computed in that precision.
 
     Returns:
         The activations `[n_pairs]`; L0 `[n_rows]` in their dtype, or None if `pairs` does not count
@@ -53,7 +56,7 @@ def encode_pairs(
     """
     return _EncodePairs.apply(  # pyright: ignore[reportReturnType]
         x, weight, bias, input_bias, activation.threshold, pairs, order, activation, block,
-        backend, row_gradients,
+        backend, row_gradients, rounded,
     )  # fmt: skip
 
 
@@ -72,9 +75,10 @@ class _EncodePairs(torch.autograd.Function):
         block: RowBlock | None,
         backend: Backend,
         row_gradients: list[RowGradient] | None,
+        rounded: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         acts = activation.values(pairs, backend)
-        ctx.save_for_backward(x, weight, threshold)
+        ctx.save_for_backward(x, weight, threshold, rounded)
         ctx.pairs, ctx.order, ctx.activation = pairs, order, activation
         ctx.block, ctx.backend, ctx.row_gradients = block, backend, row_gradients
         ctx.summed_dtype = summed_dtype(x, backend)
@@ -87,7 +91,7 @@ class _EncodePairs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        x, weight, _ = ctx.saved_tensors
+        x, weight, _, rounded = ctx.saved_tensors
         pairs, order, backend = ctx.pairs, ctx.order, ctx.backend
         need_x, need_weight, need_bias, need_input_bias, need_threshold = ctx.needs_input_grad[:5]
         grad_pre_acts, grad_thresholds = ctx.activation.gradients(pairs, *grads[:2], backend)
@@ -104,7 +108,9 @@ class _EncodePairs(torch.autograd.Function):
             if grad_bias is None:
                 grad_bias = segment_totals(order, grad_pre_acts, backend).to(weight.dtype)
             if need_input_bias:
-                grad_input_bias = -row_combination(grad_bias, rows, backend)
+                dtype = ctx.summed_dtype
+                combined = rows if rounded is None or rounded.dtype != dtype else rounded
+                grad_input_bias = -row_combination(grad_bias, combined, backend, dtype)
         if need_threshold:
             grad_threshold = segment_totals(order, grad_thresholds, backend)
         if need_x:
@@ -113,5 +119,5 @@ class _EncodePairs(torch.autograd.Function):
             grad_x = gather_sum(coefficients, pairs.latents, pairs.rows, rows, backend).to(x.dtype)
         return (
             grad_x, grad_weight, grad_bias, grad_input_bias, grad_threshold,
-            None, None, None, None, None, None,
+            None, None, None, None, None, None, None,
         )  # fmt: skip

@@ -114,7 +114,7 @@ def sparse_outputs(
         x, p.W_enc, p.b_enc, input_bias, pairs, order, ReLU(), block, backend
     )
     assert l0 is None
-    recons, W_dec = decode_pairs(acts, p.W_dec, p.b_dec, pairs, order, block, backend)
+    recons, W_dec, _ = decode_pairs(acts, p.W_dec, p.b_dec, pairs, order, block, backend)
     acts, latents = acts.view(x.shape[0], k), pairs.latents.view(x.shape[0], k)
     assert W_enc is not None
     assert W_dec is not None
@@ -258,7 +258,7 @@ def test_gradcheck_in_torch() -> None:
             centred, encoder.T, b_enc, None, pairs, order, ReLU(), None, "torch"
         )
         assert no_block is None
-        recons, _ = decode_pairs(acts, W_dec, b_dec, pairs, order, None, "torch")
+        recons, _, _ = decode_pairs(acts, W_dec, b_dec, pairs, order, None, "torch")
         # By latent, so that the order of the pairs does not matter.
         code = torch.zeros(3, D_SAE, dtype=acts.dtype)
         code = code.scatter(1, pairs.latents.view(3, 4), acts.view(3, 4))
@@ -421,7 +421,7 @@ def test_blocks_are_rows_of_the_weights(backend: Backend, device: torch.device) 
         acts, _, W_enc = encode_pairs(
             p.x, p.W_enc, p.b_enc, None, pairs, order, ReLU(), block, backend
         )
-        _, W_dec = decode_pairs(acts, p.W_dec, None, pairs, order, block, backend)
+        _, W_dec, _ = decode_pairs(acts, p.W_dec, None, pairs, order, block, backend)
         for rows, expected in ((W_enc, p.W_enc[:, p.rows].T), (W_dec, p.W_dec[p.rows])):
             assert rows is not None
             assert rows.requires_grad
@@ -571,7 +571,7 @@ def test_under_autocast_kernels_sum_rows_of_bfloat16_into_gradients_of_weights(
     order = LatentOrder.of(pairs, D_SAE)
     with torch.autocast(device.type, low):
         acts, _, _ = encode_pairs(p.x, p.W_enc, p.b_enc, None, pairs, order, ReLU(), None, backend)
-        recons, _ = decode_pairs(acts, p.W_dec, p.b_dec, pairs, order, None, backend)
+        recons, _, _ = decode_pairs(acts, p.W_dec, p.b_dec, pairs, order, None, backend)
     (recons * p.upstream_recons).sum().backward()
 
     code = torch.zeros(N_ROWS, D_SAE, dtype=torch.float64, device=device)

@@ -7,6 +7,7 @@ import torch
 
 from saelens_sparse.ops.common.cuda_graph import kept_by_graphs, record
 from saelens_sparse.profile.measure import time_calls
+from saelens_sparse.profile.trainers import release_memory
 
 
 def test_what_graphs_keep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +27,7 @@ def test_what_graphs_keep(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_recorded_before", [True, False])
 def test_a_peak_counts_a_graph_s_own_memory_once(is_recorded_before: bool) -> None:
+    release_memory("cuda")  # what graphs of other tests have left
     x = torch.ones(2**20, device="cuda")
     stream = torch.cuda.Stream()
 

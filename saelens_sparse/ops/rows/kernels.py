@@ -16,9 +16,9 @@ from saelens_sparse.ops.pairs import Rows
 class GatherSumLaunch:
     """Tile of `gather_sum`: BLOCK_K gathered rows of BLOCK_D columns are in flight at once."""
 
-    BLOCK_K: int = 8
-    BLOCK_D: int = 512
-    num_warps: int = 2
+    BLOCK_K: int = 16
+    BLOCK_D: int = 128
+    num_warps: int = 1
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class GatherDotLaunch:
     """Tile of `gather_dot`: BLOCK_K dot products, BLOCK_D columns at a time."""
 
     BLOCK_K: int = 16
-    BLOCK_D: int = 256
-    num_warps: int = 4
+    BLOCK_D: int = 64
+    num_warps: int = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AddRowsLaunch:
 
 @dataclass(frozen=True)
 class RowCombinationLaunch:
-    """Tile of `row_combination`: a program adds ROWS rows, BLOCK_L of them at a time."""
+    """Tile of `row_combination`: a program adds up to ROWS rows, BLOCK_L of them at a time."""
 
     ROWS: int = 64
     BLOCK_L: int = 4
@@ -48,7 +48,8 @@ class RowCombinationLaunch:
     num_warps: int = 2
 
 
-# All chosen at 2304 -> 65,536, k 64, batch 4096, float32 (H200).
+# Chosen at batch 4096, float32: gathers at 768 -> 24,576, k 32, at 2304 -> 65,536 and
+# 4096 -> 131,072, k 64 (H100), the others at 2304 -> 65,536 (H200).
 GATHER_SUM = GatherSumLaunch()
 GATHER_DOT = GatherDotLaunch()
 ADD_ROWS = AddRowsLaunch()
@@ -68,8 +69,19 @@ class RowPairs(NamedTuple):
         return cls(rows.offsets, rows.k)
 
 
+class RowErrors(NamedTuple):
+    """What a sum is compared with, and where what comes of that goes; None if it is not."""
+
+    target: torch.Tensor | None  # [N, D] float32
+    residual: torch.Tensor | None  # [N, D] float32
+    squares: torch.Tensor | None  # [T, N] float32, by tile of columns
+
+
+NO_ERRORS = RowErrors(None, None, None)
+
+
 @triton.jit
-def _pairs_of_row(rows, n):
+def pairs_of_row(rows, n):
     """Where the pairs of row n begin, and how many there are."""
     if rows.offsets is None:
         first = n * rows.k
@@ -97,6 +109,7 @@ def _gather_sum_kernel(
     latents_ptr,  # [P]
     weight_ptr,  # [L, D]
     bias_ptr,  # [D] or None
+    error,  # RowErrors
     rows,  # RowPairs
     D,
     BLOCK_K: tl.constexpr,
@@ -104,12 +117,14 @@ def _gather_sum_kernel(
 ):
     """out[n, :] = sum over the pairs p of row n of coefficients[p] * weight[latents[p], :] + bias
 
+    and what is wanted of out - target.
+
     Grid: rows, tiles of columns.
     """
     n = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
-    first, n_pairs = _pairs_of_row(rows, n)
+    first, n_pairs = pairs_of_row(rows, n)
     acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for start in range(0, n_pairs, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
@@ -129,6 +144,12 @@ def _gather_sum_kernel(
         bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
         out = (out.to(tl.float32) + bias).to(out.dtype)
     tl.store(out_ptr + n * D + cols, out, mask=col_mask)
+    if error.target is not None:
+        target = tl.load(error.target + n * D + cols, mask=col_mask, other=0.0)
+        residual = tl.where(col_mask, out.to(tl.float32) - target, 0.0)
+        tl.store(error.residual + n * D + cols, residual, mask=col_mask)
+        square = tl.sum(residual * residual, axis=0)
+        tl.store(error.squares + tl.program_id(1) * tl.num_programs(0) + n, square)
 
 
 @kernel.asking(_gathers)
@@ -147,7 +168,7 @@ def _gather_dot_kernel(
     Grid: rows, blocks of pairs.
     """
     n = tl.program_id(0).to(tl.int64)
-    first, n_pairs = _pairs_of_row(rows, n)
+    first, n_pairs = pairs_of_row(rows, n)
     step = tl.num_programs(1) * BLOCK_K
     for start in range(tl.program_id(1) * BLOCK_K, n_pairs, step):
         i = start + tl.arange(0, BLOCK_K)
@@ -191,11 +212,15 @@ def _row_combination_kernel(
     weight_ptr,  # [L, D]
     L,
     D,
+    ROUNDED: tl.constexpr,  # whether rows are rounded to bfloat16
     ROWS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """parts[b, :] = sum over the ROWS rows j of block b of coefficients[j] * weight[j, :]"""
+    """parts[b, :] = sum over the ROWS rows j of block b of coefficients[j] * weight[j, :]
+
+    Grid: blocks of rows, tiles of columns.
+    """
     block = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
@@ -208,8 +233,10 @@ def _row_combination_kernel(
             weight_ptr + j[:, None] * D + cols[None, :],
             mask=used[:, None] & col_mask[None, :],
             other=0.0,
-        ).to(tl.float32)
-        acc += tl.sum(tile * coefficient[:, None], axis=0)
+        )
+        if ROUNDED:
+            tile = tile.to(tl.bfloat16)
+        acc += tl.sum(tile.to(tl.float32) * coefficient[:, None], axis=0)
     tl.store(parts_ptr + block * D + cols, acc, mask=col_mask)
 
 
@@ -245,6 +272,7 @@ def gather_sum(
     rows: Rows,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    error: RowErrors = NO_ERRORS,
 ) -> torch.Tensor:
     """As `operations.gather_sum`, where the bias has the weight's dtype."""
     assert weight.is_contiguous()
@@ -257,6 +285,7 @@ def gather_sum(
             latents_ptr=latents.contiguous(),
             weight_ptr=weight,
             bias_ptr=None if bias is None else bias.contiguous(),
+            error=error,
             rows=RowPairs.of(rows),
             D=d,
             **vars(GATHER_SUM),
@@ -304,8 +333,11 @@ def add_rows(weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> 
 
 
 @on_device_of_arguments
-def row_combination(coefficients: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `operations.row_combination`."""
+def row_combination(
+    coefficients: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """As `operations.row_combination`, of rows in their own dtype or in bfloat16."""
+    assert dtype in (weight.dtype, torch.bfloat16)
     assert weight.is_contiguous()
     (d_sae, d), launch = weight.shape, ROW_COMBINATION
     n_blocks = triton.cdiv(d_sae, launch.ROWS)
@@ -316,9 +348,10 @@ def row_combination(coefficients: torch.Tensor, weight: torch.Tensor) -> torch.T
         weight_ptr=weight,
         L=d_sae,
         D=d,
+        ROUNDED=dtype != weight.dtype,
         **vars(launch),
     )
-    return parts.sum(0).to(weight.dtype)
+    return parts.sum(0).to(coefficients.dtype)
 
 
 @on_device_of_arguments

@@ -286,7 +286,10 @@ def _bag_totals(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def row_combination(
-    coefficients: torch.Tensor, weight: torch.Tensor, backend: Backend
+    coefficients: torch.Tensor,
+    weight: torch.Tensor,
+    backend: Backend,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`coefficients @ weight`, reading no row whose coefficient is zero.
 
@@ -294,10 +297,12 @@ def row_combination(
         coefficients: `[d_sae]`.
         weight: `[d_sae, d]`, contiguous.
         backend: `"triton"` or `"torch"`.
+        dtype: to which rows are rounded first, that of `weight` or bfloat16; None for the former.
 
     Returns:
-        `[d]` in the dtype of `weight`.
+        `[d]` in the dtype of `coefficients`.
     """
+    dtype = dtype or weight.dtype
     if coefficients.shape != weight.shape[:1]:
         raise ValueError(
             f"coefficients must have shape {[weight.shape[0]]}; got {list(coefficients.shape)}"
@@ -305,9 +310,9 @@ def row_combination(
     if backend == "triton":
         from saelens_sparse.ops.rows import kernels
 
-        return kernels.row_combination(coefficients, weight)
+        return kernels.row_combination(coefficients, weight, dtype)
     with _full_precision(weight):
-        return coefficients.to(weight.dtype) @ weight
+        return coefficients @ weight.to(dtype).to(coefficients.dtype)
 
 
 @torch.no_grad()

@@ -39,13 +39,13 @@ MAX_LISTED = 32768
 
 @dataclass(frozen=True)
 class SelectLaunch:
-    """Tiles of the kernels that select, chosen at 2304 -> 65,536, k 64, batch 4096, with float32
-    weights, on an H200.
+    """Tiles of the kernels that select, chosen with float32 weights at batch 4096: for rescoring at
+    768 -> 24,576, k 32, at 2304 -> 65,536 and 4096 -> 131,072, k 64 (H100).
     """
 
     RESCORE_CANDIDATES: int = 16
-    RESCORE_COLS: int = 256
-    RESCORE_WARPS: int = 4
+    RESCORE_COLS: int = 64
+    RESCORE_WARPS: int = 2
     KEEP_PER_WARP: int = 2048
 
 
