@@ -19,7 +19,7 @@ MAX_MEASURED_DENSITY = {
 }
 # A path is left for the other only when that one is faster by this much.
 HYSTERESIS = 0.8
-# A float8 screen lists up to 1.5 times the pairs that dense products count, on normal scores.
+# A float8 screen lists up to 1.7 times the pairs that dense products count, on normal scores.
 FLOAT8_HYSTERESIS = 0.5
 
 # Without gradient buffers pairs are summed twice, for the norm and for the update. With more pairs

@@ -180,7 +180,7 @@ def test_the_margin_is_the_documented_one(target: Target) -> None:
     _, x_norms, x_residuals = round_rows(x, FLOAT8)[1][..., None]
     _, w_norms, w_residuals = round_rows(weight, FLOAT8)[1]
     root = x.shape[1] ** 0.5
-    margin = (x_residuals * w_norms + x_norms * w_residuals) / root * norms
+    margin = 1.25 * (x_residuals * w_norms + x_norms * w_residuals) / root * norms
     used = of.x_errors[2, :, None] * of.terms[2] + of.x_errors[1, :, None] * of.terms[3]
     torch.testing.assert_close(used, margin, rtol=1e-5, atol=0)
 
@@ -206,7 +206,7 @@ def test_a_search_above_thresholds_allows_for_two_margins(target: Target) -> Non
     products = low_x.double() @ low_weight.double().T
     scores = products * x_inverse[:, None] * w_inverse + bias
     margin = x_residuals[:, None] * w_norms + x_norms[:, None] * w_residuals
-    margin /= x.shape[1] ** 0.5
+    margin *= 1.25 / x.shape[1] ** 0.5
     one, two = ((scores + n * margin >= edge).sum().item() for n in (1, 2))
     assert two > 1.02 * one
     assert abs(n_marked.item() - two) < (two - one) / 4

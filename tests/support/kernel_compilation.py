@@ -259,7 +259,8 @@ def _run_launchers(shape: Shape) -> None:
     )
     from saelens_sparse.ops.activation.pairs_kernels import jumprelu, jumprelu_gradients
     from saelens_sparse.ops.common.precision import FLOAT8
-    from saelens_sparse.ops.pairs import LatentOrder, Rows
+    from saelens_sparse.ops.pairs import ActivePairs, LatentOrder, Rows
+    from saelens_sparse.ops.rows import error_kernels as errors
     from saelens_sparse.ops.rows import kernels as row_ops
     from saelens_sparse.ops.rows import segment_kernels as segments
     from saelens_sparse.ops.rows.block import RowBlock
@@ -328,6 +329,14 @@ def _run_launchers(shape: Shape) -> None:
         for added in (None, empty(d_in, dtype=dtype)):
             row_ops.gather_sum(coefficients, latents, rows, weight, added)
         row_ops.gather_dot(batch, latents, rows, weight)
+        if dtype == torch.float32:
+            pairs = ActivePairs(latents, keys, coefficients, rows)
+            for summed_dtype in (torch.float32, torch.bfloat16):
+                decoded = errors.decode_errors(
+                    coefficients, pairs, weight, None, batch, summed_dtype
+                )
+                dots, residual = decoded.dots, decoded.residual
+                errors.pair_gradients(coefficients, pairs, weight, residual, dots, empty(n))
         order = LatentOrder(latents, keys, latent_offsets, rows)
         segments.segment_sum(order, coefficients, batch, dtype)
         segments.segment_totals(order, coefficients)
@@ -344,8 +353,11 @@ def _run_launchers(shape: Shape) -> None:
             for copy, (settings, moment) in product(copies, updates):
                 sums.update(weight, moment, moment, one, one, settings, copy)
     row_ops.add_rows(weight, empty(100, dtype=torch.int64), empty(100, d_in, dtype=dtype))
-    row_ops.row_combination(bias, weight)
+    for rounded_to in {dtype, torch.bfloat16}:
+        row_ops.row_combination(bias, weight, rounded_to)
     row_ops.row_norms(weight)
+    if dtype == torch.float32:
+        errors.error_gradient(batch, batch, empty(n))
     with mock.patch.object(torch.Tensor, "item", return_value=1):
         row_ops.launch_probe(torch.device("meta"))
 

@@ -52,7 +52,7 @@ BIAS_ROUNDING = tl.constexpr(bound.BIAS_ROUNDING)
 # differ by twice that. On activations of SmolLM2-135M, 6 of 32,768 of the top 32 were missed, and
 # a row had 36 to 44 candidates. Twice the margin misses none, and lists up to 1.4 times as many.
 # Where three columns stood out in both operands, 2% were missed (benchmarks/float8_recall.py).
-DEVIATIONS = 1.0
+DEVIATIONS = 1.25
 
 
 @dataclass(frozen=True)

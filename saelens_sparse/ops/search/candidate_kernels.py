@@ -53,12 +53,12 @@ _MAX_GROUPS = 8192
 @dataclass(frozen=True)
 class CandidatesLaunch:
     """Tiles of the kernels that find candidates, chosen at 2304 -> 65,536, k 64, batch 4096, with
-    float32 weights, on an H200.
+    float32 weights, on an H200; for maxima at 262,144 latents too, on an H100.
     """
 
-    MAXIMA_COLS: int = 256
-    MAXIMA_ROWS: int = 8
-    MAXIMA_WARPS: int = 4
+    MAXIMA_COLS: int = 128
+    MAXIMA_ROWS: int = 4
+    MAXIMA_WARPS: int = 1
     TERMS_COLS: int = 128
     TERMS_WARPS: int = 4
     GROUPS_PER_WARP: int = 512

@@ -52,7 +52,7 @@ class SquaresLaunch(SumLaunch):
 # Of tiles of 256 to 4096 columns these are within 4% of the fastest at 2304 -> 65,536 and 262,144,
 # and at 4096 -> 131,072, k 64, batch 4096 (H100 and H200). ROUNDING_UPDATE is for an update that
 # writes rows in lower precision too.
-SQUARES = SquaresLaunch(BLOCK_P=1, BLOCK_D=1024, num_warps=2, ROWS=8)
+SQUARES = SquaresLaunch(BLOCK_P=1, BLOCK_D=512, num_warps=1, ROWS=16)
 UPDATE = SumLaunch(BLOCK_P=2, BLOCK_D=NORM_COLS, num_warps=1)
 ROUNDING_UPDATE = SumLaunch(BLOCK_P=1, BLOCK_D=1024, num_warps=4)
 
