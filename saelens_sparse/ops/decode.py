@@ -53,8 +53,9 @@ class Comparison:
         self._versions = version_of(recons), version_of(self.target)
 
     def is_of(self, recons: torch.Tensor, target: torch.Tensor) -> bool:
-        """Whether these are the reconstructions and the target, in any shape, as they were."""
+        """Whether these are the reconstructions and the target, row by row, as they were."""
         is_same = _is_same(recons, self._recons) and _is_same(target, self.target)
+        is_same = is_same and recons.shape[-1:] == self.target.shape[-1:]
         return is_same and self._versions == (version_of(recons), version_of(target))
 
     def squared_errors(self, recons: torch.Tensor) -> torch.Tensor:
