@@ -133,7 +133,7 @@ def test_a_reconstruction_that_was_changed_after_its_errors(subject: Subject) ->
         return errors.sum(dim=-1).mean()
 
     for sae in (stock, subject.sparse(stock)):
-        with pytest.raises(RuntimeError, match="in.?place"):
+        with pytest.raises(RuntimeError, match=r"in.?place"):
             in_a_step(sae, x, changed_later).backward()
 
 
