@@ -231,6 +231,7 @@ def test_what_has_changed_since_is_not_what_was_compared(device: torch.device) -
     assert not comparison.is_of(recons.view(37, 5), target.view(37, 5))
     assert not comparison.is_of(recons.view(1, 5, 37), target)
     assert not comparison.is_of(recons, target.detach().requires_grad_())
+    assert not comparison.is_of(recons.view(5, 1, 37, 1), target.view(5, 1, 37, 1))
     with torch.no_grad():
         recons.add_(1)
     assert not comparison.is_of(recons, target)
@@ -274,6 +275,21 @@ def test_what_can_be_compared(
     assert can_compare(W_dec, x, backend) == can
     if can:
         assert not can_compare(W_dec, x.requires_grad_(), backend)
+
+
+def test_a_bad_row_counts_if_its_latent_is_active(device: torch.device) -> None:
+    case = Case.random(device, 5, 37)
+    clipped = int(case.pairs.latents[case.acts.detach() == 0][0])
+    with torch.no_grad():
+        case.acts[case.pairs.latents == clipped] = 0
+        case.W_dec[clipped] = torch.nan
+    decoded, comparison = case.decode()
+    assert comparison.squared_errors(decoded.recons).isfinite().all()
+    with torch.no_grad():
+        case.acts[case.pairs.latents == clipped] = 1
+    decoded, comparison = case.decode()
+    bad = (case.pairs.latents == clipped).view(5, 5).any(1)
+    assert torch.equal(comparison.squared_errors(decoded.recons).isnan(), bad)
 
 
 def test_an_empty_batch(device: torch.device) -> None:

@@ -79,7 +79,7 @@ def test_a_screen_has_no_more_rows_than_a_grid_of_its_kernels(
     monkeypatch.setattr(screen, "multiply_float16", spy)
     monkeypatch.setattr(screen, "MAX_GRID", (2**31 - 1, 1, 1))
     found = topk.select(backend), pattern.start(backend).result()
-    assert chunks == [8, 8, 3] * 2
+    assert chunks == [4, 4, 4, 4, 3, 8, 8, 3]
     assert torch.equal(found[0].latents, expected[0].latents)
     assert torch.equal(found[0].pre_acts, expected[0].pre_acts)
     gate_helpers.assert_same_bits(found[1], expected[1])

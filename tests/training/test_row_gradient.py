@@ -1,7 +1,9 @@
 """Gradients that are never held: their norm, the update that takes them, and what it writes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from saelens_sparse.ops.rows.operations import row_norms
 from saelens_sparse.ops.screen.round_kernels import round_rows, settle_rows
 from saelens_sparse.ops.update.adam_kernels import AdamSettings
 from saelens_sparse.ops.update.row_gradient import RowGradient
-from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, SumLaunch
+from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums
 from saelens_sparse.ops.update.weight_cache import WeightCopy, WeightView
 from saelens_sparse.training.trainer import SparseSAETrainer
 from tests.conftest import Target, target_parameters
@@ -85,9 +87,10 @@ def exact_rows(gradient: RowGradient) -> torch.Tensor:
 def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that one program holds, and rows that it does not."""
     if request.param == "tiles":
+        module = import_module("saelens_sparse.ops.update.row_gradient_kernels")
         for name in ("SQUARES", "UPDATE", "ROUNDING_UPDATE"):
-            tile = SumLaunch(BLOCK_P=2, BLOCK_D=16, num_warps=1)
-            monkeypatch.setattr(f"saelens_sparse.ops.update.row_gradient_kernels.{name}", tile)
+            tile = replace(getattr(module, name), BLOCK_P=2, BLOCK_D=16, num_warps=1)
+            monkeypatch.setattr(module, name, tile)
         monkeypatch.setattr("saelens_sparse.ops.rows.kernels.NORM_COLS", 16)
 
 

@@ -87,6 +87,7 @@ def _decode_held_kernel(
     i = tl.arange(0, BLOCK_K)
     live = i < k
     coefficient = tl.load(coefficients_ptr + n * k + i, mask=live, other=0.0).to(tl.float32)
+    used = coefficient != 0.0
     latent = tl.load(latents_ptr + n * k + i, mask=live, other=0).to(tl.int64)
     products = tl.zeros((BLOCK_K,), dtype=tl.float32)
     squares = 0.0
@@ -98,7 +99,8 @@ def _decode_held_kernel(
             mask=live[:, None] & col_mask[None, :],
             other=0.0,
         )
-        out = tl.sum(tile * coefficient[:, None], axis=0)
+        # A row with a zero coefficient (clipped by the activation function) may be NaN.
+        out = tl.sum(tl.where(used[:, None], tile * coefficient[:, None], 0.0), axis=0)
         if bias_ptr is not None:
             out += tl.load(bias_ptr + cols, mask=col_mask, other=0.0)
         tl.store(out_ptr + n * D + cols, out, mask=col_mask)

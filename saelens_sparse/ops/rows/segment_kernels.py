@@ -75,13 +75,17 @@ class SegmentSums(NamedTuple):
         launch = SEGMENT_SUM
         d, n_pairs = batch.shape[1], order.pairs.numel()
         n_slots = 2 * triton.cdiv(n_pairs, launch.SPLIT)
+        row_of_pairs, k = order.rows.of_pairs, order.rows.k
+        if k == 1:
+            # Triton 3.6 makes a constant of an integer that is one, and loses it within a loop.
+            row_of_pairs, k = torch.arange(n_pairs, dtype=torch.int32, device=batch.device), None
         pairs = PairList(
             order.offsets,
             order.pairs,
             coefficients.contiguous(),
             batch.contiguous(),
-            order.rows.of_pairs,
-            order.rows.k,
+            row_of_pairs,
+            k,
         )
         partials = torch.empty(n_slots, d, dtype=torch.float32, device=batch.device)
         totals = torch.empty(n_slots, dtype=torch.float32, device=batch.device)
