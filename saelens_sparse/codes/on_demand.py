@@ -339,6 +339,11 @@ class SquaredErrors(OnDemandTensor):
 
     @override
     def compute(self) -> torch.Tensor:
+        if not self._comparison.is_of(*self._operands):
+            raise RuntimeError(
+                "squared errors were not kept, and the reconstruction or the input has changed in "
+                "place since, so that they cannot be computed any more. Read them before."
+            )
         return mse_loss(*self._operands)
 
     @override
@@ -365,7 +370,8 @@ def squared_errors(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     step = step_in_progress()
     comparison = None if step is None else step.comparison
-    if comparison is not None and comparison.is_of(preds, target):
+    has_graph = torch.is_grad_enabled()
+    if has_graph and comparison is not None and comparison.is_of(preds, target):
         return SquaredErrors(preds, target, comparison)
     return mse_loss(preds, target)
 

@@ -144,12 +144,16 @@ _offered: ContextVar[tuple[object, Offer] | None] = ContextVar("offer", default=
 
 @contextmanager
 def in_progress(sae: object, step: StepContext) -> Generator[None]:
-    """Make `step` the one that calls of `sae` in this thread belong to."""
+    """Make `step` the one that calls of `sae` in this thread belong to.
+
+    When it ends, nothing is compared any more. Outputs hold the step, which lets go of the batch.
+    """
     token = _current.set((sae, step))
     try:
         yield
     finally:
         _current.reset(token)
+        step.target = step.comparison = None
 
 
 def step_in_progress() -> StepContext | None:

@@ -30,6 +30,31 @@ class Decoded(NamedTuple):
     comparison: Comparison | None
 
 
+class ErrorGradient:
+    """The gradient of squared errors, on its way from them to the decoder in a backward pass.
+
+    Autograd's nodes hold it as long as an output lives, so it holds nothing of the forward pass.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._versions: tuple[int, int] | None = None
+
+    def send(self, gradient: torch.Tensor, grad_squares: torch.Tensor) -> None:
+        """Say to the decoder of which gradient of squared errors a gradient comes."""
+        self._sent = gradient, grad_squares
+        self._versions = version_of(gradient), version_of(grad_squares)
+
+    def receive(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of squared errors from which all of `gradient` comes, if there is one."""
+        sent, self._sent = self._sent, None
+        if sent is None:
+            return None
+        of_errors, grad_squares = sent
+        is_unchanged = self._versions == (version_of(gradient), version_of(grad_squares))
+        return grad_squares if is_unchanged and _is_same(gradient, of_errors) else None
+
+
 class Comparison:
     """Squared errors of reconstructions that were compared with a target as they were decoded.
 
@@ -38,12 +63,14 @@ class Comparison:
 
     Args:
         target: `[n_rows, d_in]` float32, contiguous.
+
+    Attributes:
+        gradient: of the squared errors.
     """
 
     def __init__(self, target: torch.Tensor) -> None:
         self.target = target
-        self._versions: tuple[int, int] | None = None
-        self._sent: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self.gradient = ErrorGradient()
 
     def note(self, recons: torch.Tensor, shares: torch.Tensor) -> None:
         """Take reconstructions `[n_rows, d_in]`, without their graph, and shares of the squared
@@ -53,10 +80,16 @@ class Comparison:
         self._versions = version_of(recons), version_of(self.target)
 
     def is_of(self, recons: torch.Tensor, target: torch.Tensor) -> bool:
-        """Whether these are the reconstructions and the target, row by row, as they were."""
-        is_same = _is_same(recons, self._recons) and _is_same(target, self.target)
-        is_same = is_same and recons.shape[-1:] == self.target.shape[-1:]
-        return is_same and self._versions == (version_of(recons), version_of(target))
+        """Whether these are the reconstructions and the target as they were, with any leading
+        shape, and the target is a constant.
+        """
+        return (
+            recons.shape == target.shape
+            and not target.requires_grad
+            and _is_same(recons, self._recons)
+            and _is_same(target, self.target)
+            and self._versions == (version_of(recons), version_of(target))
+        )
 
     def squared_errors(self, recons: torch.Tensor) -> torch.Tensor:
         """Squared errors of rows, `[n_rows]` float32, on the graph of the reconstructions."""
@@ -66,24 +99,12 @@ class Comparison:
         """Squared errors of rows, without a graph."""
         return self._shares.sum(0)
 
-    def send(self, gradient: torch.Tensor, grad_squares: torch.Tensor) -> None:
-        """Say to the decoder of which gradient of squared errors a gradient comes."""
-        self._sent = gradient, version_of(gradient), grad_squares
-
-    def receive(self, gradient: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of squared errors from which all of `gradient` comes, if there is one."""
-        sent, self._sent = self._sent, None
-        if sent is None:
-            return None
-        of_errors, version, grad_squares = sent
-        is_all = _is_same(gradient, of_errors) and version_of(gradient) == version
-        return grad_squares if is_all else None
-
 
 def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both are the same numbers in memory, all of them, in any shape."""
+    """Whether both are the same rows in memory, all of them, with any leading shape."""
     return (
         tensor.data_ptr() == other.data_ptr()
+        and tensor.shape[-1:] == other.shape[-1:]
         and tensor.numel() == other.numel()
         and tensor.dtype == other.dtype
         and tensor.is_contiguous()
@@ -147,7 +168,8 @@ class _DecodePairs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.pairs, ctx.order, ctx.block = pairs, order, block
-        ctx.backend, ctx.row_gradients, ctx.comparison = backend, row_gradients, comparison
+        ctx.backend, ctx.row_gradients = backend, row_gradients
+        ctx.error_gradient = None if comparison is None else comparison.gradient
         ctx.summed_dtype = summed_dtype(weight, backend)
         ctx.set_materialize_grads(False)
         residual = dots = None
@@ -175,8 +197,8 @@ class _DecodePairs(torch.autograd.Function):
         if grads[0] is None:
             grad_output = weight.new_zeros(pairs.rows.n_rows, weight.shape[1])
         else:
-            if ctx.comparison is not None:
-                grad_squares = ctx.comparison.receive(grads[0])
+            if ctx.error_gradient is not None:
+                grad_squares = ctx.error_gradient.receive(grads[0])
             grad_output = grads[0].to(weight.dtype).contiguous()
             grad_bias = grads[0].sum(0).to(ctx.bias_dtype) if need_bias else None
         if grad_squares is not None:
@@ -205,7 +227,7 @@ class _SquaredErrors(torch.autograd.Function):
         ctx: Any, recons: torch.Tensor, target: torch.Tensor, comparison: Comparison
     ) -> torch.Tensor:
         ctx.save_for_backward(recons, target)
-        ctx.comparison = comparison
+        ctx.error_gradient = comparison.gradient
         return comparison.total()
 
     @staticmethod
@@ -217,5 +239,5 @@ class _SquaredErrors(torch.autograd.Function):
 
         recons, target = ctx.saved_tensors
         gradient = error_gradient(recons.view_as(target), target, grad_squares)
-        ctx.comparison.send(gradient, grad_squares)
+        ctx.error_gradient.send(gradient, grad_squares)
         return gradient.view_as(recons), None, None

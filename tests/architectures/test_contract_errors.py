@@ -9,7 +9,7 @@ import pytest
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-from saelens_sparse.codes.on_demand import SquaredErrors
+from saelens_sparse.codes.on_demand import SquaredErrors, code_of
 from saelens_sparse.codes.step import in_progress
 from tests.support.architectures import Subject, subjects
 from tests.support.saes import (
@@ -123,6 +123,48 @@ def test_a_reconstruction_that_was_changed(subject: Subject) -> None:
 
 
 @subjects()
+def test_a_reconstruction_that_was_changed_after_its_errors(subject: Subject) -> None:
+    """What they were cannot be computed any more; stock refuses their gradient."""
+    stock, x = subject.case(n_rows=6)
+
+    def changed_later(sae: Any, out: torch.Tensor) -> torch.Tensor:
+        errors = sae.mse_loss_fn(out, x)
+        out.mul_(0.5)
+        return errors.sum(dim=-1).mean()
+
+    for sae in (stock, subject.sparse(stock)):
+        with pytest.raises(RuntimeError, match=r"in.?place"):
+            in_a_step(sae, x, changed_later).backward()
+
+
+@subjects()
+def test_errors_that_were_made_without_a_graph(subject: Subject) -> None:
+    stock, x = subject.case(n_rows=6)
+
+    def without_graph(sae: Any, out: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            errors = sae.mse_loss_fn(out, x)
+        return errors.sum(dim=-1).mean()
+
+    for sae in (stock, subject.sparse(stock)):
+        assert not in_a_step(sae, x, without_graph).requires_grad
+
+
+@subjects(any_input=True)
+def test_errors_of_heads(subject: Subject) -> None:
+    """Rows of heads are compared by head."""
+    stock, x = subject.case(n_rows=6, d_in=12, reshape_activations="hook_z")
+    sparse, losses = subject.sparse(stock), list[torch.Tensor]()
+    for sae in (stock, sparse):
+        sae.turn_on_forward_pass_hook_z_reshaping()
+        output = forward_pass(sae, x.view(-1, 4, 3))
+        output.loss.backward()
+        losses.append(output.loss)
+    torch.testing.assert_close(losses[1], losses[0])
+    require_same_gradients(sparse, stock)
+
+
+@subjects()
 def test_errors_are_of_one_step(subject: Subject) -> None:
     """Outside of it, and of a later one, they are made as in stock."""
     stock, x = subject.case(n_rows=6)
@@ -131,6 +173,14 @@ def test_errors_are_of_one_step(subject: Subject) -> None:
     assert type(sparse.mse_loss_fn(out, x)) is torch.Tensor
     errors = in_a_step(sparse, x, lambda sae, _: sae.mse_loss_fn(out, x))
     assert type(errors) is torch.Tensor
+
+
+@subjects()
+def test_a_step_lets_go_of_what_it_compared(subject: Subject) -> None:
+    stock, x = subject.case(n_rows=6)
+    code = code_of(forward_pass(subject.sparse(stock), x).feature_acts)
+    assert code is not None
+    assert code.step.target is None and code.step.comparison is None
 
 
 @subjects()

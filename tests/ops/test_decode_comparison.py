@@ -205,6 +205,20 @@ def test_both_ways_give_an_optimizer_the_same_gradient(
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_gradient_whose_origin_has_changed_is_taken_as_it_is(device: torch.device) -> None:
+    case = Case.random(device, 5, 37)
+    decoded, comparison = case.decode()
+    plain = case.gradients(comparison.squared_errors(decoded.recons).sum())
+    decoded, comparison = case.decode()
+    weights = torch.ones_like(case.weights)
+    squares = comparison.squared_errors(decoded.recons)
+    (gradient,) = torch.autograd.grad(squares, decoded.recons, weights, retain_graph=True)
+    weights.mul_(2)
+    found = torch.autograd.grad(decoded.recons, list(case.leaves.values()), gradient)
+    for name, value in zip(case.leaves, found, strict=True):
+        torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-4)
+
+
 def test_what_has_changed_since_is_not_what_was_compared(device: torch.device) -> None:
     case = Case.random(device, 5, 37)
     decoded, comparison = case.decode()
@@ -212,8 +226,11 @@ def test_what_has_changed_since_is_not_what_was_compared(device: torch.device) -
     assert comparison.is_of(recons.view(1, 5, 37), target.view(1, 5, 37))
     assert not comparison.is_of(recons.clone(), target)
     assert not comparison.is_of(recons, target.clone())
-    assert not comparison.is_of(recons[:3], target)
+    assert not comparison.is_of(recons[:3], target[:3])
     assert not comparison.is_of(recons.view(37, 5).T, target)
+    assert not comparison.is_of(recons.view(37, 5), target.view(37, 5))
+    assert not comparison.is_of(recons.view(1, 5, 37), target)
+    assert not comparison.is_of(recons, target.detach().requires_grad_())
     assert not comparison.is_of(recons.view(5, 1, 37, 1), target.view(5, 1, 37, 1))
     with torch.no_grad():
         recons.add_(1)
@@ -236,8 +253,8 @@ def test_a_comparison_leaves_no_cycle(device: torch.device) -> None:
         loss = comparison.squared_errors(decoded.recons).sum()
         alive = weakref.ref(comparison)
         loss.backward()
-        del decoded, comparison, loss
-        assert alive() is None
+        del decoded, comparison
+        assert alive() is None, "a loss that somebody keeps holds a batch"
     finally:
         gc.enable()
 

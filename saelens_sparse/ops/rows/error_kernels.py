@@ -140,8 +140,10 @@ def _pair_gradients_kernel(
         row = tl.load(row_of_pairs_ptr + p, mask=live, other=0).to(tl.int64)
     scale = 2.0 * tl.load(grad_squares_ptr + row, mask=live, other=0.0)
     dot = tl.zeros((BLOCK,), dtype=tl.float32)
-    for t in range(T):
-        dot += tl.load(dots_ptr + t * P + p, mask=live, other=0.0)
+    shares = dots_ptr + p
+    for _ in range(T):
+        dot += tl.load(shares, mask=live, other=0.0)
+        shares += P
     act = tl.load(acts_ptr + p, mask=live, other=0.0).to(tl.float32)
     tl.store(grad_acts_ptr + p, (dot * scale).to(grad_acts_ptr.dtype.element_ty), mask=live)
     tl.store(coefficients_ptr + p, act * scale, mask=live)

@@ -149,7 +149,8 @@ def _gather_sum_kernel(
         residual = tl.where(col_mask, out.to(tl.float32) - target, 0.0)
         tl.store(error.residual + n * D + cols, residual, mask=col_mask)
         square = tl.sum(residual * residual, axis=0)
-        tl.store(error.squares + tl.program_id(1) * tl.num_programs(0) + n, square)
+        share = tl.program_id(1).to(tl.int64)
+        tl.store(error.squares + share * tl.num_programs(0) + n, square)
 
 
 @kernel.asking(_gathers)
