@@ -227,8 +227,15 @@ class SparseTrainingSAEMixin(_Base):
                 step_input.n_training_steps, step_input.is_logging_step
             ),
             needed=None if instead_of is None else instead_of.pair_totals,
-            target=step_input.sae_in if self.mse_loss_fn is squared_errors else None,
+            target=step_input.sae_in if self._compares_what_it_decodes else None,
         )
+
+    @property
+    def _compares_what_it_decodes(self) -> bool:
+        """Whether SAELens's loss compares its input with what the decoder gives, row by row."""
+        undoes_norm = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
+        is_by_row = not undoes_norm and not self.hook_z_reshaping_mode
+        return is_by_row and self.mse_loss_fn is squared_errors
 
     def measures_recall(self, n_training_steps: int, is_logging_step: bool) -> bool:
         """Whether a step compares what its search has found with what there is."""

@@ -81,7 +81,7 @@ class _EncodePairs(torch.autograd.Function):
         ctx.save_for_backward(x, weight, threshold, rounded)
         ctx.pairs, ctx.order, ctx.activation = pairs, order, activation
         ctx.block, ctx.backend, ctx.row_gradients = block, backend, row_gradients
-        ctx.summed_dtype = summed_dtype(x, backend)
+        ctx.summed_dtype, ctx.rows_dtype = summed_dtype(x, backend), summed_dtype(weight, backend)
         ctx.set_materialize_grads(False)
         l0 = None if pairs.row_counts is None else pairs.row_counts.to(acts.dtype)
         return acts, l0, None if block is None else block.of(weight.T)
@@ -108,7 +108,7 @@ class _EncodePairs(torch.autograd.Function):
             if grad_bias is None:
                 grad_bias = segment_totals(order, grad_pre_acts, backend).to(weight.dtype)
             if need_input_bias:
-                dtype = ctx.summed_dtype
+                dtype = ctx.rows_dtype
                 combined = rows if rounded is None or rounded.dtype != dtype else rounded
                 grad_input_bias = -row_combination(grad_bias, combined, backend, dtype)
         if need_threshold:

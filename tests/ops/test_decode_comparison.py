@@ -292,6 +292,18 @@ def test_a_bad_row_counts_if_its_latent_is_active(device: torch.device) -> None:
     assert torch.equal(comparison.squared_errors(decoded.recons).isnan(), bad)
 
 
+@pytest.mark.parametrize("k", [5, 65])
+def test_an_infinite_activation(k: int, device: torch.device) -> None:
+    """Its row is infinitely far off, not nowhere, also where a tile has columns to spare."""
+    case = Case.random(device, k, 37)
+    with torch.no_grad():
+        case.acts[0] = torch.inf
+        case.W_dec.abs_()
+    decoded, comparison = case.decode()
+    squares = comparison.squared_errors(decoded.recons)
+    assert torch.equal(squares.isinf(), torch.arange(5, device=device) == 0)
+
+
 def test_an_empty_batch(device: torch.device) -> None:
     case = Case.random(device, 5, 37, n_rows=0)
     decoded, comparison = case.decode()

@@ -594,3 +594,27 @@ def test_under_autocast_kernels_sum_rows_of_bfloat16_into_gradients_of_weights(
         actual = p.leaves[name].grad
         assert actual is not None and actual.dtype == torch.float32, name
         assert (actual.double() - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_the_input_bias_gets_the_gradient_of_rounded_rows(low: torch.dtype) -> None:
+    """Under an autocast in bfloat16: the same with a copy of the rows in it, and without."""
+    device = torch.device("cuda")
+    p = Parameters.random().to(device, torch.float32, x_requires_grad=False)
+    x, rows = (p.x - p.b_dec).detach(), p.W_enc.detach().T
+    pairs = search_topk(x, rows, p.b_enc, None, K, "triton", 2**20).complete().pairs
+    order = LatentOrder.of(pairs, D_SAE)
+    found: list[torch.Tensor] = []
+    for rounded in (None, rows.to(low)):
+        with torch.autocast("cuda", low):
+            acts, _, _ = encode_pairs(
+                x, p.W_enc, p.b_enc, p.b_dec, pairs, order, ReLU(), None, "triton", None, rounded
+            )
+        found += torch.autograd.grad((acts * p.upstream_acts.flatten()).sum(), p.b_dec)
+    assert torch.equal(*found)
+    active = torch.zeros(N_ROWS, D_SAE, dtype=torch.float64, device=device)
+    upstream = (p.upstream_acts.flatten() * (pairs.pre_acts > 0)).view(N_ROWS, K).double()
+    totals = active.scatter(1, pairs.latents.view(N_ROWS, K), upstream).sum(0)
+    summed = rows.to(torch.bfloat16) if low == torch.bfloat16 else rows
+    torch.testing.assert_close(found[0].double(), -totals @ summed.double(), rtol=1e-5, atol=1e-5)

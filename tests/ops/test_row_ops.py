@@ -580,6 +580,17 @@ def test_row_combination_and_norms_match_float64(
         torch.testing.assert_close(norms, weight.double().norm(dim=1), rtol=4 * eps, atol=0)
 
 
+def test_row_combination_of_rounded_rows(target: Target, backend: Backend) -> None:
+    if target.interpreted:
+        pytest.skip("Triton's interpreter does not round to bfloat16")
+    weight = torch.randn(70, 37, device=target.device)
+    coefficients = torch.randn(70, device=target.device)
+    combined = row_combination(coefficients, weight, backend, torch.bfloat16)
+    assert combined.dtype == torch.float32
+    assert torch.equal(combined, row_combination(coefficients, weight.bfloat16(), backend))
+    assert not torch.equal(combined, row_combination(coefficients, weight, backend))
+
+
 def test_row_combination_reads_no_row_with_a_zero_coefficient(target: Target) -> None:
     if target.backend != "triton":
         return

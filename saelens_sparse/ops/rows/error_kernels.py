@@ -105,6 +105,7 @@ def _decode_held_kernel(
             out += tl.load(bias_ptr + cols, mask=col_mask, other=0.0)
         tl.store(out_ptr + n * D + cols, out, mask=col_mask)
         target = tl.load(target_ptr + n * D + cols, mask=col_mask, other=0.0)
+        # Beyond the last column an infinite coefficient has made NaN.
         residual = tl.where(col_mask, out - target, 0.0)
         tl.store(residual_ptr + n * D + cols, residual, mask=col_mask)
         squares += tl.sum(residual * residual, axis=0)
@@ -165,7 +166,8 @@ def _error_gradient_kernel(
     n = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     place, mask = n * D + cols, cols < D
-    error = tl.load(recons_ptr + place, mask=mask) - tl.load(target_ptr + place, mask=mask)
+    error = tl.load(recons_ptr + place, mask=mask, other=0.0)
+    error -= tl.load(target_ptr + place, mask=mask, other=0.0)
     tl.store(out_ptr + place, 2.0 * tl.load(grad_squares_ptr + n) * error, mask=mask)
 
 

@@ -146,6 +146,7 @@ def _gather_sum_kernel(
     tl.store(out_ptr + n * D + cols, out, mask=col_mask)
     if error.target is not None:
         target = tl.load(error.target + n * D + cols, mask=col_mask, other=0.0)
+        # Beyond the last column an infinite coefficient has made NaN.
         residual = tl.where(col_mask, out.to(tl.float32) - target, 0.0)
         tl.store(error.residual + n * D + cols, residual, mask=col_mask)
         square = tl.sum(residual * residual, axis=0)
