@@ -1,4 +1,4 @@
-"""A training step as CUDA graphs: the forward and backward pass, and what follows them.
+"""A training step as CUDA graphs: the forward pass, the backward pass, and what follows them.
 
 At small sizes a GPU is faster than the host that launches its kernels. A graph is launched as one.
 It repeats the recorded kernels on the recorded memory, so it stands for a step only as long as
@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -46,12 +46,14 @@ class TakenPass:
         row_gradients: the gradients that no parameter holds.
         step: the step that it is of, to be committed; None if that is done.
         graph: what was replayed; None if it was taken eagerly.
+        replays_followups: whether what follows can be graphs too.
     """
 
     output: TrainStepOutput
     row_gradients: RowGradients | None
     step: StepContext | None
     graph: GraphedPass | None = None
+    replays_followups: bool = False
 
 
 def is_faster_as_graph(sae: Any) -> bool:
@@ -170,8 +172,14 @@ class StepGraphs:
         return False
 
 
+class _Maker(Protocol):
+    """Makes a call, and gives what that gives."""
+
+    def __call__(self, call: Callable[[], _T], /) -> _T: ...
+
+
 class _Recorded(NamedTuple):
-    """What a recorded pass has written into its memory."""
+    """What recorded passes have written into their memory."""
 
     output: TrainStepOutput
     step: StepContext
@@ -181,7 +189,9 @@ class _Recorded(NamedTuple):
 
 
 class GraphedPass:
-    """A recorded forward and backward pass.
+    """A recorded forward pass and a recorded backward pass.
+
+    The host learns between them whether the forward pass was complete, while the device goes on.
 
     Args:
         sae: `can_record` must hold for it.
@@ -213,12 +223,21 @@ class GraphedPass:
         # PyTorch asks for a pass on a side stream first.
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            self._run()
+            self._run(lambda call: call())
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graph, self._recorded = memory.record(self._run, self._device)
+        graphs: list[torch.cuda.CUDAGraph] = []
+
+        def record(call: Callable[[], _T]) -> _T:
+            graph, result = memory.record(call, self._device)
+            graphs.append(graph)
+            return result
+
+        self._recorded = self._run(record)
+        self._forward, self._backward = graphs
         self.followups = GraphedCalls(memory, self._device)
 
-    def _run(self) -> _Recorded:
+    def _run(self, make: _Maker) -> _Recorded:
+        """Both passes, each by a call that `make` makes."""
         sae = self._sae
         step_input = TrainStepInput(
             sae_in=self._sae_in,
@@ -228,15 +247,22 @@ class GraphedPass:
             is_logging_step=False,
         )
         offer = Offer(None if sae.cfg.gradient_buffers else RowGradients(), self._weights)
-        with _fresh_parameters(sae) as parameters, offered(sae, offer):
+
+        def forward() -> tuple[TrainStepOutput, StepContext]:
             with self._autocast:
                 step = sae.start_step(step_input)
-                output = sae.propose(step_input, step)
+                return sae.propose(step_input, step), step
+
+        def backward() -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
             gradients = torch.autograd.grad(output.loss, parameters, allow_unused=True)
-        code = code_of(output.feature_acts)
-        assert code is not None
-        code.latent_counts()  # made here, or it would be made once for all
-        losses = torch.stack([output.loss, *output.losses.values()]).detach()
+            code = code_of(output.feature_acts)
+            assert code is not None
+            code.latent_counts()  # made here, or it would be made once for all
+            return gradients, torch.stack([output.loss, *output.losses.values()]).detach()
+
+        with _fresh_parameters(sae) as parameters, offered(sae, offer):
+            output, step = make(forward)
+            gradients, losses = make(backward)
         return _Recorded(output, step, offer.row_gradients, gradients, losses)
 
     def replay(self, sae_in: torch.Tensor, n_training_steps: int) -> TakenPass:
@@ -246,14 +272,16 @@ class GraphedPass:
         Of its output, `feature_acts` can be read until the next replay.
         """
         self._sae_in.copy_(sae_in)
-        with torch.cuda.device(self._device):
-            self._graph.replay()
         sae, recorded = self._sae, self._recorded
+        with torch.cuda.device(self._device):
+            self._forward.replay()
+            checks = [check.renewed() for check in recorded.step.checks]
+            self._backward.replay()
         step = StepContext(
             recorded.step.choice,
             asks_at_once=False,
             n_training_steps=n_training_steps,
-            checks=[check.renewed() for check in recorded.step.checks],
+            checks=checks,
             seen=recorded.step.seen,
         )
         code = code_of(recorded.output.feature_acts)

@@ -127,7 +127,7 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
         taken = self._take_passes(sae, sae_in)
         if taken.step is not None:
             sae.commit(taken.step, taken.output)
-        if self._graphs.can_replay_followups(taken, lambda: self._followups_depend_on(sae)):
+        if taken.replays_followups:
             self._replay_followups(sae, taken)
         else:
             with profiler_range("saelens_sparse::statistics"):
@@ -245,6 +245,10 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
             taken = self._take_eagerly(sae, sae_in)
         else:
             taken = graph.replay(sae_in, self.n_training_steps)
+            # Found out before the host waits: the device has nothing to do after that.
+            taken.replays_followups = self._graphs.can_replay_followups(
+                taken, lambda: self._followups_depend_on(sae)
+            )
         if taken.step is None or taken.step.is_complete():
             return taken
         self.optimizer.zero_grad()

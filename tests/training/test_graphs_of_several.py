@@ -96,7 +96,11 @@ def test_graphs_share_their_stream_and_their_pool() -> None:
     for one in trainer.trainers.values():
         current = one._graphs.current
         assert current is not None
-        graphs += [current._graph, *(r[0] for r in current.followups._recorded.values() if r)]
+        graphs += [
+            current._forward,
+            current._backward,
+            *(r[0] for r in current.followups._recorded.values() if r),
+        ]
     assert len(graphs) == 3 * len(saes)
     assert len({graph.pool() for graph in graphs}) == 1
 
