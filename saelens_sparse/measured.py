@@ -26,10 +26,10 @@ FLOAT8_HYSTERESIS = 0.5
 # a latent than this, buffers are faster.
 MAX_PAIRS_PER_LATENT = 12
 
-# Elements of W_enc up to which launching a step's kernels takes longer than running them. At
-# 2304 -> 65,536 under autocast on an H100, kernels of a Top-K step with moments in bfloat16 take
-# 5.8 ms. As a graph the step takes 5.9 to 6.2 ms, without one it took 6.6 to 7.5 ms.
-MAX_GRAPH_ELEMENTS = 2**28
+# Elements of W_enc up to which steps are shorter as graphs. At 2304 -> 262,144 under autocast on an
+# H100, a Top-K step takes 20.3 ms as a graph and 20.6 to 21.1 ms without, and 0.06 GiB more. With
+# 1,048,576 latents memory is scarce, and a graph would save 1% of a step.
+MAX_GRAPH_ELEMENTS = 2**30
 
 # GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
 # Hopper's instructions.

@@ -8,10 +8,11 @@ import pytest
 import torch
 from sae_lens.config import LoggingConfig
 
+from saelens_sparse.architectures.base import SparseTrainingSAEMixin
+from saelens_sparse.codes.code import PairCode
 from saelens_sparse.ops.common.precision import FLOAT8_MULTIPLE, ScreenDtype
 from saelens_sparse.training.graphs import (
     STEPS_BEFORE,
-    GraphedPass,
     _warn_once,
     can_record,
     is_faster_as_graph,
@@ -338,15 +339,22 @@ def test_what_a_step_depends_on_may_change() -> None:
         assert torch.equal(value, states[1][name]), name
 
 
-def test_a_failed_recording_costs_nothing_but_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = GraphedPass._run
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(SparseTrainingSAEMixin, "prepare_weights"), (PairCode, "latent_counts")],
+    ids=["forward", "backward"],
+)
+def test_a_failed_recording_costs_nothing_but_the_graph(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(owner, name)
 
-    def synchronizing(self: GraphedPass) -> Any:
-        recorded = original(self)
-        recorded.output.loss.item()
-        return recorded
+    def synchronizing(self: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            torch.ones((), device="cuda").item()
+        return original(self)
 
-    monkeypatch.setattr(GraphedPass, "_run", synchronizing)
+    monkeypatch.setattr(owner, name, synchronizing)
     _warn_once.cache_clear()
     trainer, batches = trainer_and_batches(STEPS_BEFORE + 5)
     with pytest.warns(UserWarning, match="without a CUDA graph"):

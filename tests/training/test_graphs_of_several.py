@@ -101,7 +101,7 @@ def test_graphs_share_their_stream_and_their_pool() -> None:
             current._backward,
             *(r[0] for r in current.followups._recorded.values() if r),
         ]
-    assert len(graphs) == 3 * len(saes)
+    assert len(graphs) == 4 * len(saes)
     assert len({graph.pool() for graph in graphs}) == 1
 
 
