@@ -27,8 +27,8 @@ FLOAT8_HYSTERESIS = 0.5
 MAX_PAIRS_PER_LATENT = 12
 
 # Elements of W_enc up to which steps are shorter as graphs. At 2304 -> 262,144 under autocast on an
-# H100, a Top-K step takes 20.3 ms as a graph and 20.6 to 21.1 ms without, and 0.06 GiB more. With
-# 1,048,576 latents memory is scarce, and a graph would save 1% of a step.
+# H100, a Top-K step takes 20.4 ms as a graph and 21.1 ms without, and 0.06 GiB more. With
+# 1,048,576 latents memory is scarce, and a graph would save at most 1% of a step.
 MAX_GRAPH_ELEMENTS = 2**30
 
 # GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
