@@ -57,8 +57,8 @@ class SparseBatchTopKTrainingSAEConfig(SparseTrainingSAEConfigMixin, BatchTopKTr
             SparseTrainingRunner too. Without, its update sums them from the active latents where it
             needs them, in less time and memory, and their `.grad` stays None; unless so many
             latents are active that buffers are faster.
-        cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
-            SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        cuda_graph (bool): Let SparseTrainingRunner replay steps as CUDA graphs where that is
+            shorter: with up to 2^30 parameters in W_enc, and no dead latents.
         moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
             moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
             the weights. Moments of biases stay in float32. With "bfloat16", the SAE

@@ -77,8 +77,8 @@ class SparseJumpReLUTrainingSAEConfig(SparseTrainingSAEConfigMixin, JumpReLUTrai
             SparseTrainingRunner too. Without, its update sums them from the active latents where it
             needs them, in less time and memory, and their `.grad` stays None; unless so many
             latents are active that buffers are faster.
-        cuda_graph (bool): Let SparseTrainingRunner replay the forward and backward pass of a small
-            SAE as a CUDA graph, where launching its kernels would take longer than running them.
+        cuda_graph (bool): Has no effect. Steps of other sparse architectures are replayed as CUDA
+            graphs.
         dead_latent_loss (Literal["ghost"] | None): "ghost" trains dead latents by ghost gradients,
             reported as `ghost_grad_loss` beside the other losses. SAELens's JumpReLU has no such
             loss.

@@ -55,7 +55,8 @@ class SparseMatryoshkaBatchTopKTrainingSAEConfig(
         fused_adam (bool): Let SAELens's Adam run as PyTorch's fused kernel.
         gradient_buffers (bool): Hold the gradients of W_enc and W_dec as tensors under
             SparseTrainingRunner too.
-        cuda_graph (bool): Let SparseTrainingRunner replay steps of small SAEs as CUDA graphs.
+        cuda_graph (bool): Let SparseTrainingRunner replay steps as CUDA graphs where that is
+            shorter.
         moments (Literal["bfloat16"] | None): Dtype in which SparseTrainingRunner keeps Adam's
             moments of W_enc and W_dec, rounded stochastically. None is SAELens's: the dtype of
             the weights. Moments of biases stay in float32. With "bfloat16", the SAE

@@ -1,6 +1,6 @@
 """A training step as CUDA graphs: the forward pass, the backward pass, and what follows them.
 
-At small sizes a GPU is faster than the host that launches its kernels. A graph is launched as one.
+A GPU may be faster than the host that launches its kernels. A graph is launched as one.
 It repeats the recorded kernels on the recorded memory, so it stands for a step only as long as
 that is the same work: same weights in the same place, same batch size, no dead latents (their
 number sets shapes), nobody who hooks into the pass.
