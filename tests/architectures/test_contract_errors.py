@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 
 from saelens_sparse.codes.on_demand import SquaredErrors, code_of
-from saelens_sparse.codes.step import in_progress
+from saelens_sparse.codes.step import in_progress, step_in_progress
 from tests.support.architectures import Subject, subjects
 from tests.support.saes import (
     forward_pass,
@@ -198,3 +198,45 @@ def test_an_sae_is_in_no_cycle(subject: Subject) -> None:
         assert [ref() for ref in alive] == [None, None]
     finally:
         gc.enable()
+
+
+def compared(sae: Any, x: torch.Tensor) -> bool:
+    """Whether the decoder compares in a training step."""
+    return in_a_step(sae, x, lambda *_: step_in_progress().comparison is not None)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@subjects()
+def test_nothing_is_compared_in_vain(subject: Subject) -> None:
+    stock, x = subject.case(n_rows=6)
+    sparse = subject.sparse(stock)
+    assert compared(sparse, x) == compares(subject)
+    with torch.no_grad():
+        assert not compared(sparse, x)
+    other = in_a_step(sparse, x, lambda sae, _: sae.encode_with_hidden_pre(x)[0])
+
+    def decode_other(sae: Any, _: torch.Tensor) -> bool:
+        sae.decode(other)
+        step = step_in_progress()
+        assert step is not None
+        return step.comparison is not None
+
+    # The activations of another step leave what this one has compared.
+    assert in_a_step(sparse, x, decode_other) == compares(subject)
+    sparse.mse_loss_fn = mse_loss
+    assert not compared(sparse, x)
+
+
+@subjects(any_input=True)
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+def test_nothing_is_compared_before_a_norm_is_undone(subject: Subject, normalization: str) -> None:
+    stock, x = subject.case(n_rows=6, normalize_activations=normalization)
+    assert not compared(subject.sparse(stock), x)
+
+
+@subjects()
+def test_an_input_that_is_not_contiguous(subject: Subject) -> None:
+    stock, x = subject.case(n_rows=6)
+    sparse, strided = subject.sparse(stock), x.T.contiguous().T
+    for sae in (stock, sparse):
+        forward_pass(sae, strided).loss.backward()
+    require_same_gradients(sparse, stock)
