@@ -158,13 +158,14 @@ def in_progress(sae: object, step: StepContext) -> Generator[None]:
 
 def step_in_progress() -> StepContext | None:
     """The training step, of whichever SAE, that the present thread is in."""
-    current = _current.get()
+    # What is compiled is dense, and asks for no step. Dynamo traces no context variable.
+    current = None if torch.compiler.is_compiling() else _current.get()
     return None if current is None else current[1]
 
 
 def current_step(sae: object) -> StepContext | None:
     """The training step of this SAE that the present thread is in."""
-    current = _current.get()
+    current = None if torch.compiler.is_compiling() else _current.get()
     return current[1] if current is not None and current[0] is sae else None
 
 

@@ -226,6 +226,16 @@ class TestCompiled:
             compiled: Any = torch.compile(getattr(sparse, method), backend="eager", fullgraph=True)
             torch.testing.assert_close(compiled(x), getattr(stock, method)(x))
 
+    @subjects(ON_CPU)
+    def test_a_dense_step_is_one_graph_where_stock_s_is(self, subject: Subject) -> None:
+        stock, x = subject.case(n_rows=6)
+        is_one: list[bool] = []
+        for sae in (stock, subject.sparse(stock, "dense")):
+            torch.compiler.reset()
+            explained = torch._dynamo.explain(lambda x, sae=sae: forward_pass(sae, x).loss)(x)
+            is_one.append(explained.graph_break_count == 0)
+        assert is_one[1] == is_one[0]
+
 
 class Doubled(torch.autograd.Function):
     @staticmethod
