@@ -231,13 +231,15 @@ class _SquaredErrors(torch.autograd.Function):
         return comparison.total()
 
     @staticmethod
-    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_squares: torch.Tensor
     ) -> tuple[torch.Tensor, None, None]:
         from saelens_sparse.ops.rows.error_kernels import error_gradient
 
         recons, target = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants a graph of the gradient, as SAELens's loss has
+            error = recons - target.view_as(recons)
+            return 2 * grad_squares.view(*recons.shape[:-1], 1) * error, None, None
         gradient = error_gradient(recons.view_as(target), target, grad_squares)
         ctx.error_gradient.send(gradient, grad_squares)
         return gradient.view_as(recons), None, None

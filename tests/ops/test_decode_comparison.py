@@ -182,6 +182,23 @@ def test_the_reconstruction_has_its_gradient(device: torch.device) -> None:
     torch.testing.assert_close(decoded.recons.grad, expected)
 
 
+def test_errors_have_a_second_derivative(device: torch.device) -> None:
+    """By the reconstruction; the decoder has none."""
+    case = Case.random(device, 5, 37)
+    decoded, comparison = case.decode()
+    squares = comparison.squared_errors(decoded.recons)
+    loss = (squares.square() * case.weights).sum()
+    (gradient,) = torch.autograd.grad(loss, decoded.recons, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), decoded.recons, retain_graph=True)
+    recons = decoded.recons.detach().requires_grad_()
+    plain = ((recons - case.target).square().sum(-1).square() * case.weights).sum()
+    (expected,) = torch.autograd.grad(plain, recons, create_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(second, *torch.autograd.grad(expected.square().sum(), recons))
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(loss, case.W_dec, create_graph=True)
+
+
 def test_both_ways_give_an_optimizer_the_same_gradient(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
