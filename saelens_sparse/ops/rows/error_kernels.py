@@ -22,7 +22,7 @@ from saelens_sparse.ops.rows.kernels import GATHER_SUM, RowErrors, gather_dot, g
 @dataclass(frozen=True)
 class DecodeLaunch:
     """Tile of the kernel that holds up to MAX_K pairs of a row: BLOCK_D columns at a time. SHARES
-    programs divide the columns of a row. Of 16 to 256 columns, one or two warps and 1 to 72 shares
+    programs divide the columns of a row. Of 16 to 64 columns, one or two warps and 1 to 72 shares
     this is the fastest at 2304 -> 65,536 and within 4% of it at 4096 -> 131,072, k 64, and at
     768 -> 24,576, k 32, batch 4096 (H100).
     """
