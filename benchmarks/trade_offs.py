@@ -308,7 +308,12 @@ def main() -> None:
     pool = real.rows.to(args.device)
     reference: Final | None = None
     results: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(args).items()},
+        # Without paths of the machine, and with what all arms share.
+        "settings": {
+            name: value.name if isinstance(value, Path) else str(value)
+            for name, value in vars(args).items()
+            if name not in ("pool", "arms", "out")
+        },
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "arms": {},
     }
