@@ -293,7 +293,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pool", type=Path, help="a file that keeps the activations")
     parser.add_argument("--arms", help="names, separated by commas; float32 is always there")
     parser.add_argument("--out", type=Path, help="a JSON file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < N_POINTS:
+        parser.error(f"--steps must be at least {N_POINTS}; got {args.steps}")
+    return args
 
 
 def main() -> None:
