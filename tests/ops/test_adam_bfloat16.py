@@ -10,7 +10,7 @@ from saelens_sparse.ops.pairs import LatentOrder, Rows
 from saelens_sparse.ops.update.adam import adam_update_by_blocks
 from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_update
 from saelens_sparse.ops.update.row_gradient import RowGradient
-from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, SumLaunch
+from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, RowGradientLaunch
 from tests.conftest import Target
 
 LR, EPS, STEP, DIVISOR = 0.02, 1e-8, 3, 1.7
@@ -131,8 +131,8 @@ def test_update_of_sums_rounds_as_pytorch(
 ) -> None:
     if target.backend != "triton":
         pytest.skip("a kernel")
-    tile = SumLaunch(BLOCK_P=2, BLOCK_D=columns, num_warps=1)
-    monkeypatch.setattr("saelens_sparse.ops.update.row_gradient_kernels.UPDATE", tile)
+    launch = RowGradientLaunch(COLS=columns)
+    monkeypatch.setattr("saelens_sparse.ops.update.row_gradient_kernels.LAUNCH", launch)
     n_rows, d_sae, d = 40, 21, 37
     latents = torch.rand(n_rows, d_sae).argsort(1)[:, :2].flatten().int().to(target.device)
     order = LatentOrder.of_keys(latents, Rows.regular(n_rows, 2), d_sae)

@@ -1,5 +1,6 @@
 """Gradients that are never held: their norm, the update that takes them, and what it writes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -83,14 +84,14 @@ def exact_rows(gradient: RowGradient) -> torch.Tensor:
     return rows[:-1]
 
 
-@pytest.fixture(params=["one tile", "tiles"])
+@pytest.fixture(params=["one tile", "tile by tile", "latent by latent"])
 def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that one program holds, and rows that it does not."""
-    if request.param == "tiles":
+    """Rows that one program holds, and rows that it does not, in either order."""
+    if request.param != "one tile":
         module = import_module("saelens_sparse.ops.update.row_gradient_kernels")
-        for name in ("SQUARES", "UPDATE", "ROUNDING_UPDATE"):
-            tile = replace(getattr(module, name), BLOCK_P=2, BLOCK_D=16, num_warps=1)
-            monkeypatch.setattr(module, name, tile)
+        pairs = math.inf if request.param == "latent by latent" else 0
+        launch = replace(module.LAUNCH, COLS=16, BY_LATENT_PAIRS=pairs)
+        monkeypatch.setattr(module, "LAUNCH", launch)
         monkeypatch.setattr("saelens_sparse.ops.rows.kernels.NORM_COLS", 16)
 
 

@@ -243,10 +243,9 @@ def _row_combination_kernel(
 
 
 @triton.jit
-def store_square_sum(squares_ptr, j, row):
-    """squares[j, tile] = sum of squares of a tile of row j, for `row_norms`"""
-    place = j * tl.num_programs(1) + tl.program_id(1)
-    tl.store(squares_ptr + place, tl.sum(row * row, axis=0))
+def store_square_sum(place, row):
+    """Store the sum of squares of a tile of a row, for `norms_of`."""
+    tl.store(place, tl.sum(row * row, axis=0))
 
 
 @kernel
@@ -259,7 +258,7 @@ def _row_squares_kernel(
     j = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.load(weight_ptr + j * D + cols, mask=cols < D, other=0.0).to(tl.float32)
-    store_square_sum(squares_ptr, j, row)
+    store_square_sum(squares_ptr + j * tl.num_programs(1) + tl.program_id(1), row)
 
 
 @kernel

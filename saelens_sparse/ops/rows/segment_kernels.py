@@ -14,16 +14,16 @@ from saelens_sparse.ops.pairs import LatentOrder
 
 @dataclass(frozen=True)
 class SegmentSumLaunch:
-    """Tile of `segment_sum`, and the length at which a segment is split.
+    """Columns of a tile of `segment_sum` and of one of partial sums, a warp for each, and the
+    length at which a segment is split.
 
     A latent that fires on every row would be one serial loop; SPLIT pairs at most are summed
     by one program, longer segments through partial sums in a fixed order.
     """
 
-    BLOCK_P: int = 2
-    BLOCK_D: int = 512
+    SUM_COLS: int = 512
+    PARTIAL_COLS: int = 256
     SPLIT: int = 64
-    num_warps: int = 1
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,65 @@ class SegmentTotalsLaunch:
     num_warps: int = 4
 
 
-# Both chosen at 2304 -> 65,536, k 64, batch 4096, float32 (H200).
+# Chosen at 2304 -> 65,536, k 64, batch 4096, and for partial sums at up to 262,144 latents (H100).
 SEGMENT_SUM = SegmentSumLaunch()
 SEGMENT_TOTALS = SegmentTotalsLaunch()
+_PAIRS_AT_ONCE = 1024
 
 
 class PairList(NamedTuple):
-    """Pairs sorted by latent, with what is summed over them."""
+    """Pairs by latent, with what is summed over them: a kernel that looked up each pair's position
+    by row, and then its row and its coefficient, would wait for one more read of each.
+    """
 
     offsets: torch.Tensor  # [L + 1], where each latent's segment begins
-    pairs: torch.Tensor  # [P], their positions by row
-    coefficients: torch.Tensor  # [P], by row
+    rows: torch.Tensor  # [P] int32, the row of each pair
+    coefficients: torch.Tensor  # [P] float32
     batch: torch.Tensor  # [N, D]
-    rows: torch.Tensor | None  # [P], the row of each by row; None if each row has k
-    k: int | None
+
+    @classmethod
+    def of(cls, order: LatentOrder, coefficients: torch.Tensor, batch: torch.Tensor) -> Self:
+        """The list from coefficients `[n_pairs]` by row, and a batch `[n_rows, d]`."""
+        n_pairs, of_pairs = order.pairs.numel(), order.rows.of_pairs
+        rows = torch.empty(n_pairs, dtype=torch.int32, device=batch.device)
+        by_latent = torch.empty(n_pairs, dtype=torch.float32, device=batch.device)
+        if n_pairs > 0:
+            _by_latent_kernel[(triton.cdiv(n_pairs, _PAIRS_AT_ONCE),)](
+                rows,
+                by_latent,
+                pairs_ptr=order.pairs,
+                row_of_pairs_ptr=of_pairs,
+                coefficients_ptr=coefficients.contiguous(),
+                P=n_pairs,
+                k=order.rows.k,
+                BLOCK=_PAIRS_AT_ONCE,
+                num_warps=4,
+            )
+        return cls(order.offsets, rows, by_latent, batch.contiguous())
+
+
+@kernel
+def _by_latent_kernel(
+    rows_out_ptr,  # [P]
+    coefficients_out_ptr,  # [P]
+    pairs_ptr,  # [P], positions by row
+    row_of_pairs_ptr,  # [P], by row; None if each row has k
+    coefficients_ptr,  # [P], by row
+    P,
+    k,
+    BLOCK: tl.constexpr,
+):
+    """Rows and coefficients of pairs in another order. Grid: blocks of pairs."""
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = p < P
+    pair = tl.load(pairs_ptr + p, mask=live, other=0)
+    if row_of_pairs_ptr is None:
+        row = pair // k
+    else:
+        row = tl.load(row_of_pairs_ptr + pair, mask=live, other=0)
+    tl.store(rows_out_ptr + p, row.to(tl.int32), mask=live)
+    coefficient = tl.load(coefficients_ptr + pair, mask=live, other=0.0)
+    tl.store(coefficients_out_ptr + p, coefficient.to(tl.float32), mask=live)
 
 
 class SegmentSums(NamedTuple):
@@ -75,22 +120,11 @@ class SegmentSums(NamedTuple):
         launch = SEGMENT_SUM
         d, n_pairs = batch.shape[1], order.pairs.numel()
         n_slots = 2 * triton.cdiv(n_pairs, launch.SPLIT)
-        row_of_pairs, k = order.rows.of_pairs, order.rows.k
-        if k == 1:
-            # Triton 3.6 makes a constant of an integer that is one, and loses it within a loop.
-            row_of_pairs, k = torch.arange(n_pairs, dtype=torch.int32, device=batch.device), None
-        pairs = PairList(
-            order.offsets,
-            order.pairs,
-            coefficients.contiguous(),
-            batch.contiguous(),
-            row_of_pairs,
-            k,
-        )
+        pairs = PairList.of(order, coefficients, batch)
         partials = torch.empty(n_slots, d, dtype=torch.float32, device=batch.device)
         totals = torch.empty(n_slots, dtype=torch.float32, device=batch.device)
         if n_pairs > launch.SPLIT:
-            _partial_sums_kernel[(n_slots, triton.cdiv(d, launch.BLOCK_D))](
+            _partial_sums_kernel[(n_slots, triton.cdiv(d, launch.PARTIAL_COLS))](
                 partials,
                 partial_totals_ptr=totals,
                 keys_ptr=order.keys,
@@ -98,7 +132,9 @@ class SegmentSums(NamedTuple):
                 P=n_pairs,
                 L=order.d_sae,
                 D=d,
-                **vars(launch),
+                SPLIT=launch.SPLIT,
+                BLOCK_D=launch.PARTIAL_COLS,
+                num_warps=1,
             )
         return cls(pairs, partials, totals)
 
@@ -113,9 +149,9 @@ def work_of_sums(arguments: Mapping[str, Any]) -> tuple[float, float]:
         for name, value in arguments.items()
         if isinstance(value, torch.Tensor)
     )
-    pair_bytes = width * sums.batch.element_size() + sums.pairs.element_size()
-    n_pairs = sums.pairs.numel()
-    return float(n_pairs * pair_bytes + sums.coefficients.nbytes + others), 2.0 * n_pairs * width
+    n_pairs, row_bytes = sums.rows.numel(), width * sums.batch.element_size()
+    lists = sums.rows.nbytes + sums.coefficients.nbytes
+    return float(n_pairs * row_bytes + lists + others), 2.0 * n_pairs * width
 
 
 @triton.jit
@@ -125,31 +161,19 @@ def _sum_pairs(
     n_pairs,
     cols,
     D,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Sum of coefficient * batch row over n_pairs sorted pairs, and of the coefficients."""
-    col_mask = cols < D
     acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    totals = tl.zeros((BLOCK_P,), dtype=tl.float32)
-    for start in range(0, n_pairs, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        used = p < n_pairs
-        pair = tl.load(list.pairs + first + p, mask=used, other=0)
-        coefficient = tl.load(list.coefficients + pair, mask=used, other=0.0).to(tl.float32)
-        used = used & (coefficient != 0.0)
-        if list.rows is None:
-            row = pair // list.k
-        else:
-            row = tl.load(list.rows + pair, mask=used, other=0).to(tl.int64)
-        tile = tl.load(
-            list.batch + row[:, None] * D + cols[None, :],
-            mask=used[:, None] & col_mask[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        acc += tl.sum(tile * coefficient[:, None], axis=0)
-        totals += coefficient
-    return acc, tl.sum(totals, axis=0)
+    total = 0.0
+    for p in range(n_pairs):
+        row = tl.load(list.rows + first + p).to(tl.int64)
+        coefficient = tl.load(list.coefficients + first + p)
+        width = tl.where(coefficient != 0.0, D, 0)
+        values = tl.load(list.batch + row * D + cols, mask=cols < width, other=0.0)
+        acc += coefficient * values.to(tl.float32)
+        total += coefficient
+    return acc, total
 
 
 @kernel
@@ -162,7 +186,6 @@ def _partial_sums_kernel(
     L,
     D,
     SPLIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Sum over the part of a long segment that lies in one block of SPLIT sorted pairs.
@@ -187,7 +210,7 @@ def _partial_sums_kernel(
             first = tl.maximum(first, block_first)
             n_pairs = (tl.minimum(end, block_last + 1) - first).to(tl.int32)
             cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-            acc, total = _sum_pairs(list, first, n_pairs, cols, D, BLOCK_P, BLOCK_D)
+            acc, total = _sum_pairs(list, first, n_pairs, cols, D, BLOCK_D)
             tl.store(partials_ptr + slot * D + cols, acc, mask=cols < D)
             if tl.program_id(1) == 0:
                 tl.store(partial_totals_ptr + slot, total)
@@ -200,7 +223,6 @@ def sum_segment(
     cols,
     D,
     SPLIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Sum over the pairs of latent j of coefficient * batch[row, cols], and of the coefficients;
@@ -209,7 +231,7 @@ def sum_segment(
     first = tl.load(sums.list.offsets + j)
     n_pairs = (tl.load(sums.list.offsets + j + 1) - first).to(tl.int32)
     if n_pairs <= SPLIT:
-        acc, total = _sum_pairs(sums.list, first, n_pairs, cols, D, BLOCK_P, BLOCK_D)
+        acc, total = _sum_pairs(sums.list, first, n_pairs, cols, D, BLOCK_D)
     else:
         acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
         total = 0.0
@@ -230,7 +252,6 @@ def _segment_sum_kernel(
     sums,  # SegmentSums
     D,
     SPLIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """out[j, :] = sum over the pairs p of latent j of coefficients[p] * batch[row of p, :]
@@ -239,7 +260,7 @@ def _segment_sum_kernel(
     """
     j = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc, total = sum_segment(sums, j, cols, D, SPLIT, BLOCK_P, BLOCK_D)
+    acc, total = sum_segment(sums, j, cols, D, SPLIT, BLOCK_D)
     tl.store(out_ptr + j * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
     if tl.program_id(1) == 0:
         tl.store(totals_ptr + j, total.to(totals_ptr.dtype.element_ty))
@@ -279,8 +300,14 @@ def segment_sum(
     d, d_sae, launch = batch.shape[1], order.d_sae, SEGMENT_SUM
     out = torch.empty(d_sae, d, dtype=dtype, device=batch.device)
     totals = torch.empty(d_sae, dtype=dtype, device=batch.device)
-    _segment_sum_kernel[(d_sae, triton.cdiv(d, launch.BLOCK_D))](
-        out, totals, sums=SegmentSums.of(order, coefficients, batch), D=d, **vars(launch)
+    _segment_sum_kernel[(d_sae, triton.cdiv(d, launch.SUM_COLS))](
+        out,
+        totals,
+        sums=SegmentSums.of(order, coefficients, batch),
+        D=d,
+        SPLIT=launch.SPLIT,
+        BLOCK_D=launch.SUM_COLS,
+        num_warps=1,
     )
     return out, totals
 

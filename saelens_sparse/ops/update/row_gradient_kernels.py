@@ -34,27 +34,26 @@ from saelens_sparse.ops.update.weight_cache import WeightCopy
 
 
 @dataclass(frozen=True)
-class SumLaunch:
-    """Tile of a kernel that sums pairs: BLOCK_D columns of a row, BLOCK_P pairs at a time."""
+class RowGradientLaunch:
+    """How these kernels are launched.
 
-    BLOCK_P: int
-    BLOCK_D: int
-    num_warps: int
+    Attributes:
+        COLS: columns of a tile, a warp for each.
+        SQUARED_LATENTS: latents that a program of the norm's kernel takes one after the other:
+            most may have no pairs.
+        BY_LATENT_PAIRS: pairs for each latent up to which the update goes latent by latent. That is
+            the order of the weights in memory. With more pairs it goes tile by tile, so that the
+            cache keeps the tile of the batch that is summed.
+    """
+
+    COLS: int = NORM_COLS
+    SQUARED_LATENTS: int = 16
+    BY_LATENT_PAIRS: float = 1.0
 
 
-@dataclass(frozen=True)
-class SquaresLaunch(SumLaunch):
-    """Tile of the norm's kernel, of which a program takes ROWS rows: most may have no pairs."""
-
-    ROWS: int
-
-
-# Of tiles of 256 to 4096 columns these are within 4% of the fastest at 2304 -> 65,536 and 262,144,
-# and at 4096 -> 131,072, k 64, batch 4096 (H100 and H200). ROUNDING_UPDATE is for an update that
-# writes rows in lower precision too.
-SQUARES = SquaresLaunch(BLOCK_P=1, BLOCK_D=512, num_warps=1, ROWS=16)
-UPDATE = SumLaunch(BLOCK_P=2, BLOCK_D=NORM_COLS, num_warps=1)
-ROUNDING_UPDATE = SumLaunch(BLOCK_P=1, BLOCK_D=1024, num_warps=4)
+# Of tiles of 256 to 1024 columns these are within 2% of the fastest at 2304 -> 65,536 and 262,144,
+# and at 4096 -> 131,072, k 64, batch 4096 (H100). So is the order.
+LAUNCH = RowGradientLaunch()
 
 
 class BlockRows(NamedTuple):
@@ -86,8 +85,8 @@ def _store_once(places, values, mask):
 
 
 @triton.jit
-def _copy_row(copy, row, j, place, mask):
-    """Write what is wanted of columns of row j."""
+def _copy_row(copy, row, j, tile, place, mask):
+    """Write what is wanted of columns of row j, whose tile this is among those of all rows."""
     if copy.inverses is not None:
         row = row * reciprocal_power(tl.load(copy.inverses + j))
     if copy.rows is not None:
@@ -95,9 +94,9 @@ def _copy_row(copy, row, j, place, mask):
         _store_once(copy.rows + place, rounded, mask)
         if copy.residual_squares is not None:
             residual = tl.where(mask, row - again, 0.0)
-            store_square_sum(copy.residual_squares, j, residual)
+            store_square_sum(copy.residual_squares + tile, residual)
     if copy.squares is not None:
-        store_square_sum(copy.squares, j, tl.where(mask, row, 0.0))
+        store_square_sum(copy.squares + tile, tl.where(mask, row, 0.0))
 
 
 @triton.jit
@@ -108,11 +107,10 @@ def _gradient_row(
     cols,
     D,
     SPLIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Columns of row j of the gradient."""
-    gradient, _ = sum_segment(sums, j, cols, D, SPLIT, BLOCK_P, BLOCK_D)
+    gradient, _ = sum_segment(sums, j, cols, D, SPLIT, BLOCK_D)
     if block.slots is not None:
         slot = tl.load(block.slots + j).to(tl.int64)
         width = tl.where(slot >= 0, D, 0)
@@ -130,7 +128,6 @@ def _square_sums_kernel(
     D,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """out[b, t] = sum over rows j of block b and columns of tile t of gradient[j, :] squared
@@ -141,7 +138,7 @@ def _square_sums_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for j in range(first, tl.minimum(first + ROWS, L)):
-        gradient = _gradient_row(sums, block, j, cols, D, SPLIT, BLOCK_P, BLOCK_D)
+        gradient = _gradient_row(sums, block, j, cols, D, SPLIT, BLOCK_D)
         squares += gradient * gradient
     out = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(out_ptr + out, tl.sum(squares, axis=0))
@@ -158,21 +155,28 @@ def _update_kernel(
     block,  # BlockRows
     D,
     SPLIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BY_LATENT: tl.constexpr,
 ):
     """Adam on row j with its gradient / divisor; what the next step takes of the row
 
-    Grid: latents, tiles of columns.
+    Grid: tiles of columns of latents: by latent all of one latent come first, else the first of all
+    latents.
     """
-    j = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    program, n_tiles = tl.program_id(0), tl.cdiv(D, BLOCK_D)
+    if BY_LATENT:
+        j, tile = program // n_tiles, program % n_tiles
+    else:
+        n_latents = tl.num_programs(0) // n_tiles
+        j, tile = program % n_latents, program // n_latents
+    j = j.to(tl.int64)
+    cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = cols < D
     place = j * D + cols
     weight = _load_once(weight_ptr + place, col_mask)
     first = _load_once(first_moment_ptr + place, col_mask)
     second = _load_once(second_moment_ptr + place, col_mask)
-    gradient = _gradient_row(sums, block, j, cols, D, SPLIT, BLOCK_P, BLOCK_D)
+    gradient = _gradient_row(sums, block, j, cols, D, SPLIT, BLOCK_D)
     weight, first, second = adam_rule(rule, weight, gradient, first, second)
     first, second = round_moments(rule, first, second, j, cols)
     # What the copy is made of is what is stored, also where that is bfloat16.
@@ -180,7 +184,7 @@ def _update_kernel(
     _store_once(weight_ptr + place, stored, col_mask)
     _store_once(first_moment_ptr + place, first, col_mask)
     _store_once(second_moment_ptr + place, second, col_mask)
-    _copy_row(copy, stored.to(tl.float32), j, place, col_mask)
+    _copy_row(copy, stored.to(tl.float32), j, j * n_tiles + tile, place, col_mask)
 
 
 class RowGradientSums:
@@ -201,8 +205,8 @@ class RowGradientSums:
 
     def square_sum(self) -> torch.Tensor:
         """The squared norm of the gradient, a float32 scalar."""
-        blocks = triton.cdiv(self._d_sae, SQUARES.ROWS)
-        tiles = triton.cdiv(self._d, SQUARES.BLOCK_D)
+        blocks = triton.cdiv(self._d_sae, LAUNCH.SQUARED_LATENTS)
+        tiles = triton.cdiv(self._d, LAUNCH.COLS)
         out = torch.empty(blocks, tiles, dtype=torch.float32, device=self._device)
         with on_device(self._device):
             _square_sums_kernel[(blocks, tiles)](
@@ -212,7 +216,9 @@ class RowGradientSums:
                 L=self._d_sae,
                 D=self._d,
                 SPLIT=SEGMENT_SUM.SPLIT,
-                **vars(SQUARES),
+                ROWS=LAUNCH.SQUARED_LATENTS,
+                BLOCK_D=LAUNCH.COLS,
+                num_warps=1,
             )
         return out.sum()
 
@@ -238,10 +244,10 @@ class RowGradientSums:
             copy: what to write a copy to, or None.
         """
         assert all(part.is_contiguous() for part in (rows, first_moment, second_moment))
-        launch = UPDATE if copy is None or copy.is_norms else ROUNDING_UPDATE
-        copied = _room_for(copy, rows, launch.BLOCK_D)
+        copied = _room_for(copy, rows, LAUNCH.COLS)
+        n_pairs = self._sums.list.rows.numel()
         with on_device(self._device):
-            _update_kernel[(self._d_sae, triton.cdiv(self._d, launch.BLOCK_D))](
+            _update_kernel[(self._d_sae * triton.cdiv(self._d, LAUNCH.COLS),)](
                 rows,
                 first_moment_ptr=first_moment,
                 second_moment_ptr=second_moment,
@@ -251,7 +257,9 @@ class RowGradientSums:
                 block=self._block,
                 D=self._d,
                 SPLIT=SEGMENT_SUM.SPLIT,
-                **vars(launch),
+                BLOCK_D=LAUNCH.COLS,
+                BY_LATENT=n_pairs <= LAUNCH.BY_LATENT_PAIRS * self._d_sae,
+                num_warps=1,
             )
         if copy is None or copied.squares is None:
             return
