@@ -10,7 +10,7 @@ from saelens_sparse.ops.pairs import LatentOrder, Rows
 from saelens_sparse.ops.update.adam import adam_update_by_blocks
 from saelens_sparse.ops.update.adam_kernels import AdamSettings, adam_update
 from saelens_sparse.ops.update.row_gradient import RowGradient
-from saelens_sparse.ops.update.row_gradient_kernels import RowGradientSums, RowGradientLaunch
+from saelens_sparse.ops.update.row_gradient_kernels import RowGradientLaunch, RowGradientSums
 from tests.conftest import Target
 
 LR, EPS, STEP, DIVISOR = 0.02, 1e-8, 3, 1.7

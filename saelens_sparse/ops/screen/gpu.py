@@ -32,7 +32,12 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import MAX_GRID, kernel
-from saelens_sparse.ops.common.precision import FLOAT8, ScreenDtype, matmul_dtype
+from saelens_sparse.ops.common.precision import (
+    FLOAT8,
+    ScreenDtype,
+    matmul_dtype,
+    screened_dtype,
+)
 from saelens_sparse.ops.screen import bound
 from saelens_sparse.ops.screen.bound import MAX_D_IN
 from saelens_sparse.ops.screen.float8_product import multiply_float8
@@ -222,23 +227,21 @@ class Screen:
             bias: `[d_sae]`.
             tile: columns that the float32 recomputation of candidates adds at a time.
             norms: `[d_sae]` or None.
-            rounded: a copy of the weight, used if it has the dtype of the screen; or None.
+            rounded: a copy of the weight, used if it is what the screen multiplies; or None.
             screen_dtype: "float8" for a screen in float8; "auto" for one that misses nothing.
             float8_margins: how many margins bound an error in float8: one where scores are compared
                 with what is lowered by as much, two where they are not.
         """
         assert x.is_contiguous() and weight.is_contiguous()
         compute_dtype, d_in = matmul_dtype(x), x.shape[1]
-        is_float8 = screen_dtype == "float8"
+        dtype = screened_dtype(compute_dtype, screen_dtype)
+        is_float8, is_exact = dtype == FLOAT8, dtype == compute_dtype
         bias32 = bias.float().contiguous()
         norms32 = None if norms is None else norms.float().contiguous()
-        dtype = FLOAT8 if is_float8 else compute_dtype
-        if dtype == torch.float32:
-            dtype = torch.float16
-        if rounded is not None and rounded.values.dtype != dtype:
+        if rounded is not None and not rounded.is_a("rounded" if is_exact else "scaled", dtype):
             rounded = None
         accumulation = 0.0
-        if compute_dtype != torch.float32 and not is_float8:
+        if is_exact:
             screen_x = x.to(dtype)
             screen_weight = weight.to(dtype) if rounded is None else rounded.values
             x_errors = terms = None

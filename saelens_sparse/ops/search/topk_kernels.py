@@ -224,8 +224,9 @@ def _rescore(
     k: int,
 ) -> None:
     """Compute candidates in float32; flag rows on which one exceeds its bound, if it is proven."""
-    # As many programs a row as have work on most rows, which have some 1.3 k candidates.
-    n_programs = triton.cdiv(4 * k, 3 * LAUNCH.RESCORE_CANDIDATES)
+    # Enough that each has one tile on most rows, which have some 1.3 k candidates, or 1.6 k if
+    # they were screened in float8.
+    n_programs = triton.cdiv(2 * k, LAUNCH.RESCORE_CANDIDATES)
     _rescore_kernel[(x.shape[0], n_programs)](
         candidates=candidates,
         flags_ptr=flags,
