@@ -133,9 +133,9 @@ def test_norm_and_update_are_those_of_the_dense_gradient(
 
 @kernels
 @pytest.mark.usefixtures("launch")
-@pytest.mark.parametrize("dtype", [torch.float16, FLOAT8], ids=["float16", "float8"])
+@pytest.mark.parametrize("low", [torch.float16, FLOAT8], ids=["float16", "float8"])
 def test_updates_round_rows_with_the_scales_of_before(
-    target: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    target: Target, low: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second finds scales that fit most rows."""
     shares: list[float] = []
@@ -149,12 +149,12 @@ def test_updates_round_rows_with_the_scales_of_before(
     gradient = make_gradient(target, 37, block=False, ragged=False)
     weight = torch.randn(21, 37, device=target.device)
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
-    copy = WeightCopy.of(weight, "scaled", dtype)
+    copy = WeightCopy.of(weight, "scaled", low)
     step, divisor, lr = (torch.tensor(x, device=target.device) for x in (1.0, DIVISOR, 0.3))
     for _ in range(2):
         sums = RowGradientSums(gradient)
         sums.update(weight, first, second, step, divisor, AdamSettings(lr, BETA1, BETA2, EPS), copy)
-        rounded, errors = round_rows(weight, dtype)
+        rounded, errors = round_rows(weight, low)
         assert copy.errors is not None
         assert torch.equal(copy.values.float(), rounded.float())
         torch.testing.assert_close(copy.errors, errors, rtol=1e-5, atol=0)
