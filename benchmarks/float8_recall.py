@@ -30,12 +30,13 @@ from benchmarks.real_activations import make_activations
 from benchmarks.rows import CHECKOUT
 from benchmarks.trade_offs import Batches
 from saelens_sparse.ops.common.precision import FLOAT8
-from saelens_sparse.ops.screen.gpu import DEVIATIONS
+from saelens_sparse.ops.screen.gpu import float8_deviations
 from saelens_sparse.profile.cases import PRECISIONS
 from saelens_sparse.profile.trainers import prepare_inputs
 from saelens_sparse.training import SparseSAETrainer
 
-MARGINS = (DEVIATIONS / 2, DEVIATIONS, 1.5 * DEVIATIONS, 2 * DEVIATIONS)
+AUTOCAST, FLOAT32 = (float8_deviations(dtype) for dtype in (torch.bfloat16, torch.float32))
+MARGINS = (AUTOCAST / 2, AUTOCAST, FLOAT32, 2 * AUTOCAST)
 N_OUTLIERS = 3
 
 

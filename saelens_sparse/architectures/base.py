@@ -31,7 +31,7 @@ from saelens_sparse.codes.on_demand import (
 from saelens_sparse.codes.step import StepContext, current_step, in_progress, offer_to
 from saelens_sparse.ops.activation.pairs import PairActivation
 from saelens_sparse.ops.common.host_copy import HostCount
-from saelens_sparse.ops.common.precision import matmul_dtype, screened_dtype
+from saelens_sparse.ops.common.precision import matmul_dtype
 from saelens_sparse.ops.common.ranges import profiler_range
 from saelens_sparse.ops.common.versions import version_of
 from saelens_sparse.ops.encode import encode_pairs
@@ -139,15 +139,9 @@ class SparseTrainingSAEMixin(_Base):
         return None
 
     @property
-    def weight_views(self) -> Mapping[str, tuple[WeightView, torch.dtype]]:
-        """What an update should write of a weight for the next step, and in which dtype, by name of
-        the parameter; obeys autocast.
-        """
-        compute_dtype = matmul_dtype(self.W_enc)
-        dtype = screened_dtype(compute_dtype, self.cfg.screen_dtype)
-        if dtype == self.W_enc.dtype:
-            return {}
-        return {"W_enc": ("rounded" if dtype == compute_dtype else "scaled", dtype)}
+    def weight_views(self) -> Mapping[str, WeightView]:
+        """What an update should write of a weight for the next step, by name of the parameter."""
+        return {"W_enc": "scaled" if self.cfg.screen_dtype == "float8" else "rounded"}
 
     def graph_key(self) -> object | None:
         """What a recording of a step as a CUDA graph depends on besides shapes and weights; None
@@ -345,7 +339,7 @@ class SparseTrainingSAEMixin(_Base):
             None if dead is None else dead.block,
             step.choice.backend,
             self._row_gradients("W_enc", order, step),
-            None if rounded is None else rounded.values,
+            None if rounded is None or rounded.errors is not None else rounded.values,
         )
         if dead is not None:
             dead.W_enc = dead_W_enc

@@ -185,11 +185,9 @@ class SparseTopKTrainingSAE(SparseTrainingSAEMixin, TopKTrainingSAE):
 
     @property
     @override
-    def weight_views(self) -> Mapping[str, tuple[WeightView, torch.dtype]]:
-        views = {**super().weight_views}
-        if self.cfg.rescale_acts_by_decoder_norm:
-            views["W_dec"] = "norms", torch.float32
-        return views
+    def weight_views(self) -> Mapping[str, WeightView]:
+        scaled: dict[str, WeightView] = {"W_dec": "norms"}
+        return {**super().weight_views, **(scaled if self.cfg.rescale_acts_by_decoder_norm else {})}
 
     @override
     def graph_key(self) -> object | None:

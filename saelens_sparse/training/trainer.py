@@ -24,7 +24,9 @@ from saelens_sparse.architectures.base import SparseTrainingSAEMixin
 from saelens_sparse.codes.on_demand import SparseFeatureActs
 from saelens_sparse.codes.step import Offer, RowGradients, StepContext, offered
 from saelens_sparse.ops.common.host_copy import HostCount
+from saelens_sparse.ops.common.precision import FLOAT8, matmul_dtype
 from saelens_sparse.ops.common.ranges import profiler_range
+from saelens_sparse.ops.update.weight_cache import WeightView
 from saelens_sparse.training.checkpoints import write_checkpoint
 from saelens_sparse.training.graph_memory import GraphMemory
 from saelens_sparse.training.graphs import StepGraphs, TakenPass, is_faster_as_graph
@@ -312,8 +314,13 @@ class SparseSAETrainer(SAETrainer[Any, Any]):
 
     def _update(self, sae: SparseTrainingSAEMixin, taken: TakenPass) -> None:
         parts = {} if taken.row_gradients is None else taken.row_gradients.parts
+        views: dict[torch.nn.Parameter, tuple[WeightView, torch.dtype]] = {}
         with self.autocast_if_enabled:
-            views = {getattr(sae, name): view for name, view in sae.weight_views.items()}
+            for name, view in sae.weight_views.items():
+                parameter = getattr(sae, name)
+                dtype = FLOAT8 if view == "scaled" else matmul_dtype(parameter)
+                if view != "rounded" or dtype != parameter.dtype:
+                    views[parameter] = view, dtype
         self.optimizer.step(
             row_gradients={getattr(sae, name): part for name, part in parts.items() if part},
             views=views,

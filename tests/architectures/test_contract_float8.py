@@ -12,6 +12,7 @@ from saelens_sparse.choice import availability
 from saelens_sparse.ops.common.precision import FLOAT8
 from saelens_sparse.training.runners import SparseTrainingRunner
 from tests.support.architectures import Subject, subjects
+from tests.support.float8 import set_deviations
 from tests.support.runs import runner_config
 from tests.support.saes import superposed_rows
 from tests.support.trainers import own_trainer, state_of, train
@@ -42,7 +43,7 @@ def sae_and_rows(subject: Subject, **changes: Any) -> tuple[Any, list[torch.Tens
 @subjects(KERNELS)
 def test_trains_the_same_sae(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a margin that misses nothing, also among so few columns."""
-    monkeypatch.setattr("saelens_sparse.ops.screen.gpu.DEVIATIONS", 20.0)
+    set_deviations(monkeypatch, 20.0)
     states: list[dict[str, torch.Tensor]] = []
     for screen_dtype in ("auto", "float8"):
         sae, batches = sae_and_rows(subject, screen_dtype=screen_dtype)
@@ -117,7 +118,7 @@ def test_recall_is_the_share_that_the_screen_has_found(
         out[:, hidden] = -6e4
 
     monkeypatch.setattr("saelens_sparse.ops.screen.gpu.multiply_float8", multiply)
-    monkeypatch.setattr("saelens_sparse.ops.screen.gpu.DEVIATIONS", 20.0)
+    set_deviations(monkeypatch, 20.0)
     metrics: dict[str, Any] = own_trainer(sae).step(batches[0]).metrics
     missed = is_active[:, hidden].sum() / is_active.sum()
     assert metrics["screen_recall"] == pytest.approx(1 - missed.item())
@@ -130,7 +131,7 @@ def test_autocast_does_not_round_what_recall_is_measured_by(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of latents in pairs that bfloat16 cannot tell apart, of which some are active alone."""
-    monkeypatch.setattr("saelens_sparse.ops.screen.gpu.DEVIATIONS", 20.0)
+    set_deviations(monkeypatch, 20.0)
     k = {} if subject.name == "jumprelu_sparse" else {"k": 1}
     sae, batches = sae_and_rows(subject, screen_dtype="float8", **k)
     with torch.no_grad():

@@ -15,9 +15,11 @@ from saelens_sparse.ops.search.recall import RowSample
 from saelens_sparse.ops.search.threshold import search_above_threshold
 from saelens_sparse.ops.search.topk import search_topk
 from tests.conftest import Target, target_parameters
+from tests.support.float8 import set_deviations
 
 pytest.importorskip("triton")
 
+from saelens_sparse.ops.screen.gpu import float8_deviations
 from saelens_sparse.ops.screen.round_kernels import round_rows, settle_rows
 
 kernels = pytest.mark.parametrize(
@@ -173,14 +175,20 @@ def test_what_is_found_is_computed_in_float32(
 
 
 @kernels
-def test_the_margin_is_the_documented_one(target: Target) -> None:
+@pytest.mark.parametrize(
+    ("autocast", "deviations"), [(False, 1.5), (True, 1.25)], ids=["float32", "autocast"]
+)
+def test_the_margin_is_the_documented_one(
+    target: Target, autocast: bool, deviations: float
+) -> None:
     screen = import_module("saelens_sparse.ops.screen.gpu")
     x, weight, bias, norms = (part[:24] for part in operands(target, 5))
-    of = screen.Screen.of(x, weight, bias, tile=64, norms=norms, screen_dtype="float8")
+    with torch.autocast(target.device, torch.bfloat16, enabled=autocast):
+        of = screen.Screen.of(x, weight, bias, tile=64, norms=norms, screen_dtype="float8")
     _, x_norms, x_residuals = round_rows(x, FLOAT8)[1][..., None]
     _, w_norms, w_residuals = round_rows(weight, FLOAT8)[1]
     root = x.shape[1] ** 0.5
-    margin = 1.25 * (x_residuals * w_norms + x_norms * w_residuals) / root * norms
+    margin = deviations * (x_residuals * w_norms + x_norms * w_residuals) / root * norms
     used = of.x_errors[2, :, None] * of.terms[2] + of.x_errors[1, :, None] * of.terms[3]
     torch.testing.assert_close(used, margin, rtol=1e-5, atol=0)
 
@@ -206,7 +214,7 @@ def test_a_search_above_thresholds_allows_for_two_margins(target: Target) -> Non
     products = low_x.double() @ low_weight.double().T
     scores = products * x_inverse[:, None] * w_inverse + bias
     margin = x_residuals[:, None] * w_norms + x_norms[:, None] * w_residuals
-    margin *= 1.25 / x.shape[1] ** 0.5
+    margin *= float8_deviations(x.dtype) / x.shape[1] ** 0.5
     one, two = ((scores + n * margin >= edge).sum().item() for n in (1, 2))
     assert two > 1.02 * one
     assert abs(n_marked.item() - two) < (two - one) / 4
@@ -222,7 +230,7 @@ def test_without_a_margin_latents_are_missed(
     expected = search(x, weight, bias, norms).complete().pairs
     recalls: list[float] = []
     for deviations in (0.0, 1.5):
-        monkeypatch.setattr("saelens_sparse.ops.screen.gpu.DEVIATIONS", deviations)
+        set_deviations(monkeypatch, deviations)
         found = search(x, weight, bias, norms, screen_dtype="float8").complete().pairs
         recall, whole_rows = RowSample.of(found, bias.numel(), x.shape[0]).recall(expected)
         where = taking_part(expected, bias.numel())[0]

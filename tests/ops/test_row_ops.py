@@ -206,6 +206,44 @@ def test_segment_sum_of_latents_that_are_on_every_row(
     )
 
 
+def test_segment_sum_of_long_segments_in_tiles(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target.backend != "triton":
+        return
+    launch = import_module("saelens_sparse.ops.rows.segment_kernels").SegmentSumLaunch
+    monkeypatch.setattr(
+        "saelens_sparse.ops.rows.segment_kernels.SEGMENT_SUM", launch(SUM_COLS=32, PARTIAL_COLS=16)
+    )
+    latents = torch.tensor([3, 0]).repeat(150, 1).to(target.device)
+    active = torch.ones_like(latents, dtype=torch.bool)
+    active[40:, 1] = False
+    coefficients, batch = torch.randn(150, 2), torch.randn(150, 53)
+    check_segment_sum(
+        target.backend,
+        latents,
+        active,
+        5,
+        coefficients.to(target.device),
+        batch.to(target.device),
+        torch.float32,
+    )
+
+
+def test_segment_sum_reads_no_row_with_a_zero_coefficient(target: Target) -> None:
+    if target.backend != "triton":
+        return
+    latents = torch.tensor([[0, 1]]).repeat(70, 1).to(target.device)
+    latents[30:, 1] = 2
+    coefficients = torch.ones(70, 2, device=target.device)
+    batch = torch.ones(70, 37, device=target.device)
+    batch[5], coefficients[5] = float("nan"), 0
+    order = order_of(latents, torch.ones_like(latents, dtype=torch.bool), 4)
+    sums, totals = segment_sum(order, coefficients, batch, torch.float32, target.backend)
+    assert totals.tolist() == [69, 29, 40, 0]
+    assert torch.equal(sums, totals[:, None].expand(4, 37))
+
+
 def test_segment_sum_weighs_each_pair_once(
     backend: Backend, device: torch.device, dtype: torch.dtype
 ) -> None:

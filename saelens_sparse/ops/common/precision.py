@@ -24,15 +24,6 @@ def matmul_dtype(operand: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def screened_dtype(compute_dtype: torch.dtype, screen_dtype: ScreenDtype) -> torch.dtype:
-    """The dtype in which a GPU screens products: float8 if that is asked for, float16 for those in
-    float32, and their own for others.
-    """
-    if screen_dtype == "float8":
-        return FLOAT8
-    return torch.float16 if compute_dtype == torch.float32 else compute_dtype
-
-
 def summed_dtype(operand: torch.Tensor, backend: Backend) -> torch.dtype:
     """The dtype in which kernels read the rows that a weight's gradient sums: bfloat16 under its
     autocast, in which stock multiplies them.

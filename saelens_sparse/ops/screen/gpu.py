@@ -16,8 +16,9 @@ A float8 screen is an approximation that the caller asks for. The proven bound w
 hundred times as wide as float16's, and most latents would be candidates. Instead, the rounding
 errors of columns are taken for independent. Then the first two terms divided by sqrt(d_in) are at
 least the standard deviation of the error, where no column stands out in both operands. The bound is
-`DEVIATIONS` of that, and twice as many for a search whose threshold is no bound itself. A latent
-whose score is further off may be missed. What is found is right: all candidates are computed again.
+`float8_deviations` of that, and twice as many for a search whose threshold is no bound itself. A
+latent whose score is further off may be missed. What is found is right: all candidates are computed
+again.
 """
 
 from __future__ import annotations
@@ -32,12 +33,7 @@ import triton
 import triton.language as tl
 
 from saelens_sparse.ops.common.launch import MAX_GRID, kernel
-from saelens_sparse.ops.common.precision import (
-    FLOAT8,
-    ScreenDtype,
-    matmul_dtype,
-    screened_dtype,
-)
+from saelens_sparse.ops.common.precision import FLOAT8, ScreenDtype, matmul_dtype
 from saelens_sparse.ops.screen import bound
 from saelens_sparse.ops.screen.bound import MAX_D_IN
 from saelens_sparse.ops.screen.float8_product import multiply_float8
@@ -53,11 +49,15 @@ UNDERFLOW = tl.constexpr(bound.UNDERFLOW)
 BIAS_ROUNDING = tl.constexpr(bound.BIAS_ROUNDING)
 
 
-# What the bound of a float8 product allows for. A latent of the top k is missed where two errors
-# differ by twice that. On activations of SmolLM2-135M, one of 32,768 of the top 32 was missed, and
-# a row had 37 to 48 candidates. Twice the margin lists up to 1.5 times as many. Where three columns
-# stood out in both operands, 2% were missed (benchmarks/float8_recall.py).
-DEVIATIONS = 1.25
+def float8_deviations(compute_dtype: torch.dtype) -> float:
+    """What the bound of a float8 product allows for where products are asked for in a dtype.
+
+    A latent of the top k is missed where two errors differ by twice that. On activations of
+    SmolLM2-135M 1.25 deviations missed one of 32,768 of the top 32, 1.5 none, and a row had 37 to
+    50 candidates. A product in bfloat16 misses 125 of them, so autocast can do with fewer. Where
+    three columns stood out in both operands, 2% were missed (benchmarks/float8_recall.py).
+    """
+    return 1.5 if compute_dtype == torch.float32 else 1.25
 
 
 @dataclass(frozen=True)
@@ -227,28 +227,31 @@ class Screen:
             bias: `[d_sae]`.
             tile: columns that the float32 recomputation of candidates adds at a time.
             norms: `[d_sae]` or None.
-            rounded: a copy of the weight, used if it is what the screen multiplies; or None.
+            rounded: a copy of the weight, used if it has the dtype of the screen; or None.
             screen_dtype: "float8" for a screen in float8; "auto" for one that misses nothing.
             float8_margins: how many margins bound an error in float8: one where scores are compared
                 with what is lowered by as much, two where they are not.
         """
         assert x.is_contiguous() and weight.is_contiguous()
         compute_dtype, d_in = matmul_dtype(x), x.shape[1]
-        dtype = screened_dtype(compute_dtype, screen_dtype)
-        is_float8, is_exact = dtype == FLOAT8, dtype == compute_dtype
+        is_float8 = screen_dtype == "float8"
         bias32 = bias.float().contiguous()
         norms32 = None if norms is None else norms.float().contiguous()
-        if rounded is not None and not rounded.is_a("rounded" if is_exact else "scaled", dtype):
+        dtype = FLOAT8 if is_float8 else compute_dtype
+        if dtype == torch.float32:
+            dtype = torch.float16
+        if rounded is not None and rounded.values.dtype != dtype:
             rounded = None
         accumulation = 0.0
-        if is_exact:
+        if compute_dtype != torch.float32 and not is_float8:
             screen_x = x.to(dtype)
             screen_weight = weight.to(dtype) if rounded is None else rounded.values
             x_errors = terms = None
         else:
-            share = float8_margins * DEVIATIONS / d_in**0.5 if is_float8 else None
+            share = None
             screen_x, x_errors = round_rows(x, dtype)
-            if share is not None:
+            if is_float8:
+                share = float8_margins * float8_deviations(compute_dtype) / d_in**0.5
                 x_errors[2] *= share
             if rounded is not None and rounded.errors is not None:
                 screen_weight, w_errors = rounded.values, rounded.errors

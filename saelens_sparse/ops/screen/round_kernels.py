@@ -97,7 +97,7 @@ def _keeps_scale(squares):
 
 @kernel
 def _settle_rows_kernel(
-    rounded_ptr,  # [R, D] float16 or float8
+    rounded_ptr,  # [R, D] float8
     errors_ptr,  # [3, R]; the first is what rows were scaled by
     squares_ptr,  # [R, T], of scaled rows
     residual_squares_ptr,  # [R, T]

@@ -10,7 +10,7 @@ import torch
 
 WeightView = Literal["rounded", "scaled", "norms"]
 """What an update can write of a weight: its rows in the dtype that autocast multiplies them in; its
-rows as `round_rows` scales and rounds them for a screen; or their Euclidean norms in float32."""
+rows as `round_rows` scales and rounds them for a screen; or their Euclidean norms."""
 
 
 @dataclass
