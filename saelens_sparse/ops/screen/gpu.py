@@ -54,7 +54,7 @@ def float8_deviations(compute_dtype: torch.dtype) -> float:
 
     A latent of the top k is missed where two errors differ by twice that. On activations of
     SmolLM2-135M 1.25 deviations missed one of 32,768 of the top 32, 1.5 none, and a row had 37 to
-    50 candidates. A product in bfloat16 misses 125 of them, so autocast can do with fewer. Where
+    52 candidates. A product in bfloat16 misses 125 of them, so autocast can do with fewer. Where
     three columns stood out in both operands, 2% were missed (benchmarks/float8_recall.py).
     """
     return 1.5 if compute_dtype == torch.float32 else 1.25
