@@ -27,9 +27,9 @@ FLOAT8_HYSTERESIS = 0.5
 MAX_PAIRS_PER_LATENT = 12
 
 # Elements of W_enc up to which steps are graphs, so that a slow host does not limit them. Under
-# autocast on H100s, a Top-K step at 2304 -> 262,144 took 20.4 ms as graphs and 21.1 ms without, at
-# 4096 -> 131,072 18.7 and 18.5 ms. Graphs take 0.1 GiB. With 1,048,576 latents they would save at
-# most 1% of a step, where memory is scarce.
+# autocast on one H100, a Top-K step at 2304 -> 262,144 took 19.5 ms as graphs and 20.5 ms without,
+# at 4096 -> 131,072 18.0 and 18.2 ms. Graphs take 0.1 GiB. With 1,048,576 latents they would save
+# at most 1% of a step, where memory is scarce.
 MAX_GRAPH_ELEMENTS = 2**30
 
 # GEMMs over the dead latents are padded to a multiple of this: with an odd width they lose
